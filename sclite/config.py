@@ -235,7 +235,9 @@ class Dpo(TrainingStage):
     replay_share: float = setting(1.0, "solved rows per reviewed attempt", ge=0)
 
 
-MAX_KL = {"f32": 1e-3, "f16": 1e-3, "bf16": 0.02, "q8": 0.03, "q6": 0.08, "q5": 0.2, "q4": 0.5, "": 1.5}
+MAX_KL = {
+    "f32": 1e-3, "f16": 1e-3, "bf16": 0.02, "q8": 0.03, "q6": 0.08, "q5": 0.2, "q4": 0.5, "iq4": 0.5, "": 1.5,
+}  # fmt: skip
 """SmolLM2-135M: q8_0 0.006, q4_k_m 0.05, iq4_xs 0.15."""
 
 

@@ -90,6 +90,7 @@ def export(
     from sclite import exports, pipeline
     from sclite.evaluate.threshold import load_threshold
     from sclite.export import hub
+    from sclite.export.ollama import find_ollama
     from sclite.inspect import summaries
     from sclite.run import Report
 
@@ -99,6 +100,8 @@ def export(
     context = common.context({f"export.{name}": value for name, value in chosen.items()})
     settings, kind = context.config.export, "dataset" if format == "data" else "model"
     compared, url = None, ""
+    if settings.ollama and format == "gguf":
+        find_ollama(settings.ollama)
     with context.run.lock():
         if settings.push:
             url = hub.open_repository(settings, kind)
@@ -111,8 +114,9 @@ def export(
             from sclite.export.model import export_lora
 
             with context.display.wait("converting the adapter"):
-                path, card = export_lora(context.config, context.run, context.students()[-1])
-            report, files = Report("lora", figures={"lora": str(path)}), {path.name: path, "README.md": card}
+                figures = export_lora(context.config, context.run, context.students()[-1])
+            report, path = Report("lora", figures=figures), Path(figures["lora"])
+            files = {path.name: path, "README.md": path.with_suffix(".md")}
         elif format == "merged":
             from sclite.export.model import export_merged
 

@@ -124,6 +124,7 @@ def build_model_card(config: Config, run: Run, name: str, form: str, figures: Ma
         parity=figures["parity"]["files"] if files else {},
         evaluations=evaluations,
         form=form,
+        own_template=config.export.keep_template,
         file=next(iter(files), f"{name}-lora.gguf"),
         repository=config.export.push or f"{name}-merged",
         base=base,

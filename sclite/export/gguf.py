@@ -114,10 +114,14 @@ def run_script(source: Path, script: str, arguments: list[str], out: Path | None
         if part:
             part.unlink(missing_ok=True)
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        lines = [line for line in lines if line.strip("^~ ")]  # marks below a line of a traceback
+        # neither the marks below a line of a traceback nor a progress bar
+        lines = [line for line in lines if line.strip("^~ ") and not re.search(r"\d+%\|", line)]
         reason = lines[-1] if lines else "no reason given"
         if reason == "AssertionError":
             reason = lines[-2]
+        # the last one is NumPy's
+        if re.search("No space left|File too large|quota exceeded|requested and .* written", reason):
+            raise ScliteError(f"llama.cpp's converter cannot write {out}: {reason}", "free some disk space")
         hint = "use another base model, or `sclite export --format merged`"
         raise DataError(f"llama.cpp's converter cannot convert {subject}: {reason}", hint)
     if part and out:

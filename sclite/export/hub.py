@@ -6,7 +6,6 @@ from pathlib import Path
 
 from sclite.config import Export
 from sclite.errors import NetworkError, UsageError
-from sclite.export.merge import RECORD
 from sclite.teacher.failures import redact
 
 TOKENS = "https://huggingface.co/settings/tokens"
@@ -44,9 +43,9 @@ def open_repository(settings: Export, kind: str = "model") -> str:
 
 
 def files_of(folder: Path, names: Sequence[str] = ()) -> dict[str, Path | str]:
-    """These files of a folder (default: all but the record of a merge, which holds local paths), by their names."""
+    """These files of a folder (default: all), by their names."""
     found = [folder / name for name in names] or sorted(folder.rglob("*"))
-    return {str(p.relative_to(folder)): p for p in found if p.is_file() and p.name != RECORD}
+    return {str(p.relative_to(folder)): p for p in found if p.is_file()}
 
 
 def upload(settings: Export, files: Mapping[str, Path | str], kind: str = "model") -> None:

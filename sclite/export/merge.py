@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 500_000_000
 COPIED = (".json", ".model", ".jinja", ".txt", ".tiktoken")
-RECORD = "merged_from.json"
 KEEPS_BASE_WEIGHTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that do not change the base weights; PiSSA, OLoRA, CorDA and others do."""
 
@@ -31,30 +30,20 @@ def merge(base_folder: Path, adapter_folder: Path | None, out_folder: Path, *, o
     W + scale * B @ A is computed in float32 and stored as float32, matrices as float16 if the GGUF will be 16-bit anyway
     (`outtype`): rounding to bfloat16 would lose most of a small adapter. Tensors without an adapter keep their type, but
     bfloat16 matrices become float16, too, if the others do: the converter would make float32 of them, 0.9 GB of memory for
-    an embedding of 152k tokens and 1,536 values. Code and `auto_map` are not copied. The folder is complete or absent, and
-    replaces an earlier merge. Raises DataError for adapters that PEFT would load differently, adapters of another base, and
-    damaged files.
+    an embedding of 152k tokens and 1,536 values. Code and `auto_map` are not copied. `out_folder` is new or empty. Raises
+    DataError for adapters that PEFT would load differently, adapters of another base, and damaged files.
     """
-    if out_folder.exists() and any(out_folder.iterdir()) and not (out_folder / RECORD).exists():
-        hint = "choose another folder, or empty this one"
-        raise DataError(f"{out_folder} is not empty and not an earlier merge", hint)
     weights = BaseWeights(base_folder, adapter_folder)
     adapter = Adapter(adapter_folder, weights) if adapter_folder else None
-    part = out_folder.with_name(out_folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    out_folder.mkdir(parents=True, exist_ok=True)
     if adapter is None:
-        _save_shards(part, ((name, weights[name]) for name in weights))
+        _save_shards(out_folder, ((name, weights[name]) for name in weights))
     else:
         changed = ((name, adapter.apply(name, weights[name], outtype)) for name in weights)
         added = ((name, adapter.apply(name, None, outtype)) for name in adapter.additions)
-        _save_shards(part, chain(changed, added))
-    copy_settings(base_folder, part, untie=bool(adapter and "lm_head.weight" in adapter.additions))
-    record = {"base": str(base_folder), "adapter": str(adapter_folder) if adapter_folder else None}
-    (part / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if out_folder.exists():
-        shutil.rmtree(out_folder)
-    return part.replace(out_folder)
+        _save_shards(out_folder, chain(changed, added))
+    copy_settings(base_folder, out_folder, untie=bool(adapter and "lm_head.weight" in adapter.additions))
+    return out_folder
 
 
 def copy_settings(base: Path, out: Path, untie: bool = False) -> None:
@@ -71,8 +60,7 @@ def copy_settings(base: Path, out: Path, untie: bool = False) -> None:
             if after != before:
                 (out / path.name).write_text(json.dumps(after, indent=2) + "\n", encoding="utf-8")
                 continue
-        if path.name != RECORD:
-            shutil.copyfile(path, out / path.name)
+        shutil.copyfile(path, out / path.name)
 
 
 UNSUPPORTED = {
@@ -203,6 +191,24 @@ class Adapter:
             "merge it with PEFT: PeftModel.from_pretrained(..).merge_and_unload().save_pretrained(FOLDER); then run "
             "sclite export --run NEW --set student.model=FOLDER",
         )
+
+    def write_plain(self, folder: Path) -> None:
+        """Write a copy for llama.cpp's converter, which scales every update by lora_alpha / r and drops all other settings.
+
+        Raises DataError if that would be another adapter.
+        """
+        settings, alpha = self.settings, self.settings["lora_alpha"]
+        patterns = [name for name in ("alpha_pattern", "rank_pattern") if settings.get(name)]
+        if odd := min([*patterns, *self._replaced], default=None):
+            hint = "use `sclite export --format gguf`, which merges it"
+            raise DataError(
+                f"the adapter {self.folder} has its own {odd}, which a LoRA file cannot hold", hint
+            )
+        if settings.get("use_rslora"):  # see `apply`
+            alpha *= math.sqrt(settings["r"])
+        shutil.copytree(self.folder, folder)
+        text = json.dumps({"peft_type": "LORA", "lora_alpha": alpha})
+        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
 
     def apply(self, name: str, weight: torch.Tensor | None, outtype: str) -> torch.Tensor:
         """The tensor after the adapter; `weight` is None for one that the base ties to another.

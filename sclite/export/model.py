@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,16 @@ from sclite.export.chat_format import derive_format, write_format
 from sclite.export.gguf import check_convertible, convert_model, converter, run_script
 from sclite.export.layers import check_merge
 from sclite.export.merge import Adapter, BaseWeights, copy_settings, merge
-from sclite.export.parity import HELD_OUT, Trained, format_size
+from sclite.export.parity import Trained, format_size
 from sclite.export.quantize import estimate_bytes, measure_importance, quantization_type, quantize
-from sclite.export.samples import Sample, read_samples, solve_chats
+from sclite.export.samples import Sample, read_samples, solve_chats, split_samples
 from sclite.files import sync, write_text
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
 from sclite.student.adapters import adapter_weights
 from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.loader import check_tokenizer, fetch_model, load_tokenizer, model_name, read_config
+from sclite.student.origin import FILE as RECORD_OF_ORIGIN
 from sclite.student.tokenization import prompt_text
 
 UNFINISHED = "export/unfinished"
@@ -79,7 +80,9 @@ def export_model(config: Config, run: Run, name: str) -> Report:
     names = [f"{name}-{quant}.gguf" for quant in types]
     manifest = run.done(stage, inputs)
     if manifest and manifest["figures"].get("files") == _describe(run, names):
+        _check_bounds(config, run, names, manifest["figures"]["parity"])
         return Report.of(manifest)
+    run.path("export/parity.json").unlink(missing_ok=True)
     work = run.path(UNFINISHED)
     with timed(report):
         try:
@@ -90,14 +93,9 @@ def export_model(config: Config, run: Run, name: str) -> Report:
             chats = solve_chats(config, run, parity.GREEDY)
             result = parity.compare_export(student, full, made, samples, chats) | {"importance": importance}
             run.write_json("export/parity.json", result)
-            if violations := parity.find_violations(result, config.export.max_kl):
-                for file in names:
-                    (folder / file).unlink(missing_ok=True)
-                raise ScliteError(
-                    f"{', '.join(names)} does not match the trained model: {'; '.join(violations)}",
-                    f"nothing was exported; see {folder / 'parity.json'}. Try another --quant. If tokens differ, add "
-                    "tokens with special=False or use another base model",
-                )
+            for file in (*names, "Modelfile", "README.md"):  # those of an earlier export
+                (folder / file).unlink(missing_ok=True)
+            _check_bounds(config, run, names, result)
             for file in names:
                 sync(work / file)
                 (work / file).replace(folder / file)
@@ -108,7 +106,7 @@ def export_model(config: Config, run: Run, name: str) -> Report:
     shutil.rmtree(work)
     files = _describe(run, names)
     first = {"gguf": str(folder / names[0]), "megabytes": files[names[0]]["megabytes"]}
-    warnings = [parts[file]["warning"] for file in names if parts[file]["warning"]]
+    warnings = [f"{file}: {parts[file]['warning']}" for file in names if parts[file]["warning"]]
     if adapter and (answers := result["answers"])["readable"] < answers["asked"]:
         warnings.append(
             f"{answers['asked'] - answers['readable']} of {answers['asked']} greedy answers of {names[0]} do not end within "
@@ -117,6 +115,39 @@ def export_model(config: Config, run: Run, name: str) -> Report:
     report.figures = {**first, "files": files, "parity": result, "warnings": warnings}
     run.sign(stage, inputs, report)
     return report
+
+
+def _check_bounds(config: Config, run: Run, names: list[str], result: dict[str, Any]) -> None:
+    """Raise ScliteError if figures of parity.json exceed their bounds."""
+    if violations := parity.find_violations(result, config.export.max_kl):
+        raise ScliteError(
+            f"{', '.join(names)} does not match the trained model: {'; '.join(violations)}",
+            f"nothing was exported; see {run.path('export/parity.json')}. Try another --quant. If tokens differ, add "
+            "tokens with special=False or use another base model",
+        )
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    """Raise ScliteError if there are fewer bytes free."""
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise ScliteError(
+            f"the export needs about {format_size(needed)} of disk space in {folder}, {format_size(free)} are free",
+            "free some space, or export fewer or smaller types with --quant",
+        )
+
+
+@contextmanager
+def _workplace(run: Run, name: str) -> Iterator[Path]:
+    """An empty folder in UNFINISHED, which is removed at the end."""
+    work = run.path(UNFINISHED) / name
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        with suppress(OSError):  # a killed export of GGUFs keeps its files there
+            work.parent.rmdir()
 
 
 def _load(config: Config, adapter: Path | None) -> Trained:
@@ -154,16 +185,10 @@ def _write_parts(
         parts[path.name] = {"sha256": sha256, "warning": warning}
         run.write_json(record, {"source": source, "files": parts})
 
-    outtype, parameters = full.stem.removeprefix("full-"), BaseWeights(student.base).float32_bytes() // 4
+    outtype = full.stem.removeprefix("full-")
     missing = {quant: file for quant in types if (file := f"{name}-{quant}.gguf") not in parts}
-    whole, needed = estimate_bytes(parameters, outtype), sum(estimate_bytes(parameters, q) for q in missing)
-    if full.name not in parts:
-        needed = whole + max(whole, needed)
-    if needed > (free := shutil.disk_usage(work).free):
-        raise ScliteError(
-            f"the export needs about {format_size(needed)} of disk space in {work.parent}, {format_size(free)} are free",
-            "free some space, or export fewer or smaller types with --quant",
-        )
+    whole, needed = student.size(outtype), sum(map(student.size, missing))
+    _check_space(work, needed if full.name in parts else whole + max(whole, needed))
     if full.name not in parts:
         check_convertible(student.base, student.adapter)
         merged = _merge(config, student, work / f"{name}-merged", outtype)
@@ -171,22 +196,26 @@ def _write_parts(
         shutil.rmtree(merged)
         check_gguf(full)
         keep(full)
-    wanted, importance = list[str](), None
-    if config.export.imatrix is not False and len(samples) > HELD_OUT + 2:  # it pays below 5 bits
+    wanted, importance, (_, rest) = list[str](), None, split_samples(samples)
+    if config.export.imatrix is not False:  # it pays below 5 bits
         wanted = [quant for quant in types if config.export.imatrix or re.match(r"(i?q|tq)[1-4]", quant)]
-    if any(quant in wanted for quant in missing):
-        # samples that parity does not use, in an order that mixes the run's files
-        rest, texts = samples[2:-HELD_OUT], list[list[int]]()
-        for sample in [row for start in range(7) for row in rest[start::7]]:
+    if rest and any(quant in wanted for quant in missing):
+        texts = list[list[int]]()
+        for sample in rest:
             if sum(map(len, texts)) <= CALIBRATION_TOKENS:
                 texts.append(student.ids(sample))
         importance = measure_importance(full, texts)
     for quant, file in missing.items():
         odd, others = quantize(full, work / file, quant, importance if quant in wanted else None)
         check_gguf(work / file)
-        warning = f"{file}: {odd} tensors have rows not divisible by 256 and are stored as {others} instead of {quant}"
-        keep(work / file, run.file_digest(f"{UNFINISHED}/{file}"), warning if odd else "")
-    return full, parts, wanted
+        fallback = (
+            f"{odd} tensors have rows not divisible by 256 and are stored as {others} instead of {quant}"
+        )
+        notes = [fallback] if odd else []
+        if quant in wanted and not rest:
+            notes.append("made without an importance matrix, since the run has too few rows to measure one")
+        keep(work / file, run.file_digest(f"{UNFINISHED}/{file}"), "; ".join(notes))
+    return full, parts, wanted if rest else []
 
 
 def export_merged(config: Config, run: Run, name: str) -> dict[str, Any]:
@@ -199,16 +228,16 @@ def export_merged(config: Config, run: Run, name: str) -> dict[str, Any]:
 
     adapter, out = run.path(f"{name}/adapter") if name != "base" else None, run.path(f"export/{name}-merged")
     student, samples = _load(config, adapter), read_samples(config, run)
-    work = run.path(UNFINISHED) / out.name
-    work.parent.mkdir(parents=True, exist_ok=True)
     same, kl, faults = None, None, []
-    try:
-        merged = Trained(_merge(config, student, work, "f16"), None, load_tokenizer(str(work)))
+    with _workplace(run, "merged") as work:
+        _check_space(work, student.size("f16"))
+        folder = _merge(config, student, work / out.name, "f16")
+        merged = Trained(folder, None, load_tokenizer(str(folder)))
         equal = sum(merged.ids(sample) == student.ids(sample) for sample in samples)
         sequences, shortage = student.held_out(samples), student.ram_shortage()
         with suppress(DataError) if shortage else nullcontext():  # some models cannot be run layer by layer
             wanted = parity.compute_references(student.base, adapter, sequences, bool(shortage))
-            found = parity.compute_references(work, None, sequences, bool(shortage))
+            found = parity.compute_references(folder, None, sequences, bool(shortage))
             pairs = [(a.trained, b.trained) for a, b in zip(wanted, found, strict=True)]
             kl = float(np.mean([(np.exp(a) * (a - b)).sum(1).mean() for a, b in pairs]))
             same = float(np.mean([(a.argmax(1) == b.argmax(1)).mean() for a, b in pairs]))
@@ -219,28 +248,45 @@ def export_merged(config: Config, run: Run, name: str) -> dict[str, Any]:
         if faults:
             hint = "nothing was exported; use another base model, or report it with the model's name"
             raise ScliteError(f"{out.name} does not match the trained model: {'; '.join(faults)}", hint)
-        write_text(work / "README.md", build_model_card(config, run, name, "merged", {}))
-        shutil.rmtree(out, ignore_errors=True)
-        work.replace(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        with suppress(OSError):  # a killed export of GGUFs keeps its files there
-            work.parent.rmdir()
+        write_text(folder / "README.md", build_model_card(config, run, name, "merged", {}))
+        if out.exists():  # a kill never leaves a part of it under its final name
+            out.replace(work / "earlier")
+        folder.replace(out)
     counts = {"chats_compared": len(samples), "chats_equal": equal}
     return {"merged": str(out), **counts, "top1_agreement": same, "kl": kl}
 
 
-def export_lora(config: Config, run: Run, name: str) -> tuple[Path, str]:
-    """Write the adapter of sft or dpo alone as export/<name>-lora.gguf, for llama.cpp's --lora; returns it and its card."""
+def export_lora(config: Config, run: Run, name: str) -> dict[str, Any]:
+    """Write the adapter of sft or dpo alone as export/<name>-lora.gguf, for llama.cpp's --lora, with its card beside it.
+
+    Returns its path, `lora`, and the figures of compare_probabilities beside its base in 16 bits. Raises DataError for an
+    adapter that has no such form, ScliteError if llama.cpp makes another model of the two.
+    """
     adapter = run.path(f"{name if name != 'base' else 'sft'}/adapter")
     student, out = _load(config, adapter), run.path(f"export/{name}{ADAPTER}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    Adapter(adapter, BaseWeights(student.base, adapter))  # rejects adapters that PEFT would load differently
-    with tempfile.TemporaryDirectory() as place:
-        copy_settings(student.base, Path(place))  # the converter would run the code of a model folder
-        arguments = [str(adapter), "--base", place, "--outtype", "f16"]
-        run_script(converter(), "convert_lora_to_gguf.py", arguments, out, f"the adapter in {adapter}")
-    return out, build_model_card(config, run, name, "lora", {})
+    weights = Adapter(adapter, BaseWeights(student.base, adapter))  # rejects what PEFT would load differently
+    with _workplace(run, "lora") as work:
+        _check_space(work, 2 * student.size("f16"))
+        made, settings = work / out.name, work / "settings"
+        weights.write_plain(work / "plain")
+        settings.mkdir()
+        copy_settings(student.base, settings)  # the converter would run the code of a model folder
+        arguments = [str(work / "plain"), "--base", str(settings), "--outtype", "f16"]
+        run_script(converter(), "convert_lora_to_gguf.py", arguments, made, f"the adapter in {adapter}")
+        # without the record of what it was trained on: beside a GGUF it is not used on NF4 weights
+        shutil.copytree(adapter, work / "adapter", ignore=shutil.ignore_patterns(RECORD_OF_ORIGIN))
+        merged = merge(student.base, None, work / "merged", outtype="f16")
+        base = convert_model(merged, work / "base.gguf", outtype="f16")
+        sequences, shortage, figures = student.held_out(read_samples(config, run)), student.ram_shortage(), {}
+        with suppress(DataError) if shortage else nullcontext():  # some models cannot be run layer by layer
+            wanted = parity.compute_references(student.base, work / "adapter", sequences, bool(shortage))
+            figures = parity.compare_probabilities(wanted, base, made)
+        if figures and (faults := parity.find_inexact(figures)):
+            hint = "nothing was exported; use `sclite export --format gguf`, which merges the adapter"
+            raise ScliteError(f"{out.name} does not match the trained model: {'; '.join(faults)}", hint)
+        write_text(out.with_suffix(".md"), build_model_card(config, run, name, "lora", {}))
+        made.replace(out)
+    return {"lora": str(out), **figures}
 
 
 def write_sampling_gguf(config: Config, adapter: Path, work: Path, *, small: bool) -> Path:

@@ -80,8 +80,8 @@ def build_modelfile(
     return "\n".join(lines) + "\n"
 
 
-def create_model(name: str, modelfile_path: Path) -> None:
-    """Run `ollama create NAME -f MODELFILE`. Raises ScliteError if ollama is missing or fails."""
+def find_ollama(name: str) -> str:
+    """The path of ollama. Raises UsageError for an invalid name of a model, ScliteError if ollama is missing."""
     if not re.fullmatch(r"[A-Za-z0-9][\w./:-]*", name):
         hint = "use letters, digits and . _ - / : as in my-model:v1"
         raise UsageError(f"export.ollama = {name!r} is not a valid model name", hint)
@@ -89,6 +89,12 @@ def create_model(name: str, modelfile_path: Path) -> None:
     if program is None:
         hint = "install it: curl -fsSL https://ollama.com/install.sh | sh"
         raise ScliteError("ollama is not installed", hint)
+    return program
+
+
+def create_model(name: str, modelfile_path: Path) -> None:
+    """Run `ollama create NAME -f MODELFILE`. Raises ScliteError if ollama is missing or fails."""
+    program = find_ollama(name)
     command = [program, "create", name, "-f", str(modelfile_path)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode != 0:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import filecmp
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,11 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sclite.errors import DataError
 from sclite.export.layers import load_layered
 from sclite.export.merge import BaseWeights
-from sclite.export.samples import TRICKY, Sample
+from sclite.export.quantize import estimate_bytes
+from sclite.export.samples import TRICKY, Sample, split_samples
 from sclite.export.tensors import read_gguf
 from sclite.student.base import Messages, Request
 from sclite.student.cuda_memory import available_ram
-from sclite.student.llama_cpp.engine import Engine
+from sclite.student.llama_cpp.engine import Engine, last_errors
 from sclite.student.llama_cpp.sequence import TokenSequence
 from sclite.student.loader import nf4_config
 from sclite.student.origin import read_origin
@@ -35,8 +38,8 @@ GREEDY, GREEDY_TOKENS = 4, 48
 """Greedy answers of the unquantized GGUF that the trained model reads, and their length in tokens."""
 ANSWER_TOKENS = 512
 """Tokens within which a greedy answer of an exported file must end."""
-HELD_OUT, REFERENCE_BYTES = 8, 400_000_000
-"""Samples of the run on which probabilities are compared, and the bytes that these may need."""
+REFERENCE_BYTES = 400_000_000
+"""Bytes that the probabilities of the trained model may need."""
 ROWS = 256
 """Rows of a quantized tensor that are compared with the unquantized ones."""
 UNQUANTIZED = {
@@ -78,15 +81,19 @@ class Trained(NamedTuple):
     def held_out(self, samples: list[Sample]) -> list[tuple[list[int], int]]:
         """The token ids of the samples on which probabilities are compared, and where each answer begins."""
         found, rows = [], REFERENCE_BYTES // (4 * len(self.tokenizer))
-        for sample in samples[:2] + samples[2:][-HELD_OUT:]:
+        for sample in split_samples(samples)[0]:
             ids, start = self.ids(sample), len(prompt_ids(self.tokenizer, sample.chat))
             if (rows := rows - len(ids) + start) > 0:
                 found.append((ids, start))
         return found
 
+    def size(self, name: str) -> int:
+        """About the bytes of a file of this quantization type."""
+        return estimate_bytes(BaseWeights(self.base).float32_bytes() // 4, name)
+
     def ram_shortage(self) -> str:
         """Why the model must be run one layer at a time; "" if it fits in memory."""
-        needed, available = BaseWeights(self.base).float32_bytes() * 1.2, available_ram()
+        needed, available = self.size("f32") * 1.2, available_ram()
         if available is None or needed <= available:
             return ""
         return f"{format_size(needed)} of RAM needed for the whole model, {format_size(available)} free"
@@ -234,8 +241,10 @@ def compute_references(
     return [Reference(*given, *made) for given, *made in zip(sequences, trained, tops, bases, strict=True)]
 
 
-def compare_probabilities(references: Sequence[Reference], gguf: Path) -> dict[str, Any]:
-    """Compare a GGUF with the trained model.
+def compare_probabilities(
+    references: Sequence[Reference], gguf: Path, lora: Path | None = None
+) -> dict[str, Any]:
+    """Compare a GGUF, or that of a base model with an adapter beside it, with the trained model.
 
     positions; top1_agreement: share of positions with the same most probable token; kl: of the GGUF from the trained model,
     in nats; mean_abs_logprob_diff: nats, over the tokens that actually follow; adapter_effect: nats by which the adapter
@@ -245,8 +254,16 @@ def compare_probabilities(references: Sequence[Reference], gguf: Path) -> dict[s
     import numpy as np
 
     agreement, divergence, differences, effects, shifts = [], [], [], [], []
-    context = max(len(reference.ids) for reference in references) + 1
-    with Engine(gguf, gpu_layers=0, parallel=1, context=context, exact=True) as engine:
+    longest = max(len(reference.ids) for reference in references)
+    with Engine(gguf, gpu_layers=0, parallel=1, context=longest + 1, exact=True) as engine:
+        if lora:
+            api, context = engine.scheduler.api, engine.scheduler.context
+            adapter = api.llama_adapter_lora_init(api.llama_get_model(context), os.fsencode(lora))
+            if not adapter:
+                hint = "use `sclite export --format gguf`, which merges the adapter"
+                raise DataError(f"llama.cpp cannot load {lora}: {last_errors()}", hint)
+            adapters = (api.llama_adapter_lora_p_ctypes * 1)(adapter)
+            api.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0))
         for reference in references:
             ids, trained = reference.ids[reference.start :], reference.trained
             found = engine.log_probabilities(reference.ids)[reference.start - 1 :]
@@ -308,24 +325,30 @@ def find_violations(result: Mapping[str, Any], max_kl: Mapping[str, float]) -> l
             found.append(f"{figures['changed']} of {name} is not that of the unquantized model")
     if result["skipped"]:
         return found
-    full, greedy = result["unquantized"], result["greedy"]
+    found += find_inexact(result["unquantized"])
+    if not (gap := result["greedy"]["largest_gap"]) <= UNQUANTIZED["greedy_gap"]:
+        found.append(f"in a greedy answer the trained model prefers another token by {gap:.2f} nats")
+    for name, figures in result["files"].items():
+        prefixes = [prefix for prefix in max_kl if figures["quantization"].startswith(prefix)]
+        bound = max_kl[max(prefixes, key=len)] if prefixes else float("inf")
+        if not figures["kl"] <= bound:
+            found.append(f"{name} has a KL divergence of {figures['kl']:.4f} nats (at most {bound:g})")
+    return found
+
+
+def find_inexact(full: Mapping[str, Any]) -> list[str]:
+    """The figures of an unquantized GGUF that exceed their bounds, as messages."""
+    found = []
     if not (difference := full["mean_abs_logprob_diff"]) <= (bound := UNQUANTIZED["mean_abs_logprob_diff"]):
         mean = f"{difference:.4f} nats on average (at most {bound:g})"
         found.append(f"before quantization log-probabilities differ by {mean}")
     if not full["top1_agreement"] >= UNQUANTIZED["top1_agreement"]:
         different = 1 - full["top1_agreement"]
         found.append(f"before quantization the most probable token differs at {different:.1%} of positions")
-    if not (gap := greedy["largest_gap"]) <= UNQUANTIZED["greedy_gap"]:
-        found.append(f"in a greedy answer the trained model prefers another token by {gap:.2f} nats")
     # the smaller the adapter's effect, the more of the share is noise
     share, noise = full["adapter_share"], 0.001 / max(full["adapter_effect"], 1e-9)
     if share is not None and noise < 0.5 and not abs(share - 1) <= UNQUANTIZED["adapter_share"] + noise:
         found.append(f"the GGUF has {share:.0%} of the adapter's effect")
-    for name, figures in result["files"].items():
-        prefixes = [prefix for prefix in max_kl if figures["quantization"].startswith(prefix)]
-        bound = max_kl[max(prefixes, key=len)] if prefixes else float("inf")
-        if not figures["kl"] <= bound:
-            found.append(f"{name} has a KL divergence of {figures['kl']:.4f} nats (at most {bound:g})")
     return found
 
 

@@ -76,7 +76,8 @@ def quantize(
     if not re.search("_k|iq|tq", name):
         return 0, ""
     matrices = [tensor for tensor in read_gguf(out)[1].values() if len(tensor.shape) > 1]
-    odd = [GGMLQuantizationType(tensor.type).name.lower() for tensor in matrices if tensor.shape[0] % ROW]
+    stored = [GGMLQuantizationType(tensor.type).name.lower() for tensor in matrices if tensor.shape[0] % ROW]
+    odd = [kind for kind in stored if kind != name]  # iq4_nl has blocks of 32
     return len(odd), ", ".join(sorted(set(odd)))
 
 

@@ -15,6 +15,8 @@ from sclite.trace import Step, Trace, all_pieces
 T = TypeVar("T")
 ROWS = 100
 """Rows of each file of the run."""
+HELD_OUT = 8
+"""Samples of the run on which probabilities are compared."""
 QUESTION = "Anna has 12 nuts and buys 3 more. How many has she?"
 TRACE = Trace((Step("12 + 3 = 15.", "Add.", "The sum is 15.", "12 + 3 = 15."),), "Add what is bought.", "15")
 TRICKY = (
@@ -58,6 +60,21 @@ def read_samples(config: Config, run: Run) -> list[Sample]:
                 yield chat, review.parsed.trace
 
     return [Sample(chat, all_pieces(trace)) for chat, trace in samples()]
+
+
+def split_samples(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """Samples on which probabilities are compared, the first two and up to HELD_OUT of the others; and the rest.
+
+    Each are spread over the run's files, in an order that mixes these: memory may suffice for the first ones only.
+    """
+
+    def mix(rows: list[Sample], count: int) -> list[Sample]:
+        return [row for start in range(count) for row in rows[start::count]]
+
+    others = samples[2:]
+    step = max(1, -(-len(others) // HELD_OUT))
+    rest = [sample for number, sample in enumerate(others) if number % step]
+    return samples[:2] + mix(others[::step], 3), mix(rest, 7)
 
 
 def solve_chats(config: Config, run: Run, count: int) -> list[Messages]:

@@ -120,7 +120,7 @@ def print_export(
 def print_files(what: str, report: Report, license: str, json: bool) -> None:
     """Print where the adapter ("lora"), the model ("merged") or the rows ("data") were exported to.
 
-    Of a merged model also how it compares with the trained one.
+    Of an adapter and a model also how they compare with the trained model.
     """
     found = report.figures
     path = Path(found["folder" if what == "data" else what])
@@ -131,12 +131,13 @@ def print_files(what: str, report: Report, license: str, json: bool) -> None:
         return
     if what != "data":
         console.print(escape(str(path)))
-    if what == "merged":
-        chats = f"{found['chats_equal']} of {found['chats_compared']} chats have the same tokens"
+        where = "beside its base in 16 bits"
+        if what == "merged":
+            where = f"{found['chats_equal']} of {found['chats_compared']} chats have the same tokens"
         same = "probabilities not compared: the model does not fit in memory"
-        if found["kl"] is not None:
+        if found.get("kl") is not None:
             same = f"same next token: {found['top1_agreement']:.1%} (KL {found['kl']:.4f})"
-        console.print(f"Checked against the trained model: {chats}; {same}")
+        console.print(f"Checked against the trained model: {where}; {same}")
     for name, count in report.counts.items():
         console.print(f"{count} rows in {escape(str(path))}/{name}.jsonl" if count else f"no {name}")
     if what == "data" and not license:

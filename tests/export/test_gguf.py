@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+import resource
 import shutil
 import subprocess
 import tarfile
@@ -13,23 +14,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from gguf import GGUFReader
 from packaging.requirements import Requirement
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sclite.config import Config
-from sclite.errors import DataError, NetworkError, ScliteError, UsageError
+from sclite.errors import FAILED, DataError, NetworkError, ScliteError, UsageError
 from sclite.export import gguf as conversion
 from sclite.export import parity
 from sclite.export.gguf_writer import write_gguf
-from sclite.export.merge import merge
+from sclite.export.merge import Adapter
 from sclite.export.model import export_lora
 from sclite.export.quantize import quantize
 from sclite.export.samples import TRICKY, Sample
 from sclite.export.tensors import read_gguf
 from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine
-from tests.toy import random_adapter, sample_texts, tiny_gguf
+from sclite.student.origin import record_origin
+from tests.toy import random_adapter, sample_texts, tiny_gguf, write_tokenizer
 
 SYSTEM, USER = "Solve in steps.", "2 + 3?\n\nThink  well."
 CHAT = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": USER})
@@ -105,23 +108,64 @@ def test_small_llama_needs_no_converter(student, tmp_path, monkeypatch):
     assert reply.tokens == 3
 
 
-def test_adapter_gguf_is_applied_by_llama_cpp(student, gguf, converter, run, tmp_path):
-    random_adapter(student, run.path("sft/adapter"), std=0.1, r=4, target_modules=["q_proj", "down_proj"])
-    lora, _ = export_lora(Config.model_validate({"student": {"model": str(student)}}), run, "sft")
-    folder = merge(student, run.path("sft/adapter"), tmp_path / "merged")
-    merged = tiny_gguf(folder, tmp_path / "merged.gguf")
+@pytest.mark.parametrize("settings", [{"r": 4}, {"r": 16, "use_rslora": True}], ids=["plain", "rslora"])
+def test_adapter_gguf_beside_its_base_is_what_peft_computes(student, gguf, converter, run, settings):
+    settings = {"lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]} | settings
+    folder = run.path("sft/adapter")
+    trained = random_adapter(student, folder, std=0.05, **settings).eval()
+    record_origin(trained, student, folder)
+    origin = json.loads((folder / "trained_on.json").read_text())
+    origin["nf4"] = ["model.layers.0.mlp.gate_proj"]  # not beside a GGUF of the base
+    (folder / "trained_on.json").write_text(json.dumps(origin))
+    found = export_lora(Config.model_validate({"student": {"model": str(student)}}), run, "sft")
+    assert Path(found["lora"]) == run.path("export/sft-lora.gguf")
+    assert sorted(path.name for path in run.path("export").iterdir()) == ["sft-lora.gguf", "sft-lora.md"]
+    assert found["adapter_share"] == pytest.approx(1, abs=0.01)
     ids = [1, 300, 301, 302, 50, 60]
+    with Engine(gguf, parallel=1, context=256, exact=True) as engine:
+        plain = engine.log_probabilities(ids)
     with Engine(gguf, parallel=1, context=256, exact=True) as applied:
         api, context = applied.scheduler.api, applied.scheduler.context
-        loaded = api.llama_adapter_lora_init(api.llama_get_model(context), bytes(lora))
+        loaded = api.llama_adapter_lora_init(api.llama_get_model(context), found["lora"].encode())
         assert loaded
         loras = (api.llama_adapter_lora_p_ctypes * 1)(loaded)
         api.llama_set_adapters_lora(context, loras, 1, (ctypes.c_float * 1)(1.0))
-        found = applied.log_probabilities(ids)
-    with Engine(merged, parallel=1, context=256, exact=True) as whole:
-        assert np.abs(found - whole.log_probabilities(ids)).max() < 0.01  # the LoRA is in float16
-    with Engine(gguf, parallel=1, context=256, exact=True) as plain:
-        assert np.abs(found - plain.log_probabilities(ids)).max() > 0.1
+        beside = applied.log_probabilities(ids)
+    with torch.inference_mode():
+        wanted = trained(torch.tensor([ids])).logits[0].log_softmax(-1).numpy()
+    assert np.abs(beside - wanted).max() < 0.02  # the LoRA is in float16
+    assert np.abs(plain - wanted).max() > 0.1
+
+
+def test_adapter_gguf_that_is_another_model_is_not_exported(student, converter, run, monkeypatch):
+    """As it comes from llama.cpp's converter, which does not know of rank-stabilized scales."""
+    settings = {"r": 16, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]}
+    random_adapter(student, run.path("sft/adapter"), std=0.05, **settings)
+    as_it_is = lambda self, folder: shutil.copytree(self.folder, folder)  # noqa: E731
+    monkeypatch.setattr(Adapter, "write_plain", as_it_is)
+    with pytest.raises(
+        ScliteError, match=r"^sft-lora.gguf does not match the trained model: .*% of the adap"
+    ) as error:
+        export_lora(Config.model_validate({"student": {"model": str(student)}}), run, "sft")
+    assert "--format gguf" in error.value.hint
+    assert list(run.path("export").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"modules_to_save": ["norm"]}, r"its own model\..*norm\.weight, which a LoRA file cannot hold"),
+        ({"alpha_pattern": {"q_proj": 40}}, "its own alpha_pattern"),
+        ({"rank_pattern": {"q_proj": 4}, "use_rslora": True}, "its own rank_pattern"),
+    ],
+    ids=["saved", "alpha", "rank"],
+)
+def test_adapter_that_a_lora_file_cannot_hold_is_refused(student, run, settings, reason):
+    random_adapter(student, run.path("sft/adapter"), r=2, target_modules=["q_proj"], **settings)
+    with pytest.raises(DataError, match=reason) as error:
+        export_lora(Config.model_validate({"student": {"model": str(student)}}), run, "sft")
+    assert "--format gguf" in error.value.hint
+    assert list(run.path("export").iterdir()) == []
 
 
 def test_missing_converter_is_a_network_error_with_instructions(student, tmp_path, monkeypatch):
@@ -202,6 +246,32 @@ def test_converter_failure_reports_the_reason_and_leaves_no_file(student, tmp_pa
     assert not (tmp_path / "out.gguf").exists()
 
 
+FULL_DISK = """
+import sys
+print("OSError: [Errno 28] No space left on device", file=sys.stderr)
+sys.exit("\\rWriting:  64%|######3   | 4.61M/7.23M [00:00<00:00, 211Mbyte/s]")
+"""
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_disk_that_fills_up_during_the_conversion_is_named(request, student, tmp_path, real):
+    """The converter's progress bar ends after the error."""
+    (tmp_path / conversion.SCRIPT).write_text(FULL_DISK)
+    source = request.getfixturevalue("converter") if real else tmp_path
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # a write beyond the limit fails, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))
+    try:
+        with pytest.raises(
+            ScliteError, match=r"cannot write .*out\.gguf: OSError: .*(No space|and .* written)"
+        ) as error:
+            conversion.run_converter(source, student, tmp_path / "out.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (error.value.code, error.value.hint) == (FAILED, "free some disk space")
+    assert not list(tmp_path.glob("out*"))
+
+
 @pytest.mark.parametrize("name", ["q8_0", "q4_k_m", "q6_k", "q4_0", "q2_k", "iq4_xs", "bf16"])
 def test_quantized_file_is_smaller_and_runs(gguf, tmp_path, name):
     out = tmp_path / "small.gguf"
@@ -212,6 +282,21 @@ def test_quantized_file_is_smaller_and_runs(gguf, tmp_path, name):
         (reply,) = engine.generate([Request(CHAT, max_tokens=3)])
     assert reply.tokens == 3
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_type_with_blocks_of_32_has_no_fallback(tmp_path):
+    """Rows of 64 values: K-quants fall back for every matrix, iq4_nl for none."""
+    write_tokenizer(tmp_path / "narrow", sample_texts(), vocab_size=512)
+    shape = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+    shape.num_attention_heads = shape.num_key_value_heads = 2
+    LlamaForCausalLM(shape).save_pretrained(tmp_path / "narrow")
+    full = tiny_gguf(tmp_path / "narrow", tmp_path / "full.gguf")
+    odd, others = quantize(full, tmp_path / "small.gguf", "q4_k_m")
+    assert odd > 6
+    assert "q5_0" in others.split(", ")
+    odd, others = quantize(full, tmp_path / "small.gguf", "iq4_nl")
+    assert "iq4_nl" not in others.split(", ")
+    assert odd < 3
 
 
 def test_file_that_has_the_type_is_copied_and_an_unknown_type_is_an_error(gguf, tmp_path):

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -167,8 +168,9 @@ def test_merged_folder_and_data_are_pushed_with_their_cards(sclite, student, hub
     assert "set export.license" in ended.err
     model = hub.repos["models/me/x"]
     merged = {p.name: p.read_bytes() for p in run.path("export/base-merged").iterdir()}
-    assert "merged_from.json" in merged  # it holds local paths
-    assert model["files"] == {name: data for name, data in merged.items() if name != "merged_from.json"}
+    assert model["files"] == merged
+    written = [name for name in merged if name != "tokenizer.model"]  # which SentencePiece wrote
+    assert not [name for name in written if str(student).encode() in merged[name]]  # no local paths
     assert not model["private"]
     assert b"library_name: transformers" in model["files"]["README.md"]
     assert b"vllm serve me/x" in model["files"]["README.md"]
@@ -180,15 +182,22 @@ def test_merged_folder_and_data_are_pushed_with_their_cards(sclite, student, hub
     assert sorted(data["files"]) == ["README.md", "dataset_info.json", "templates.jsonl"]
 
 
-def test_pushed_adapter_has_a_card_that_names_its_base(sclite, student, hub, monkeypatch):
-    monkeypatch.setattr("sclite.export.model.converter", lambda: None)
-    monkeypatch.setattr("sclite.export.model.run_script", lambda *given: given[3].write_bytes(b"GGUF"))
-    random_adapter(student, Run("runs/default").path("sft/adapter"), r=2, target_modules=["q_proj"])
+def test_pushed_adapter_has_a_card_that_names_its_base(sclite, student, hub, converter):
+    folder = Run("runs/default").path("export")
+    random_adapter(student, Run("runs/default").path("sft/adapter"), std=0.05, r=2, target_modules=["q_proj"])
     options = ("--push", "me/adder", "--set", f"student.model={student}")
-    assert sclite("export", "--format", "lora", *options).code == DONE
+    ended = sclite("export", "--format", "lora", *options)
+    assert (ended.code, ended.error) == (DONE, "")
+    assert re.search(
+        "^Checked .*: beside its base in 16 bits; same next token: 100.0% .KL 0.000", ended.out, re.M
+    )
     files, command = hub.repos["models/me/adder"]["files"], "llama-server -m BASE.gguf --lora sft-lora.gguf"
-    assert (sorted(files), files["sft-lora.gguf"]) == (["README.md", "sft-lora.gguf"], b"GGUF")
-    assert f"{command}  # BASE: {student.name}" in files["README.md"].decode()
+    exported = {"README.md": "sft-lora.md", "sft-lora.gguf": "sft-lora.gguf"}
+    assert files == {name: (folder / path).read_bytes() for name, path in exported.items()}
+    card = files["README.md"].decode()
+    assert f"{command}  # BASE: {student.name}" in card
+    assert "The chat template is that of BASE.gguf" in card
+    assert "one of training" not in card
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,10 @@ from sclite.config import Config
 from sclite.errors import DATA, FAILED, DataError, ScliteError
 from sclite.export import model as export
 from sclite.export import ollama, parity
+from sclite.export.cards import build_model_card
 from sclite.export.gguf import run_converter
 from sclite.export.merge import BaseWeights
+from sclite.export.samples import Sample, split_samples
 from sclite.records import Template
 from sclite.run import Report, Run
 from sclite.student.llama_cpp.engine import Engine
@@ -379,35 +381,78 @@ def test_type_below_five_bits_gets_an_importance_matrix_from_the_run(base, run):
         for imatrix in (None, False)
     )
     assert (with_it["importance"], without["importance"]) == (["q3_k_m"], [])
+    run.replace("templates.jsonl", templates[:8])
+    report = export.export_model(config_of(base, "q3_k_m,q8_0", imatrix=None), run, "sft")
+    assert report.figures["parity"]["importance"] == []
+    named = [each for each in report.figures["warnings"] if "importance matrix" in each]
+    assert named == [
+        "sft-q3_k_m.gguf: made without an importance matrix, since the run has too few rows to measure one"
+    ]
     assert with_it["files"]["sft-q3_k_m.gguf"]["kl"] < without["files"]["sft-q3_k_m.gguf"]["kl"]
 
 
-def test_disk_that_is_too_small_or_full_is_an_error_and_leaves_no_files(base, run, monkeypatch):
+def test_compared_samples_are_spread_over_all_and_not_those_of_the_importance_matrix():
+    rows = [Sample((), [f"{kind} {n}"]) for kind in ("template", "attempt", "review") for n in range(30)]
+    held_out, rest = split_samples([*rows[:2], *rows])
+    assert held_out[:2] == rows[:2]
+    assert sorted(held_out[2:] + rest) == sorted(rows)
+    assert 6 <= len(held_out[2:]) <= 8
+    for part in (held_out[2:5], rest[:9]):  # a large vocabulary leaves memory for the first ones only
+        assert {sample.pieces[0].split()[0] for sample in part} == {"template", "attempt", "review"}
+    assert split_samples(rows[:10]) == (rows[:2] + [rows[n] for n in (2, 5, 8, 3, 6, 9, 4, 7)], [])
+
+
+@pytest.mark.parametrize(
+    ("function", "size"), [("export_model", "6 MB"), ("export_merged", "3 MB"), ("export_lora", "6 MB")]
+)
+def test_disk_that_is_too_small_or_full_is_an_error_and_leaves_no_files(
+    base, run, monkeypatch, function, size
+):
+    write = getattr(export, function)
     with monkeypatch.context() as small:
         small.setattr(export.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
         small.setattr(export, "merge", None)
-        with pytest.raises(ScliteError, match=r"needs about 6 MB of disk space .* 1 MB are free"):
-            export.export_model(config_of(base), run, "sft")
+        with pytest.raises(ScliteError, match=rf"needs about {size} of disk space .* 1 MB are free"):
+            write(config_of(base), run, "sft")
+    monkeypatch.setattr(export, "converter", lambda: None)
+    monkeypatch.setattr(export, "run_script", lambda *given: None)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     # a write beyond the limit fails, as on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
         with pytest.raises(ScliteError, match="cannot be written") as error:
-            export.export_model(config_of(base), run, "sft")
+            write(config_of(base), run, "sft")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "disk space" in error.value.hint
     assert list(run.path("export").iterdir()) == []
 
 
-def test_bounds_come_from_the_configuration(base, run):
+def test_bounds_come_from_the_configuration_also_after_the_export(base, run):
     config = config_of(base, max_kl='{"q8_0": 1e-9}')
     assert config.export.max_kl["q4"] == Config().export.max_kl["q4"]
-    with pytest.raises(ScliteError, match=r"sft-q8_0.gguf has a KL divergence of .* \(at most 1e-09\)"):
+    export.export_model(config_of(base), run, "sft")
+    ollama.write_modelfile(run, config, "sft")
+    message = r"sft-q8_0.gguf has a KL divergence of .* \(at most 1e-09\)"
+    with pytest.raises(ScliteError, match=message):
         export.export_model(config, run, "sft")
+    assert export.export_model(config_of(base), run, "sft").skipped
+    run.path("export/sft-q8_0.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ScliteError, match=message):
+        export.export_model(config, run, "sft")
+    assert [path.name for path in run.path("export").iterdir()] == ["parity.json"]
 
 
-def test_merged_folder_is_what_was_trained(base, run):
+def test_export_that_fails_leaves_no_comparison_of_an_earlier_one(base, run):
+    export.export_model(config_of(base), run, "sft")
+    path = run.path("sft/adapter/adapter_model.safetensors")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DataError, match="is damaged"):
+        export.export_model(config_of(base), run, "sft")
+    assert not run.path("export/parity.json").exists()
+
+
+def test_merged_folder_is_what_was_trained(base, run, monkeypatch):
     found, folder = export.export_merged(config_of(base), run, "sft"), run.path("export/sft-merged")
     assert found["merged"] == str(folder)
     assert found["chats_equal"] == found["chats_compared"] == 2
@@ -419,6 +464,11 @@ def test_merged_folder_is_what_was_trained(base, run):
     trained = PeftModel.from_pretrained(before, run.path("sft/adapter"))
     with torch.inference_mode():
         assert torch.allclose(trained(ids).logits, merged(ids).logits, atol=0.02)
+    removed, remove = [], shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **named: (removed.append(path), remove(path, **named)))
+    export.export_merged(config_of(base), run, "sft")  # again, which removes no files at their final place
+    assert folder not in removed
+    assert [path.name for path in run.path("export").iterdir()] == ["sft-merged"]
     template = AutoTokenizer.from_pretrained(folder).chat_template
     assert '"<|im_start|>user\\n"' in template
     assert "message['role'] + " not in template
@@ -477,7 +527,14 @@ def test_model_card_has_base_files_and_evaluation_and_another_base_a_warning(bas
     run.sign("sft", {}, Report("sft", counts={"rows": 12}))
     report = export.export_model(config, run, "sft")
     assert ollama.write_modelfile(run, config, "sft")[1] == report.figures["warnings"]
-    assert "Not evaluated" in run.path("export/README.md").read_text()
+    text = run.path("export/README.md").read_text()
+    assert "Not evaluated" in text
+    assert "\nsclite serve --model sft-q8_0.gguf\n" in text
+    assert "The chat template is the one of training" in text
+    keeping = Config.model_validate(config.model_dump() | {"export": {"keep_template": True}})
+    own = build_model_card(keeping, run, "sft", "gguf", report.figures)
+    assert f"The chat template is that of {base.name}, unchanged" in own
+    assert "one of training" not in own
     figures = {"n": 50, "acc_t1": 0.5, "acc_t1_interval": [0.4, 0.6], "acc_t2": None, "acc_t2_interval": None}
     run.path("eval/test").mkdir(parents=True)
     run.path("eval/damaged").mkdir()

@@ -8,7 +8,7 @@ import pytest
 
 from sclite import settings
 from sclite.data.problems import split_problems
-from sclite.errors import DONE, FAILED, NETWORK, DataError, ScliteError, UsageError
+from sclite.errors import DONE, FAILED, NETWORK, USAGE, DataError, ScliteError, UsageError
 from sclite.export.chat_format import derive_format
 from sclite.export.ollama import build_modelfile, create_model
 from sclite.records import Problem
@@ -60,11 +60,22 @@ def test_invalid_model_name_is_a_usage_error(name, tmp_path):
         create_model(name, tmp_path / "Modelfile")
 
 
-def test_missing_ollama_suggests_the_install_command(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "code", "message", "hint"),
+    [
+        ("-f", USAGE, "export.ollama = '-f' is not a valid model name", "my-model:v1"),
+        ("mine", FAILED, "ollama is not installed", "ollama.com/install"),
+    ],
+)
+def test_ollama_that_cannot_create_the_model_is_named_before_the_export(
+    sclite, student, tmp_path, monkeypatch, name, code, message, hint
+):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ScliteError, match="not installed") as error:
-        create_model("mine", tmp_path / "Modelfile")
-    assert "ollama.com/install" in error.value.hint
+    ended = sclite("export", f"--ollama={name}", "--set", f"student.model={student}")
+    assert ended.code == code
+    assert message in ended.error
+    assert hint in ended.hint
+    assert not Run("runs/default").path("export").exists()
 
 
 @pytest.fixture
