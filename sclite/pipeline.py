@@ -349,12 +349,16 @@ def report_plan(context: Context) -> None:
         message = f"{', '.join(misfits)} will not fit in GPU memory"
         raise DeviceError(message, "`sclite train --plan` shows settings that fit")
     if not context.run.is_imported("templates", "templates.jsonl"):
-        with context.display.wait("estimating the cost of templates"):
-            found = forecast(replace(context, dry=True, display=ProgressDisplay(quiet=True)))
-        cost = "unknown cost" if found["cost_usd"] is None else f"about ${found['cost_usd']:.2f}"
-        model = context.config.teacher.model
-        context.display.print(f"plan: {found['requests']:,} templates by {model}, {cost}")
+        dry = replace(context, dry=True, display=ProgressDisplay(quiet=True))
+        with context.display.wait("estimating the cost of the teacher"):
+            found, most = forecast(dry), len(unseen(dry)) * context.config.attempts.samples
+        # a correction is about as long as a template, and only wrong attempts get one
+        cost, each = found["cost_usd"], (found["cost_usd"] or 0.0) / max(1, found["requests"])
+        price = "unknown cost" if cost is None else f"about ${cost:.2f} and at most ${most * each:.2f}"
+        paid = f"{found['requests']:,} templates and at most {most:,} corrections by {context.config.teacher.model}"
+        context.display.print(f"plan: {paid}, {price}")
     needs = ", ".join(f"{name} {stage['total_gb']:.1f} GB" for name, stage in plan["stages"].items())
     where = "host RAM" if plan["gpu"] is None else f"of {plan['gpu']['free_gb']:.0f} GB GPU memory"
     hours = "unknown until the first steps" if plan["hours"] is None else f"about {plan['hours']:.1f} h"
-    context.display.print(f"plan: training needs {needs} ({where}); time {hours}")
+    disk = f"about {plan['disk_gb']['total']:.1f} GB of disk"
+    context.display.print(f"plan: training needs {needs} ({where}) and {disk}; time {hours}")

@@ -155,6 +155,27 @@ def test_a_gguf_gives_attempts_and_its_own_corrections_of_them(run, gguf):
     assert (run.read("attempts.jsonl", Attempt), run.read("pairs.jsonl", Pair)) == (attempts, pairs)
 
 
+def test_plan_of_a_run_has_the_cost_of_templates_and_corrections(run, folder, capsys):
+    problems(300)
+    own = {
+        "teacher.price": "[10, 20]",
+        "attempts.samples": 3,
+        "student.model": folder,
+        "student.backend": "plain",
+    }
+    context = world_of(run, "http://127.0.0.1:9/v1", **own)
+    context.display = ProgressDisplay()
+    pipeline.report_plan(context)
+    planned = re.search(
+        r"plan: (\d+) templates and at most (\d+) corrections by openai/teacher, about \$(\S+) and at most \$(\S+)\n",
+        capsys.readouterr().err,
+    )
+    split = pipeline.divided_problems(context)
+    templates, corrections = len(split.sft) + len(split.stage2), 3 * len(split.stage2)
+    assert (int(planned[1]), int(planned[2])) == (templates, corrections)
+    assert float(planned[4]) / float(planned[3]) == pytest.approx(corrections / templates, abs=0.02)
+
+
 def test_a_missing_gguf_is_named(run):
     problems(4)
     context = world_of(run, "http://127.0.0.1:9/v1", **{"attempts.student": "none.gguf"})
