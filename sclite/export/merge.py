@@ -206,7 +206,9 @@ class Adapter:
             )
         if settings.get("use_rslora"):  # see `apply`
             alpha *= math.sqrt(settings["r"])
-        shutil.copytree(self.folder, folder)
+        folder.mkdir()
+        path = self.folder / "adapter_model.safetensors"
+        (folder / path.name).symlink_to(path.resolve())
         text = json.dumps({"peft_type": "LORA", "lora_alpha": alpha})
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -274,7 +275,8 @@ def export_lora(config: Config, run: Run, name: str) -> dict[str, Any]:
         arguments = [str(work / "plain"), "--base", str(settings), "--outtype", "f16"]
         run_script(converter(), "convert_lora_to_gguf.py", arguments, made, f"the adapter in {adapter}")
         # without the record of what it was trained on: beside a GGUF it is not used on NF4 weights
-        shutil.copytree(adapter, work / "adapter", ignore=shutil.ignore_patterns(RECORD_OF_ORIGIN))
+        ignored = shutil.ignore_patterns(RECORD_OF_ORIGIN)
+        shutil.copytree(adapter.resolve(), work / "adapter", ignore=ignored, copy_function=os.symlink)
         merged = merge(student.base, None, work / "merged", outtype="f16")
         base = convert_model(merged, work / "base.gguf", outtype="f16")
         sequences, shortage, figures = student.held_out(read_samples(config, run)), student.ram_shortage(), {}

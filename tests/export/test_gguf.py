@@ -285,7 +285,7 @@ def test_quantized_file_is_smaller_and_runs(gguf, tmp_path, name):
 
 
 def test_type_with_blocks_of_32_has_no_fallback(tmp_path):
-    """Rows of 64 values: K-quants fall back for every matrix, iq4_nl for none."""
+    """Of rows of 64 values: iq4_nl takes them as they are, and only its larger types fall back."""
     write_tokenizer(tmp_path / "narrow", sample_texts(), vocab_size=512)
     shape = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     shape.num_attention_heads = shape.num_key_value_heads = 2
