@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from sclite.export.gguf_writer import write_gguf
 from sclite.student.base import Reply
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.loader import EMBEDDED_FOLDER
-from sclite.trace import parse
+from sclite.trace import Step, Trace, parse, render
 from tests.chat.scripted import CORRECTING, WRONG, Scripted
 from tests.toy import wait_until
 
@@ -207,6 +208,16 @@ def test_page_needs_no_network_and_other_host_names_are_refused(scripted):
         assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_host")
     for host in ("localhost", "LOCALHOST:8000", "[::1]:8000", "127.0.0.1"):
         assert httpx.get(f"{scripted[0]}/health", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs node")
+def test_page_shows_the_correction_that_a_step_has_of_its_own():
+    page = (ROOT / "sclite/chat/page.html").read_text()
+    code = page[page.index("function steps(") : page.index("function row(")]
+    steps = Step("2 + 2 = 5", "Count.", "Four.", "2 + 2 = 4"), Step("4 + 1 = 5")
+    text = json.dumps(render(Trace(steps, None, "5")))
+    shown = subprocess.check_output(["node", "-e", f"{code}\nconsole.log(JSON.stringify(steps({text})))"])
+    assert json.loads(shown) == [[1, "2 + 2 = 5", "Four.", "2 + 2 = 4"], [2, "4 + 1 = 5", None, None]]
 
 
 LONG = "word " * 600
