@@ -105,7 +105,7 @@ def evaluate(
                 if config.review.needs_fit and fitting >= MIN_PROBLEMS:
                     work += 0 if is_current(config, load_threshold(config, run, path), fitting) else fitting
                 texts, scores = (2 * number, 0) if config.review.mode == "free" else (work, work)
-                with Engine(path, context=config.eval.context) as engine:
+                with Engine(path, context=config.eval.context, unified=False) as engine:
                     student = Counted(engine, texts, scores, partial(advance, name, number))
                     figures[name] = evaluate_model(config, run, name, student, path, held_out, grader, judge)
                     if name in compared:

@@ -63,7 +63,7 @@ def fit_review_threshold(context: Context, problems: Sequence[Problem]) -> None:
         with (
             context.display.stage("threshold", text) as progress,
             Grader() as grader,
-            Engine(path, context=config.eval.context) if enough else nullcontext() as engine,
+            Engine(path, context=config.eval.context, unified=False) if enough else nullcontext() as engine,
         ):
 
             def count(solved: int, share: float, note: str) -> None:

@@ -116,10 +116,12 @@ class Chat:
         """The names of all commands."""
         return [name.removeprefix("do_") for name in vars(cls) if name.startswith("do_")]
 
-    def last(self) -> Answer:
-        """The last answer. Raises UsageError if there is none."""
+    def last(self, complete: bool = False) -> Answer:
+        """The last answer. Raises UsageError if there is none, or it must be `complete` and was stopped."""
         if not self.answers:
             raise UsageError("there is no answer yet", "ask a question first")
+        if complete and self.answers[-1].first.finish == "cancelled":
+            raise UsageError("the last answer was stopped", "/retry answers the question again")
         return self.answers[-1]
 
     # -- commands --------------------------------------------------------------------------------------------------
@@ -224,7 +226,7 @@ class Chat:
 
     def do_why(self, _: str) -> None:
         """the probability of an error of each step"""
-        answer = self.last()
+        answer = self.last(complete=True)
         review = answer.review
         if review is None or not review.scores:
             hint = "/set mode guided, then /retry" if self.context else "only the steps of a GGUF have scores"
@@ -273,9 +275,7 @@ class Chat:
 
     def judge(self, good: bool) -> None:
         """Add the last answer and a verdict on it to the feedback of the run."""
-        answer = self.last()
-        if answer.first.finish == "cancelled":
-            raise UsageError("the last answer was stopped", "/retry, then judge the answer")
+        answer = self.last(complete=True)
         row = Feedback(
             question=answer.asked or answer.question,
             attempt=answer.first.text,

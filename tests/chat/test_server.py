@@ -117,6 +117,18 @@ def test_streamed_reply_has_the_same_text_and_the_reasoning_first(scripted):
     assert cost["seconds"] >= cost["review_seconds"] >= 0
 
 
+def test_litellm_reads_reasoning_and_answer(scripted, monkeypatch):
+    monkeypatch.setenv("LITELLM_MODE", "PRODUCTION")  # or it reads .env
+    import litellm
+
+    asked = {"model": "openai/tom", "api_base": f"{scripted[0]}/v1", "api_key": "none", "messages": ASK}
+    message = litellm.completion(**asked).choices[0].message
+    deltas = [chunk.choices[0].delta for chunk in litellm.completion(**asked, stream=True)]
+    for found in ([message], deltas):
+        assert "".join(part.content or "" for part in found) == CONTENT
+        assert "".join(getattr(part, "reasoning_content", None) or "" for part in found) == REASONING
+
+
 def test_conversation_is_held_by_the_last_question_and_raw_gets_all_of_it(scripted):
     url, service = scripted
     talk = [*ASK, {"role": "assistant", "content": "7"}, {"role": "user", "content": "And with 9?"}]
@@ -288,10 +300,11 @@ JSON = st.recursive(
 FIELDS = sorted(Completion.model_fields)
 
 
-def test_no_body_is_an_internal_error(scripted):
+@pytest.mark.parametrize("examples", [150, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_no_body_is_an_internal_error(scripted, examples):
     with httpx.Client(timeout=60) as http:
 
-        @settings(max_examples=150, deadline=None, database=None)
+        @settings(max_examples=examples, deadline=None, database=None)
         @given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
         def check(change):
             body = json.dumps({"model": "tom", "messages": ASK} | change)
@@ -392,11 +405,34 @@ def test_no_reply_is_lost_or_mixed_up():
         wait_until(lambda: service.active == 0)
 
 
-def test_sigterm_finishes_what_is_in_flight(gguf):
+@pytest.mark.slow
+def test_500_requests_of_16_clients_to_a_real_model(raw, engine):
+    """A tenth leave. The number of tokens of a prompt says whose reply it is: texts are not the same in every batch."""
+    url, service = raw
+    body = {"model": "base:raw", "temperature": 1.5, "max_tokens": 40}
+    talks = [[{"role": "user", "content": "How many? " + "1 + " * (n % 60)}] for n in range(500)]
+    with ThreadPoolExecutor(16) as pool, httpx.Client(base_url=url, timeout=300) as http:
+
+        def ask(number: int) -> int | None:
+            asked = body | {"messages": talks[number], "seed": number}
+            if number % 10 == 0:  # leaves
+                with http.stream("POST", "/v1/chat/completions", json=asked | {"stream": True}) as reply:
+                    next(reply.iter_lines())
+                return None
+            return http.post("/v1/chat/completions", json=asked).json()["usage"]["prompt_tokens"]
+
+        lengths = [len(engine.chat_ids(talk)) if n % 10 else None for n, talk in enumerate(talks)]
+        assert list(pool.map(ask, range(500))) == lengths
+    wait_until(lambda: service.active == 0 and not engine.scheduler.active)
+
+
+@pytest.mark.parametrize("clients", [1, pytest.param(16, marks=pytest.mark.slow)])
+def test_sigterm_finishes_what_is_in_flight(gguf, clients):
     options = ("--model", gguf, "--port", "0", "--parallel", "2", "--json")
     command = [sys.executable, "-m", "sclite", "serve", *options]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    begun, signalled = threading.Event(), threading.Event()
     try:
         served = json.loads(process.stdout.readline())
         assert (served["model"], served["file"]) == ("base", str(gguf))
@@ -404,12 +440,24 @@ def test_sigterm_finishes_what_is_in_flight(gguf):
         url = served["url"].removesuffix("/v1")
         body = {"model": "base:raw", "messages": ASK, "stream": True}
         body |= {"temperature": 1.9, "max_tokens": 300, "n": 2}
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as reply:
-            lines = reply.iter_lines()
-            next(lines)
+
+        def ask(_: int) -> list[str]:
+            with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=300) as reply:
+                lines = reply.iter_lines()
+                next(lines)
+                begun.set()
+                signalled.wait()
+                return list(lines)
+
+        with ThreadPoolExecutor(clients) as pool:
+            replies = pool.map(ask, range(clients))
+            if clients > 1:  # all must have arrived; those that wait are answered, too
+                active = 2 * clients
+                wait_until(lambda: httpx.get(f"{url}/health").json()["active"] == active)
+            begun.wait()
             process.send_signal(signal.SIGTERM)
-            rest = list(lines)
-        assert rest[-2:] == ["data: [DONE]", ""]
+            signalled.set()
+            assert [rest[-2:] for rest in replies] == [["data: [DONE]", ""]] * clients
         assert process.wait(timeout=60) == 0
     finally:
         process.kill()

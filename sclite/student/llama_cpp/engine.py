@@ -79,8 +79,8 @@ class Engine:
         or 4 for a model under 20M parameters on a CPU).
 
         With caches of their own, the same requests give the same texts in every run, and 32 sequences are twice as fast
-        on a CPU. If fewer than `OWN_CACHES` fit, all share one cache and wait while it is full. `unified` overrides the
-        choice.
+        on a CPU. If fewer than `OWN_CACHES` fit, all share one cache and wait while it is full; with `unified` False,
+        fewer are decoded at once, with True all share one cache.
         `exact`: float32 cache and no flash attention, for comparisons (errors of 1e-5 instead of 1e-2 nats; slower).
         Raises DataError (no such file, not a GGUF), DeviceError (not enough memory), UsageError.
         """
@@ -134,8 +134,8 @@ class Engine:
         fitting = affordable // self.context
         if parallel is None:
             parallel = 4 if count < SMALL and not self.offloaded else 32
-            if unified is None and OWN_CACHES <= fitting < parallel:
-                parallel = fitting
+            if unified is False or (unified is None and fitting >= OWN_CACHES):
+                parallel = max(1, min(parallel, fitting))
         self.parallel = parallel
         self.unified = parallel > fitting if unified is None else unified
         self.cells = parallel * self.context

@@ -301,6 +301,9 @@ def test_large_models_get_fewer_sequences_rather_than_a_shared_cache(gguf, monke
         with Engine(gguf, context=256, cache_gb=sequences * 524_288 / 1e9) as engine:
             chosen.append((engine.parallel, engine.unified))
     assert chosen == [(32, True), (8, False), (12, False), (32, False)]
+    for sequences, parallel in ((0.5, 1), (4.9, 4), (40, 32)):
+        with Engine(gguf, context=256, cache_gb=sequences * 524_288 / 1e9, unified=False) as engine:
+            assert (engine.parallel, engine.unified) == (parallel, False)
 
 
 def test_same_requests_give_the_same_texts_in_every_run(gguf):
