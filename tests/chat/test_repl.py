@@ -296,12 +296,8 @@ def test_saved_conversations_can_be_loaded(chat, tmp_path):
             chat.command(f"/load {wrong}")
     with pytest.raises(DataError, match="cannot be written"):
         chat.command(f"/save {tmp_path}")
-    for named, message in (
-        ("~nobody-here/x", "no such user"),
-        ("", "name one file"),
-        ("'x", "name one file"),
-    ):
-        with pytest.raises(UsageError, match=message):
+    for named in ("~nobody-here/x", "", "'x", "x y"):
+        with pytest.raises(UsageError, match="not the name of a file"):
             chat.command(f"/load {named}")
 
 
