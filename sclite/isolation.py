@@ -66,7 +66,10 @@ def run_isolated(
         return value
     output = log.read_bytes()[begin:].decode("utf-8", errors="replace").strip()
     if process.exitcode == 1 and output:  # Python's own exit code after an uncaught exception
-        raise ScliteError(output.splitlines()[-1].strip(), f"see the end of {log} for the traceback")
+        # the first line after the frames; what was printed may follow it
+        lines = output.rpartition("Traceback (most recent call last):")[2].strip("\n").splitlines()
+        error = next((line for line in lines if line[:1].strip()), lines[-1])
+        raise ScliteError(error.strip(), f"see the end of {log} for the traceback")
     hint = f"see the end of {log}; code -9 means that the system ran out of memory. Re-run to resume"
     raise DeviceError(f"the worker process exited unexpectedly (code {process.exitcode})", hint)
 
