@@ -81,32 +81,15 @@ def for_chat(
 ) -> tuple[Path, float | None, str]:
     """(GGUF, review threshold, why review is off or "") for chat.
 
-    The file is `model`, or that of the run's last trained student, which is exported if the run has an adapter but no GGUF
-    yet. If the newest file has no threshold, takes the largest one in another quantization that has one. `self_correct`: True
-    insists on a threshold; None takes what is there. Raises DataError without a file, or without the threshold.
+    Exports the last trained student if the run has an adapter but no GGUF yet. If the newest file has no threshold, takes the
+    largest one in another quantization that has one. `self_correct`: True insists, and raises DataError if no threshold was
+    fitted; None takes what is there.
     """
-    folder, path, review = context.run.path("export"), model, context.config.review
-    if model is not None and not model.is_file():
-        hint = "give the path of a GGUF file; `sclite chat` also takes a LiteLLM model"
-        raise DataError(f"{model} does not exist", hint)
-    if model is not None:
-        with open(model, "rb") as file:
-            if file.read(4) != b"GGUF":
-                raise DataError(f"{model} is not a GGUF file", "give a file that `sclite export` wrote")
-    else:
-        made = [path for path in folder.glob("*.gguf") if not path.name.endswith(ADAPTER)]
-        if not made and context.students() != ["base"]:
-            with context.run.lock():
-                made = [Path(report.figures["gguf"]) for report in export(context)]
-        # the configured quantization of the last student that was exported, else its newest file
-        for name in STUDENTS:
-            own = [each for each in made if each.name.startswith(f"{name}-")]
-            chosen = gguf_path(context.run, name, context.config)
-            newest = max(own, key=lambda each: each.stat().st_mtime, default=path)
-            path = chosen if chosen in own else newest
-    if path is None:
-        hint = "run `sclite train` first, or `sclite quickstart` for the bundled student"
-        raise DataError(f"{folder} holds no GGUF", hint)
+    made = (path for path in context.run.path("export").glob("*.gguf") if not path.name.endswith(ADAPTER))
+    if model is None and context.students() != ["base"] and not any(made):
+        with context.run.lock():
+            export(context)
+    path, review = find_gguf(context, model), context.config.review
     if self_correct is False:
         return path, None, REVIEW_OFF
     if review.mode == "guided" and review.rounds == 0:
@@ -115,7 +98,7 @@ def for_chat(
         return path, review.threshold, ""
     fitted = load_threshold(context.config, context.run, path)
     student = path.name.partition("-")[0]
-    others = folder.glob(f"{student}-*.gguf") if fitted is None and model is None else ()
+    others = path.parent.glob(f"{student}-*.gguf") if fitted is None and model is None else ()
     for other in sorted(others, key=lambda other: -other.stat().st_size):
         if fitted := load_threshold(context.config, context.run, other):
             context.display.print(f"{path.name} has no fitted review threshold: using {other.name}")
@@ -129,3 +112,24 @@ def for_chat(
     if self_correct:
         raise DataError(reason, hint)
     return path, None, f"review is off: {reason}; {hint}"
+
+
+def find_gguf(context: Context, model: Path | None) -> Path:
+    """The GGUF to chat with: the one given, or the run's last trained student. Raises DataError if there is none."""
+    if model is not None:
+        if not model.is_file():
+            hint = "give the path of a GGUF file; `sclite chat` also takes a LiteLLM model"
+            raise DataError(f"{model} does not exist", hint)
+        with open(model, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise DataError(f"{model} is not a GGUF file", "give a file that `sclite export` wrote")
+        return model
+    for name in reversed(STUDENTS):
+        chosen = gguf_path(context.run, name, context.config)
+        others = chosen.parent.glob(f"{name}-*.gguf") if not chosen.is_file() else ()
+        made = [path for path in others if not path.name.endswith(ADAPTER)]
+        path = max(made, key=lambda path: path.stat().st_mtime, default=chosen)
+        if path.is_file():
+            return path
+    hint = "run `sclite train` first, or `sclite quickstart` for the bundled student"
+    raise DataError(f"{context.run.path('export')} holds no GGUF", hint)

@@ -24,14 +24,9 @@ from sclite.settings import NOT_SAVED, RUN_FILE
 R = TypeVar("R", bound=Row)
 LOCK = ".lock"
 LEDGER = frozenset(f"ledger.sqlite{end}" for end in ("", "-wal", "-shm", "-journal"))
-NOT_OUTPUTS = (
-    LEDGER
-    | {RUN_FILE, LOCK, "problems.jsonl", "dropped.jsonl", "libraries.log"}
-    | {
-        "problems.json",
-        ".problems.json",
-    }
-)
+NOT_OUTPUTS = LEDGER | {
+    RUN_FILE, LOCK, "problems.jsonl", "problems.json", ".problems.json", "dropped.jsonl", "libraries.log",
+}  # fmt: skip
 """Files that a command writes to a run before any stage has produced something."""
 MADE_BY = {
     "problems.jsonl": ("problems", "build-data"),

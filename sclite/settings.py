@@ -73,7 +73,9 @@ def load(
     for section in tree.keys() & {"problems", "eval"}:
         given = (layer.get(section) for layer in layers)
         sources = [part["source"] for part in given if isinstance(part, Mapping) and part.get("source")]
-        if sources and sources[-1] != tree[section].get("source"):
+        known = tree[section].get("source")
+        # absolute, since a file has several names; as text, since a value of another type is refused below
+        if sources and known and Path(str(sources[-1])).absolute() != Path(str(known)).absolute():
             tree[section] = {k: v for k, v in tree[section].items() if k not in OF_SOURCE}
     for layer in layers:
         _merge(tree, layer)

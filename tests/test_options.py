@@ -120,7 +120,7 @@ def test_columns_in_run_toml_are_those_of_its_own_source(tmp_path):
     def problems(*given):
         return load(None, [f"run={tmp_path}", *given], {}, own_file=False).problems
 
-    for given in ((), ("problems.source=a.csv",), ("problems.source=",)):
+    for given in ((), ("problems.source=a.csv",), ("problems.source=./a.csv",), ("problems.source=",)):
         assert (problems(*given).question_column, problems(*given).split) == ("query", "test")
     other = problems("problems.source=b.csv", "problems.answer_column=gold")
     assert (other.question_column, other.answer_column, other.split) == ("", "gold", "train")

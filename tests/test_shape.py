@@ -139,7 +139,7 @@ def test_help_waits_for_neither_pydantic_nor_rich():
 
 # -- size and names ------------------------------------------------------------------------------------------------
 
-MOST_LINES, LEAST_MEAN_LENGTH, MOST_CALLED_ONCE = 20_310, 15.2, 140
+MOST_LINES, LEAST_MEAN_LENGTH, MOST_CALLED_ONCE = 20_320, 15.2, 143
 PRIVATE_ELSEWHERE = {
     "export/test_datasets.py _prepare_dataset",  # of TRL
     "student/llama_cpp/test_engine.py _step",

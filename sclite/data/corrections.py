@@ -65,12 +65,14 @@ def write_corrections(
         wrong, drops = split_usable(attempts)
         jobs = correction_jobs(config, run, grader, wrong)
         reviews: list[Review] = []
+        paid = False
         results = teacher.ask_after_pilot(jobs, len(wrong), "corrections")
         by_job = {f"{attempt.id}/{attempt.sample}": attempt for attempt in wrong}
         for done, result in enumerate(results, 1):
             attempt = by_job[result.id]
-            if done == 1 and result.entry is not None:
+            if not paid and result.entry is not None:
                 run.write_json(begun, basis)
+                paid = True
             if result.rejection is not None:
                 drops.append(_drop(attempt, result.rejection.reason, result.rejection.text, result.raw))
             elif (made := result.made) is not None:

@@ -57,6 +57,25 @@ def _connect(path: Path | str, **options: Any) -> sqlite3.Connection:
     return database
 
 
+def _salvage(path: Path, why: str) -> None:
+    """Move a damaged ledger aside and copy its readable rows into a new one."""
+    damaged = path.with_name(f"{path.name}.damaged")
+    for end in ("-wal", "-shm", ""):
+        with suppress(FileNotFoundError):
+            path.with_name(path.name + end).rename(f"{damaged}{end}")
+    with closing(_connect(damaged)) as old, closing(_connect(path)) as new:
+        new.execute(_SCHEMA)
+        new.execute("BEGIN")
+        for order in ("ASC", "DESC"):  # up to the damage, from both ends
+            with suppress(*_READ_ERRORS):
+                for row in old.execute(f"SELECT * FROM requests ORDER BY key {order}"):
+                    new.execute(f"INSERT OR IGNORE INTO requests VALUES ({', '.join('?' * len(row))})", row)
+        new.commit()
+        kept = new.execute("SELECT COUNT(*) FROM requests").fetchone()[0]
+    text = f"{path} was damaged ({why}): recovered {kept} requests; the damaged file is now {damaged}"
+    console.note(f"[yellow]warning:[/] {console.escape(text)}")
+
+
 def _hint(error: Exception, path: Path) -> str:
     """How to fix a ledger that does not open: only a damaged one may be moved."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
@@ -89,8 +108,8 @@ class Ledger(AbstractContextManager["Ledger"]):
     """
 
     def __init__(self, path: Path | str):
-        self.path = path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._pending: list[tuple[str, tuple]] = []
         self._error: DataError | None = None
         self._writing = threading.Lock()
@@ -100,28 +119,11 @@ class Ledger(AbstractContextManager["Ledger"]):
             except sqlite3.DatabaseError as error:
                 if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_CORRUPT:
                     raise
-                # move the damaged file aside and copy its readable rows into a new one
                 self._database.close()
-                damaged = path.with_name(f"{path.name}.damaged")
-                for end in ("-wal", "-shm", ""):
-                    with suppress(FileNotFoundError):
-                        path.with_name(path.name + end).rename(f"{damaged}{end}")
-                with closing(_connect(damaged)) as old, closing(_connect(path)) as new:
-                    new.execute(_SCHEMA)
-                    new.execute("BEGIN")
-                    for order in ("ASC", "DESC"):  # up to the damage, from both ends
-                        with suppress(*_READ_ERRORS):
-                            for row in old.execute(f"SELECT * FROM requests ORDER BY key {order}"):
-                                places = ", ".join("?" * len(row))
-                                new.execute(f"INSERT OR IGNORE INTO requests VALUES ({places})", row)
-                    new.commit()
-                    kept = new.execute("SELECT COUNT(*) FROM requests").fetchone()[0]
-                recovered = f"recovered {kept} requests; the damaged file is now {damaged}"
-                text = f"{path} was damaged ({error}): {recovered}"
-                console.note(f"[yellow]warning:[/] {console.escape(text)}")
+                _salvage(self.path, str(error))
                 self._open()
         except _READ_ERRORS as error:
-            raise DataError(f"{path} cannot be opened: {error}", _hint(error, path)) from error
+            raise DataError(f"{self.path} cannot be opened: {error}", _hint(error, self.path)) from error
 
     def _open(self) -> None:
         database = self._database = _connect(self.path)

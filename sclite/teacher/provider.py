@@ -141,18 +141,8 @@ def import_litellm() -> ModuleType:
     return litellm
 
 
-def prepare_process(settings: config.Teacher) -> None:
-    """Check the address and the certificates, raise the limit on open files, and strip keys. Raises UsageError."""
-    try:
-        parts = urlsplit(settings.api_base)
-        http = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        valid = http or not settings.api_base
-    except ValueError:  # an invalid port
-        valid = False
-    if not valid:
-        shown = re.sub(r"^(\w+://)?.*@", r"\1", settings.api_base)  # without a password
-        why = f"the api_base {shown} of {settings.model} is not a valid URL"
-        raise UsageError(why, "write http://HOST:PORT/v1")
+def prepare_process(connections: int) -> None:
+    """Check the certificates, raise the limit on open files, and strip keys. Raises UsageError."""
     if path := os.environ.get("SSL_CERT_FILE"):
         try:
             ssl.create_default_context(cafile=path)
@@ -161,11 +151,11 @@ def prepare_process(settings: config.Teacher) -> None:
             hint = "fix the path, or unset SSL_CERT_FILE to use the system's certificates"
             raise UsageError(f"SSL_CERT_FILE={path} {why}", hint) from None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = settings.concurrency + _OTHER_FILES
+    needed = connections + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
             raise UsageError(
-                f"teacher.concurrency = {settings.concurrency} needs {needed} open files, and this system allows {hard}",
+                f"teacher.concurrency = {connections} needs {needed} open files, and this system allows {hard}",
                 f"lower it with --set teacher.concurrency={max(1, hard - _OTHER_FILES)}, or raise the limit (ulimit -Hn)",
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
@@ -185,7 +175,18 @@ def require_model(settings: config.Teacher) -> None:
 def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None) -> Provider:
     """Import LiteLLM and resolve the model; `prepare` is called between the two. UsageError if it cannot be called."""
     require_model(settings)
-    prepare_process(settings)
+    address = config.without_password(settings.api_base)
+    try:
+        parts = urlsplit(settings.api_base)
+        http = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        valid = http or not settings.api_base
+    except ValueError:  # an invalid port
+        valid = False
+    if not valid:
+        shown = re.sub(r"^(\w+://)?.*@", r"\1", settings.api_base)  # without a password
+        why = f"the api_base {shown} of {settings.model} is not a valid URL"
+        raise UsageError(why, "write http://HOST:PORT/v1")
+    prepare_process(settings.concurrency)
     litellm = import_litellm()
     if prepare is not None:
         prepare()
@@ -197,7 +198,6 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
         raise UsageError(message, hint) from None
     missing = litellm.validate_environment(settings.model)["missing_keys"]
     missing = [variable for variable in missing if variable.endswith("_API_KEY")]
-    address, parts = config.without_password(settings.api_base), urlsplit(settings.api_base)
     options: dict[str, Any] = {"api_base": address} if address else {}
     if address != settings.api_base:  # aiohttp refuses a password beside the SDK's own header
         login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
@@ -214,23 +214,7 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
         raise UsageError(message, hint)
     prices = litellm.model_cost
     listed = prices.get(settings.model) or prices.get(settings.model.partition("/")[2]) or {}
-    # the user's price, zero for a local server, else that of the list; None if the model is not listed
-    price, host = None, parts.hostname or ""
-    try:
-        local = ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost" or host.endswith(".localhost")
-    if settings.price is not None:
-        price = Price(*(dollars / 1e6 for dollars in settings.price))
-    elif local or (name in _LOCAL_PROVIDERS and not settings.api_base):
-        price = FREE
-    elif listed.get("input_cost_per_token") is not None:
-        tier = settings.extra.get("service_tier")
-        sides = (
-            [listed.get(key) or 0.0 for key in (f"{side}_cost_per_token", f"{side}_cost_per_token_{tier}")]
-            for side in ("input", "output")
-        )
-        price = Price(*map(max, sides))  # a bound: endpoints may serve another tier than was requested
+    price = find_price(settings, name, listed)
     if price is None and settings.max_cost is not None:
         raise UsageError(
             f"a spending limit is set, but the price of {settings.model} is unknown",
@@ -243,3 +227,24 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
         direct = find_client(litellm, settings, options.get("api_key"), by_list)
     most = listed.get("max_output_tokens") or math.inf
     return Provider(litellm, settings.model, options, key_variable, price, by_user, most, direct)
+
+
+def find_price(settings: config.Teacher, provider: str, listed: Mapping[str, Any]) -> Price | None:
+    """The user's price, zero for a local server, else that of LiteLLM's price list; None if the model is not listed."""
+    if settings.price is not None:
+        return Price(*(dollars / 1e6 for dollars in settings.price))
+    host = urlsplit(settings.api_base).hostname or ""
+    try:
+        local = ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost" or host.endswith(".localhost")
+    if local or (provider in _LOCAL_PROVIDERS and not settings.api_base):
+        return FREE
+    if listed.get("input_cost_per_token") is None:
+        return None
+    tier = settings.extra.get("service_tier")
+    prices = (
+        [listed.get(name) or 0.0 for name in (f"{side}_cost_per_token", f"{side}_cost_per_token_{tier}")]
+        for side in ("input", "output")
+    )
+    return Price(*map(max, prices))  # a bound: endpoints may serve another tier than was requested

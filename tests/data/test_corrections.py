@@ -119,6 +119,19 @@ def test_nothing_is_paid_for_twice_when_settings_change(run, grader):
         assert len(server.requests) == 7
 
 
+def test_stage_without_a_usable_reply_keeps_its_teacher_too(run, grader):
+    fill(run, wrong=2)
+
+    def answer(request, nth):
+        return fail(500, "down") if "w0: " in request["messages"][-1]["content"] else say("I do not know.")
+
+    with TeacherServer(answer) as server:
+        with pytest.raises(DataError, match="no wrong attempt could be corrected"):
+            build_with(server, run, grader, concurrency=1, repairs=0)
+        with pytest.raises(UsageError, match="temperature"):
+            build_with(server, run, grader, concurrency=1, repairs=0, temperature=0.5)
+
+
 def test_invalid_review_is_retried_with_the_reason_then_dropped(run, grader):
     fill(run, wrong=2)
     bad = GOOD.replace("<Answer>41", "<Answer>43")

@@ -42,9 +42,9 @@ def test_missing_certificates_are_reported_before_any_request(tmp_path, monkeypa
 
 def test_limit_on_open_files_is_raised_or_the_setting_reported():
     code = (
-        "import resource, sys; from sclite import config; from sclite.teacher.provider import prepare_process\n"
+        "import resource, sys; from sclite.teacher.provider import prepare_process\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (256, int(sys.argv[1])))\n"
-        "try: prepare_process(config.Teacher(concurrency=300))\n"
+        "try: prepare_process(300)\n"
         "except Exception as error: print(error.message, error.hint)\n"
         "else: print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n"
     )
