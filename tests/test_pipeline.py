@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sclite import exports, pipeline, prompts
+from sclite import exports, forecast, pipeline, prompts
 from sclite.context import Context
 from sclite.errors import DataError
 from sclite.progress import ProgressDisplay
@@ -165,7 +165,7 @@ def test_plan_of_a_run_has_the_cost_of_templates_and_corrections(run, folder, ca
     }
     context = world_of(run, "http://127.0.0.1:9/v1", **own)
     context.display = ProgressDisplay()
-    pipeline.report_plan(context)
+    forecast.report_plan(context)
     planned = re.search(
         r"plan: (\d+) templates and at most (\d+) corrections by openai/teacher, about \$(\S+) and at most \$(\S+)\n",
         capsys.readouterr().err,

@@ -40,7 +40,7 @@ def build_data(
 
     Corrections need a student after SFT, or attempts.student.
     """
-    from sclite import pipeline
+    from sclite import forecast, pipeline
     from sclite.inspect import summaries
 
     if only not in (None, "templates", "corrections"):
@@ -51,7 +51,7 @@ def build_data(
     if dry_run:
         context.dry = True
         with console.spinner("estimating"):
-            found = pipeline.forecast(context, only or "templates")
+            found = forecast.estimate_cost(context, only or "templates")
         request = found["first_request"]
         if common.json:
             console.print_json(found)
@@ -128,7 +128,7 @@ def run(
 
     Shows the plan first. Evaluates only if eval.source is set. Re-run to resume.
     """
-    from sclite import pipeline
+    from sclite import forecast, pipeline
     from sclite.inspect import summaries
     from sclite.student.loader import model_name, select_gpu
 
@@ -138,7 +138,7 @@ def run(
     pipeline.check_sources(context)
     with console.spinner("loading torch"):
         select_gpu(gpu)
-    pipeline.report_plan(context)
+    forecast.report_plan(context)
     context.ask_before_paying = not yes
     with context.run.recording(context.config):
         if pipeline.has_problems(context):

@@ -23,7 +23,7 @@ from sclite.trace import Trace, render
 
 NO_STEPS = "its answers have no steps"
 Judge = Callable[[str, Trace], int | None]
-"""(question, trace) -> the first wrong step (from 1), or None if all are right."""
+"""(question, trace) -> the first wrong step (from 1); 0 if all are right, None if that is unknown."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def review_answers(
     rows = []
     columns = first.problems, first.replies, first.parsed, first.correct, reviewed, second
     for problem, reply, parsed, correct, own, verdict in zip(*columns, strict=True):
-        true_step, known, work = None, False, parsed.work
-        if judge is not None and work.steps:
-            true_step, known = judge(problem.question, work), True
+        work = parsed.work
+        judged = judge(problem.question, work) if judge is not None and work.steps else None
+        true_step, known = judged or None, judged is not None
         labelled = range(1, (true_step or len(work.steps)) + 1) if known else ()
         rows.append(
             Outcome(
@@ -129,7 +129,7 @@ def evaluate_model(
     settings = [chosen, config.review.model_dump(), prompts_digest(config)]
     given = [[p.model_dump() for p in each] for each in (problems, held_out.fitting)]
     identity = version or run.file_digest(str(gguf.resolve()))
-    signature = digest([identity, settings, given])
+    signature = digest([identity, settings, given, judge is not None])
     stored = load_threshold(config, run, gguf) if fits else None
     kept = run.read_json(f"{folder}/{name}.json", dict[str, Any]) or {}
     same_fit = kept.get("off") == NO_STEPS or kept.get("fitted") == (stored and stored.model_dump())

@@ -18,8 +18,8 @@ from sclite.export.chat_format import derive_format, write_format
 from sclite.export.gguf import check_convertible, convert_model, converter, run_script
 from sclite.export.layers import check_merge
 from sclite.export.merge import Adapter, BaseWeights, copy_settings, merge
-from sclite.export.parity import Trained, format_size
 from sclite.export.quantize import estimate_bytes, measure_importance, quantization_type, quantize
+from sclite.export.reference import Trained, compute_references, format_size
 from sclite.export.samples import Sample, read_samples, solve_chats, split_samples
 from sclite.files import sync, write_text
 from sclite.run import Report, Run, timed
@@ -237,8 +237,8 @@ def export_merged(config: Config, run: Run, name: str) -> dict[str, Any]:
         equal = sum(merged.ids(sample) == student.ids(sample) for sample in samples)
         sequences, shortage = student.held_out(samples), student.ram_shortage()
         with suppress(DataError) if shortage else nullcontext():  # some models cannot be run layer by layer
-            wanted = parity.compute_references(student.base, adapter, sequences, bool(shortage))
-            found = parity.compute_references(folder, None, sequences, bool(shortage))
+            wanted = compute_references(student.base, adapter, sequences, bool(shortage))
+            found = compute_references(folder, None, sequences, bool(shortage))
             pairs = [(a.trained, b.trained) for a, b in zip(wanted, found, strict=True)]
             kl = float(np.mean([(np.exp(a) * (a - b)).sum(1).mean() for a, b in pairs]))
             same = float(np.mean([(a.argmax(1) == b.argmax(1)).mean() for a, b in pairs]))
@@ -281,7 +281,7 @@ def export_lora(config: Config, run: Run, name: str) -> dict[str, Any]:
         base = convert_model(merged, work / "base.gguf", outtype="f16")
         sequences, shortage, figures = student.held_out(read_samples(config, run)), student.ram_shortage(), {}
         with suppress(DataError) if shortage else nullcontext():  # some models cannot be run layer by layer
-            wanted = parity.compute_references(student.base, work / "adapter", sequences, bool(shortage))
+            wanted = compute_references(student.base, work / "adapter", sequences, bool(shortage))
             figures = parity.compare_probabilities(wanted, base, made)
         if figures and (faults := parity.find_inexact(figures)):
             hint = "nothing was exported; use `sclite export --format gguf`, which merges the adapter"

@@ -11,13 +11,11 @@ from sclite.evaluate.evaluate import HeldOut
 from sclite.evaluate.results import result_folder
 from sclite.progress import ProgressDisplay
 from sclite.quickstart import tutor
-from sclite.quickstart.grammar import solve
 from sclite.quickstart.problem_sets import problem_set
 from sclite.quickstart.tutor_provider import MODEL, register
 from sclite.records import Problem, from_feedback
 from sclite.run import Run
 from sclite.student.adapters import STUDENTS
-from sclite.trace import Trace
 
 STAGE = {"batch_size": 16, "per_device_train_batch_size": 8, "max_length": 1024, "eval_share": 0}
 DEFAULTS: Mapping[str, Any] = {
@@ -55,12 +53,6 @@ PLAN = {
 """Approximate duration of each stage in seconds, on two cores of a shared host; used only to estimate the time left."""
 
 
-def first_wrong_step(question: str, trace: Trace) -> int | None:
-    """The first wrong step of a trace according to the tutor; None if all are right."""
-    solution = solve(question)
-    return tutor.judge(solution, trace).step if solution else None
-
-
 def quickstart(config: Config, quiet: bool = False, fresh: bool = False) -> dict[str, Any]:
     """Run all stages that are not done; returns the summary of the evaluation.
 
@@ -88,4 +80,4 @@ def quickstart(config: Config, quiet: bool = False, fresh: bool = False) -> dict
         dataset=MODEL,
         folder=result_folder(run, MODEL, ["quickstart"], count, DEFAULTS["eval"]["limit"]),
     )
-    return evaluation.evaluate(context, STUDENTS, held_out, first_wrong_step)
+    return evaluation.evaluate(context, STUDENTS, held_out, tutor.first_wrong_step)

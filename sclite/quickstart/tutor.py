@@ -122,6 +122,12 @@ def why_wrong(left: int, sign: str, right: int, given: int) -> str:
 # -- corrections ---------------------------------------------------------------------------------------------------
 
 
+def first_wrong_step(question: str, work: Trace) -> int | None:
+    """The first wrong step (from 1); 0 if all are right, None for a problem that the tutor does not know."""
+    solution = solve(question)
+    return (judge(solution, work).step or 0) if solution else None
+
+
 def judge(solution: Solution, attempt: Trace) -> Judgement:
     """Find the first wrong step of an attempt. Steps may come in any order that the problem allows."""
     done: frozenset[int] = frozenset()

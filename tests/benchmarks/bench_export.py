@@ -27,7 +27,7 @@ SHAPE = {  # Qwen2.5-1.5B
     "eos_token_id": 2,
 }
 REFERENCE = """
-from sclite.export.parity import compute_references
+from sclite.export.reference import compute_references
 compute_references(base, adapter, [(list(range(4, 204)), 190), (list(range(9, 309)), 290)], layered={})"""
 STEPS = {
     "imports": "import torch, transformers, peft, safetensors.torch, llama_cpp, sclite.export.layers",

@@ -50,6 +50,19 @@ def test_disabled_review_has_a_reason(evaluate_student, text, fitting, asked, of
     assert len(student.requests) == count  # nothing has changed
 
 
+@pytest.mark.parametrize(("judged", "labels"), [(1, (True,)), (0, (False,)), (None, ())])
+def test_steps_are_labelled_as_they_are_judged(run, gguf, judged, labels):
+    held_out = HeldOut(PROBLEMS[:2], [], "", "", "eval/a")
+    student, grader = ScriptedStudent(STEP, odds=1.0), SameVerdict(False)
+    evaluate_model(Config(), run, "dpo", student, gguf, held_out, grader, lambda *_: judged)
+    for row in run.read("eval/a/dpo.jsonl", Outcome):
+        assert (row.true_known, row.true_step, row.step_labels) == (
+            judged is not None,
+            judged or None,
+            labels,
+        )
+
+
 def test_failed_calls_of_a_model_behind_an_api_are_made_again(run, grader):
     config = Config.model_validate({"review": {"mode": "free"}})
     student = ScriptedStudent(STEP, finishes=("error",))

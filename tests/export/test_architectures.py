@@ -12,7 +12,7 @@ from sclite.config import Config
 from sclite.errors import DataError
 from sclite.export import gguf as conversion
 from sclite.export import model as export
-from sclite.export import parity
+from sclite.export import parity, reference
 from sclite.export.layers import check_merge
 from sclite.export.merge import merge
 from sclite.export.tensors import Tensors
@@ -157,8 +157,8 @@ def test_f16_gguf_equals_transformers(family, variant, tokenizer, patched, tmp_p
     draw = np.random.default_rng(0)
     shapes = ((60, 9), (120, 1), (200, 1))
     sequences = [(draw.integers(4, 512, size).tolist(), start) for size, start in shapes]
-    references = parity.compute_references(base, tmp_path / "adapter", sequences)
-    layered = parity.compute_references(base, tmp_path / "adapter", sequences, layered=True)
+    references = reference.compute_references(base, tmp_path / "adapter", sequences)
+    layered = reference.compute_references(base, tmp_path / "adapter", sequences, layered=True)
     for one, other in zip(references, layered, strict=True):
         assert np.abs(one.trained - other.trained).max() < 1e-4
         assert np.abs(one.base - other.base).max() < 1e-4

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from sclite.config import Config
 from sclite.errors import FAILED, DataError, NetworkError, ScliteError, UsageError
 from sclite.export import gguf as conversion
-from sclite.export import parity
+from sclite.export import parity, reference
 from sclite.export.gguf_writer import write_gguf
 from sclite.export.merge import Adapter
 from sclite.export.model import export_lora
@@ -324,7 +324,7 @@ def test_parity_of_a_float32_file_is_exact(student, gguf):
     assert found["tokens_equal"] == found["tokens_compared"] == len(TRICKY) + 7
     assert found["differences"] == []
     sequences = [(tokenizer(text).input_ids, 1) for text in texts[2:]]
-    found = parity.compare_probabilities(parity.compute_references(student, None, sequences), gguf)
+    found = parity.compare_probabilities(reference.compute_references(student, None, sequences), gguf)
     assert json.loads(json.dumps(found)) == found
     assert found["positions"] > 200
     assert found["top1_agreement"] > 0.99

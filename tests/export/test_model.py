@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sclite.config import Config
 from sclite.errors import DATA, FAILED, DataError, ScliteError
 from sclite.export import model as export
-from sclite.export import ollama, parity
+from sclite.export import ollama, parity, reference
 from sclite.export.cards import build_model_card
 from sclite.export.gguf import run_converter
 from sclite.export.merge import BaseWeights
@@ -149,7 +149,7 @@ def test_wrong_weights_fail_the_export(base, run, monkeypatch, instead, failure,
         save_file(failure(load_file(path), before), path, metadata={"format": "pt"})
         return folder
 
-    monkeypatch.setattr(parity, "available_ram", lambda: ram)
+    monkeypatch.setattr(reference, "available_ram", lambda: ram)
     instead(
         "convert_model", lambda convert, folder, *given, **named: convert(damage(folder), *given, **named)
     )
@@ -499,7 +499,7 @@ def test_merged_folder_that_is_another_model_is_not_exported(
         fault(folder, base)
 
     instead("write_format", write_wrongly)
-    monkeypatch.setattr(parity, "available_ram", lambda: ram)
+    monkeypatch.setattr(reference, "available_ram", lambda: ram)
     with pytest.raises(ScliteError, match=rf"^sft-merged does not match the trained model: {message}"):
         export.export_merged(config_of(base, max_kl={"f16": 1e-5}), run, "sft")
     assert list(run.path("export").iterdir()) == []
@@ -515,7 +515,7 @@ def test_adapter_trained_in_nf4_is_merged_into_nf4_weights(base, run, tmp_path):
     assert len(kept["nf4"]) == 2 * 7
     figures = export.export_model(config_of(base, "f16"), run, "sft").figures["parity"]["unquantized"]
     (folder / "trained_on.json").write_text(json.dumps(kept | {"nf4": []}))
-    references = parity.compute_references(base, folder, [(list(range(300, 400)), 1)])
+    references = reference.compute_references(base, folder, [(list(range(300, 400)), 1)])
     sixteen = parity.compare_probabilities(references, run.path("export/sft-f16.gguf"))
     assert figures["mean_abs_logprob_diff"] < 0.004
     assert sixteen["mean_abs_logprob_diff"] > 10 * figures["mean_abs_logprob_diff"]
@@ -625,7 +625,7 @@ def test_foreign_tokenizer_fails_the_export(base, run, instead, tmp_path):
 def test_model_that_does_not_fit_in_memory_is_compared_layer_by_layer(base, run, monkeypatch):
     whole = export.export_model(config_of(base), run, "sft").figures["parity"]
     run.path("export/sft-q8_0.gguf").unlink()
-    monkeypatch.setattr(parity, "available_ram", lambda: 1_000_000)
+    monkeypatch.setattr(reference, "available_ram", lambda: 1_000_000)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     result = export.export_model(config_of(base), run, "sft").figures["parity"]
     reason = "7 MB of RAM needed for the whole model, 1 MB free"
@@ -641,8 +641,8 @@ def test_model_with_other_names_in_transformers_is_compared_in_tokens_and_tensor
     base, run, monkeypatch, instead
 ):
     find = BaseWeights(base).find
-    monkeypatch.setattr(parity, "available_ram", lambda: 1_000_000)
-    monkeypatch.setattr(parity, "load_layered", lambda *_: find("model.experts.weight", "transformers"))
+    monkeypatch.setattr(reference, "available_ram", lambda: 1_000_000)
+    monkeypatch.setattr(reference, "load_layered", lambda *_: find("model.experts.weight", "transformers"))
     result = export.export_model(config_of(base), run, "sft").figures["parity"]
     assert "1 MB free" in result["skipped"]
     assert "probabilities not compared" in parity.summarize(result)

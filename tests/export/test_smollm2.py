@@ -15,7 +15,7 @@ from sclite import prompts
 from sclite.config import Config
 from sclite.errors import FAILED, ScliteError
 from sclite.export import model as export
-from sclite.export import parity
+from sclite.export import parity, reference
 from sclite.run import Run
 from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine
@@ -95,7 +95,7 @@ def evaluate(base, run, answers, quant):
         texts = {reply.index: reply.text for reply in replies}
     expected = [tokenizer.decode(answer, skip_special_tokens=True) for _, _, answer in answers]
     same = sum(texts[number] == text for number, text in enumerate(expected))
-    references = parity.compute_references(
+    references = reference.compute_references(
         base, run.path("sft/adapter"), [(ids + answer, len(ids)) for _, ids, answer in answers]
     )
     figures = parity.compare_probabilities(references, path)

@@ -74,6 +74,18 @@ def test_missing_and_superfluous_steps_are_wrong():
 
 
 @pytest.mark.parametrize(
+    ("question", "text", "step"),
+    [
+        ("Mia has 48 apples. She buys 24 more. How many apples does Mia have now?", "48 + 24 = 73", 1),
+        ("Mia has 48 apples. She buys 24 more. How many apples does Mia have now?", "48 + 24 = 72", 0),
+        ("What is the capital of France?", "48 + 24 = 73", None),
+    ],
+)
+def test_first_wrong_step_is_unknown_for_other_problems(question, text, step):
+    assert tutor.first_wrong_step(question, Trace((Step(text),))) == step
+
+
+@pytest.mark.parametrize(
     ("text", "wrong"),
     [
         ("She has 48 + 24 = 72 apples", None),
