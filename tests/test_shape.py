@@ -141,7 +141,6 @@ def test_help_waits_for_neither_pydantic_nor_rich():
 
 MOST_LINES, LEAST_MEAN_LENGTH, MOST_CALLED_ONCE = 20_360, 15.2, 143
 PRIVATE_ELSEWHERE = {
-    "export/test_datasets.py _prepare_dataset",  # of TRL
     "student/llama_cpp/test_engine.py _step",
 }
 """Private names that another module may use."""

@@ -167,10 +167,10 @@ class Job:
                 check_tokenizer(tokenizer, read_config(name), name)
                 build_lesson = prepare(self, tokenizer)
                 micro_batch = choose_micro_batch(config, stage, self.longest)
-                loaded, tokenizer = load_student(config, stage, adapter, train=True)
+                loaded, _ = load_student(config, stage, adapter, train=True)
                 model = cast("PeftModel", loaded)
                 outcome = train_adapter(
-                    model, tokenizer, build_lesson(model, micro_batch), self.settings, checkpoints,
+                    model, build_lesson(model, micro_batch), self.settings, checkpoints,
                     run.path(f"{stage}/metrics.jsonl"), seed=config.seed, micro_batch=micro_batch,
                     progress=self.progress,
                 )  # fmt: skip
@@ -210,9 +210,9 @@ def quiet_libraries(student: Student | None = None) -> None:
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
         os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path.home() / ".cache/sclite/unsloth"))
         os.environ.setdefault("HF_HUB_ENABLE_HF_TRANSFER", "0")
-        # it patches transformers, trl and peft, so it has to be imported before them
+        # it patches transformers and peft, so it has to be imported before them
         importlib.import_module("unsloth")
-    for name in ("trl", "accelerate", "peft", "torch.distributed", "bitsandbytes"):
+    for name in ("accelerate", "peft", "torch.distributed", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     import datasets
     import transformers
@@ -221,4 +221,4 @@ def quiet_libraries(student: Student | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", module="(trl|peft|transformers|torch).*")
+    warnings.filterwarnings("ignore", module="(peft|transformers|torch).*")

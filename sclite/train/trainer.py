@@ -31,7 +31,6 @@ from sclite.train.order import training_order
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 FEW_STEPS = 20
 EVAL_ROWS = 200  # at most; more would add little
@@ -85,7 +84,6 @@ def held_out_rows(count: int, share: float, seed: int) -> list[int]:
 
 def train_adapter(
     model: PeftModel,
-    tokenizer: Tokenizer,
     lesson: Lesson,
     settings: TrainingStage,
     checkpoints: Checkpoints,
@@ -110,8 +108,7 @@ def train_adapter(
     arguments = training_arguments(
         model, lesson, settings, checkpoints.folder, rows=len(order), micro_batch=micro_batch, seed=seed
     )
-    trainer = build_trainer(model, tokenizer, lesson, arguments, order)
-    trainer.logger, trainer.checkpoints = logger, checkpoints
+    trainer = build_trainer(model, lesson, arguments, order, logger, checkpoints)
     if lesson.held_out and settings.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
     steps = len(tokens)
@@ -152,7 +149,7 @@ def training_arguments(
     micro_batch: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Arguments for SFTConfig and DPOConfig. `rows` are those of all epochs together; checkpoints go to `out`.
+    """transformers' TrainingArguments. `rows` are those of all epochs together; checkpoints go to `out`.
 
     TensorBoard's files, if it is enabled, go to tensorboard/ beside it.
     """
@@ -178,7 +175,7 @@ def training_arguments(
         "train_sampling_strategy": "sequential",
         "warmup_steps": settings.warmup_ratio,
         "max_grad_norm": settings.max_grad_norm,
-        "weight_decay": 0.0,  # Unsloth's trainers have another default
+        "weight_decay": 0.0,
         "optim": "adamw_8bit" if cuda else "adamw_torch",
         "bf16": torch.cuda.is_bf16_supported() if cuda else bf16_on_cpu,
         "fp16": cuda and not torch.cuda.is_bf16_supported(),
@@ -200,7 +197,6 @@ def training_arguments(
         "dataloader_pin_memory": False,
         "seed": seed,
         "data_seed": seed,
-        "max_length": None,
     }
 
 
@@ -225,77 +221,24 @@ def catch_out_of_memory(phase: str, micro_batch: int) -> Iterator[None]:
 
 
 def build_trainer(
-    model: PeftModel, tokenizer: Tokenizer, lesson: Lesson, arguments: dict[str, Any], order: Sequence[int]
+    model: PeftModel,
+    lesson: Lesson,
+    arguments: dict[str, Any],
+    order: Sequence[int],
+    logger: MetricsLogger,
+    checkpoints: Checkpoints,
 ) -> Any:
-    """TRL's trainer for the stage (an AdapterTrainer), with the changes that building it makes to the model undone.
+    """transformers' Trainer whose rows, losses and order come from a lesson.
 
     `order` are row numbers, those of one optimizer step after those of the other.
     """
-    import datasets
-    from transformers import PrinterCallback, TrainerCallback
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-
-    def collate(items: Sequence[Mapping[str, int]]) -> dict[str, Any]:
-        """From items of the dataset to a micro-batch, its optimizer step, and its tokens without padding."""
-        numbers = [item["number"] for item in items]
-        tokens = sum(lesson.lengths[number] for number in numbers)
-        return {"batch": lesson.collate(numbers), "step": items[0]["step"], "tokens": tokens}
-
-    class StepCallback(TrainerCallback):
-        """Saves and stops after Ctrl-C, evaluates the last step, and marks complete checkpoints."""
-
-        def on_step_end(self, args, state, control, **_):
-            if trainer.model.device.type == "cpu":
-                return_freed_memory()
-            if trainer.logger.interrupted:
-                control.should_save = control.should_training_stop = True
-            elif state.global_step >= state.max_steps and args.eval_strategy != "no":
-                control.should_evaluate = True
-
-        def on_save(self, args, state, control, **_):
-            trainer.checkpoints.mark(state.global_step)
+    import torch
+    from transformers import PrinterCallback, Trainer, TrainingArguments
 
     batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
-    steps = [place // batch for place in range(len(order))]
-    # TRL wants a dataset of its own kind; our rows are tokenized already
-    dataset = datasets.Dataset.from_dict({"number": list(order), "step": steps})
-    kept = {name: p.detach().clone().float() for name, p in model.named_parameters() if p.requires_grad}
-    dpo = lesson.phase == "dpo"
-    trainer = _trainer_class(DPOTrainer if dpo else SFTTrainer)(
-        model=model,
-        args=DPOConfig(**arguments) if dpo else SFTConfig(**arguments, loss_type="nll"),
-        train_dataset=dataset,
-        eval_dataset=dataset if arguments["eval_strategy"] != "no" else None,
-        data_collator=collate,
-        processing_class=tokenizer,
-    )
-    for name, parameter in model.named_parameters():
-        if name in kept:
-            parameter.data = kept[name]  # TRL rounds them to bfloat16 on 4-bit models
-    trainer.args._n_gpu = 1  # else the trainer splits every micro-batch over all GPUs it sees
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(StepCallback())
-    if "ref" in model.peft_config:  # TRL's copy of the adapter; our reference is kept in the run
-        model.delete_adapter("ref")
-    trainer.lesson = lesson
-    trainer.totals = [lesson.totals(order[start : start + batch]) for start in range(0, len(order), batch)]
-    return trainer
+    totals = [lesson.totals(order[start : start + batch]) for start in range(0, len(order), batch)]
 
-
-def _trainer_class(base: Any) -> Any:
-    """A subclass of TRL's trainer whose rows, losses and order come from a lesson."""
-    import torch
-    from transformers import Trainer
-
-    class AdapterTrainer(base):
-        lesson: Lesson
-        logger: MetricsLogger
-        checkpoints: Checkpoints
-        totals: Sequence[Mapping[str, int]]
-
-        def _prepare_dataset(self, dataset, *_, **__):
-            return dataset  # TRL would tokenize it
-
+    class AdapterTrainer(Trainer):
         def create_scheduler(self, num_training_steps, optimizer=None):
             """transformers' cosine with warm-up, but the warm-up counts from 1: no step has a rate of 0."""
             warmup = self.args.get_warmup_steps(num_training_steps)
@@ -310,26 +253,26 @@ def _trainer_class(base: Any) -> Any:
             return self.lr_scheduler
 
         def get_batch_samples(self, epoch_iterator, num_batches, device):
+            """Unsloth's would count labels, which these batches do not have."""
             return list(islice(epoch_iterator, num_batches)), None
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             model.train()
             with self.accelerator.autocast():
-                terms = self.lesson.losses(model, inputs["batch"])
-                loss, figures = weighted_loss(terms, self.totals[inputs["step"]])
+                terms = lesson.losses(model, inputs["batch"])
+                loss, figures = weighted_loss(terms, totals[self.state.global_step])
             self.accelerator.backward(loss)
-            self.logger.add(figures, inputs["tokens"])
+            logger.add(figures, sum(lesson.lengths[number] for number in inputs["numbers"]))
             return loss.detach()
 
         def evaluate(self, *_, **__):
-            model, size, rows = self.model, self.args.per_device_train_batch_size, self.lesson.held_out
-            totals, found = self.lesson.totals(rows), {"eval_loss": 0.0}
+            size, rows, found = self.args.per_device_train_batch_size, lesson.held_out, {"eval_loss": 0.0}
             was_training = model.training
             model.eval()
             for start in range(0, len(rows), size):
-                batch = self.lesson.collate(rows[start : start + size])
+                part = lesson.collate(rows[start : start + size])
                 with torch.no_grad(), self.accelerator.autocast():
-                    loss, _ = weighted_loss(self.lesson.losses(model, batch), totals)
+                    loss, _ = weighted_loss(lesson.losses(model, part), lesson.totals(rows))
                 found["eval_loss"] += float(loss)
             model.train(was_training)
             self.log(dict(found))
@@ -337,9 +280,37 @@ def _trainer_class(base: Any) -> Any:
             return found
 
         def log(self, logs, start_time=None):
-            Trainer.log(self, self.logger.log_step(logs, self.state.global_step, self.state.max_steps))
+            super().log(logger.log_step(logs, self.state.global_step, self.state.max_steps))
 
-        def create_model_card(self, *_, **__):
-            """TRL would write one for every checkpoint."""
+    if arguments["gradient_checkpointing"]:
+        model.enable_input_require_grads()
+    trainer = AdapterTrainer(
+        model=model,
+        args=TrainingArguments(**arguments),
+        train_dataset=list(order),
+        eval_dataset=list(lesson.held_out),
+        data_collator=lambda numbers: {"numbers": numbers, "batch": lesson.collate(numbers)},
+        callbacks=[_step_callback(logger, checkpoints)],
+    )
+    trainer.args._n_gpu = 1  # else the trainer splits every micro-batch over all GPUs it sees
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
-    return AdapterTrainer
+
+def _step_callback(logger: MetricsLogger, checkpoints: Checkpoints) -> Any:
+    """Saves and stops after Ctrl-C, evaluates the last step, and marks complete checkpoints."""
+    from transformers import TrainerCallback
+
+    class StepCallback(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **_):
+            if model.device.type == "cpu":
+                return_freed_memory()
+            if logger.interrupted:
+                control.should_save = control.should_training_stop = True
+            elif state.global_step >= state.max_steps and args.eval_strategy != "no":
+                control.should_evaluate = True
+
+        def on_save(self, args, state, control, **_):
+            checkpoints.mark(state.global_step)
+
+    return StepCallback()

@@ -75,7 +75,7 @@ def train(side: str, folder: str, micro: int, steps: int) -> None:
         path = Path(place)
         if side == "sclite":
             train_adapter(
-                model, tokenizer, supervised_lesson("sft", rows, tokenizer.pad_token_id), config.sft,
+                model, supervised_lesson("sft", rows, tokenizer.pad_token_id), config.sft,
                 Checkpoints(path / "checkpoints"), path / "metrics.jsonl", seed=0, micro_batch=chosen,
                 progress=step_done,
             )  # fmt: skip

@@ -170,7 +170,7 @@ def ours(model: Any, tokenizer: Any, config: Any, case: Case, turn: "Turn | None
     with TemporaryDirectory() as place:
         metrics = Path(place) / "metrics.jsonl"
         train_adapter(
-            model, tokenizer, lesson, settings, Checkpoints(Path(place) / "checkpoints"), metrics,
+            model, lesson, settings, Checkpoints(Path(place) / "checkpoints"), metrics,
             seed=0, micro_batch=case.micro,
             progress=lambda _, steps, **__: turn.step_done() if turn and steps else None,
         )  # fmt: skip

@@ -83,7 +83,6 @@ def test_dpo_starts_at_ln_2_with_zero_margins_and_learns_the_toy_pairs(run, repo
     assert logged <= rows[0].keys()
     assert report.counts["bundles"] == 6
     assert report.counts["pairs"] == len(run.read("pairs.jsonl", Pair))
-    assert list(run.path("dpo").rglob("ref")) == []  # as TRL would call a copy of the adapter
     assert largest_change(adapter(run, "warmup"), adapter(run, "dpo")) > 0
 
 

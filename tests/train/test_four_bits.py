@@ -39,7 +39,7 @@ def distance(folder, path, **settings) -> float:
     row = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")[0]
     rows = [Encoded(row.ids[-24:], row.weights[-24:])]  # 4 bits are slow on a CPU; the steps are what counts
     outcome = train_adapter(
-        model, tokenizer, supervised_lesson("sft", rows, tokenizer.pad_token_id), config.sft,
+        model, supervised_lesson("sft", rows, tokenizer.pad_token_id), config.sft,
         Checkpoints(path / "checkpoints"), path / "metrics.jsonl",
         seed=0, micro_batch=1,
     )  # fmt: skip
