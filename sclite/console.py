@@ -119,13 +119,9 @@ def spinner(text: str) -> Iterator[None]:
 # -- JSON and pages ------------------------------------------------------------------------------------------------
 
 
-def print_json(value: Any, rows: Iterable[Any] | None = None) -> None:
-    """Print one JSON object to stdout, with "rows" if there are any: nothing unless every row could be read."""
-    text = _json(value, indent=1 if rows is None else None)
-    if rows is not None:
-        lines = ",".join(f"\n {_json(row)}" for row in rows)
-        text = f'{text[:-1]}, "rows": [{lines}\n]}}'
-    sys.stdout.write(f"{text}\n")
+def print_json(value: Any) -> None:
+    """Print one JSON object to stdout."""
+    sys.stdout.write(_json(value, indent=1) + "\n")
 
 
 def print_json_line(value: Any) -> None:

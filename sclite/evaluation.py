@@ -17,7 +17,7 @@ from sclite.evaluate.report import write_report
 from sclite.evaluate.results import REPORT, SUMMARY, result_folder
 from sclite.evaluate.threshold import MIN_PROBLEMS, is_current, load_threshold
 from sclite.export.model import gguf_path, source_digest
-from sclite.grading.worker import Grader
+from sclite.grading.grader import Grader
 from sclite.records import Drop, Problem, Template
 from sclite.student.adapters import STUDENTS
 from sclite.student.counted import Counted

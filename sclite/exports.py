@@ -47,7 +47,7 @@ def fit_review_threshold(context: Context, problems: Sequence[Problem]) -> None:
 
     Does nothing if reviews need no threshold, or if `review.threshold` is set.
     """
-    from sclite.grading.worker import Grader
+    from sclite.grading.grader import Grader
     from sclite.student.counted import Counted
     from sclite.student.llama_cpp.engine import Engine
 

@@ -18,7 +18,7 @@ def estimate_cost(context: Context, part: str = "templates") -> dict[str, Any]:
     from sclite.data.attempts import deduplicate
     from sclite.data.corrections import correction_jobs, count_pending_corrections, split_usable
     from sclite.data.templates import template_jobs
-    from sclite.grading.worker import Grader
+    from sclite.grading.grader import Grader
     from sclite.teacher.client import CHARACTERS_PER_TOKEN
 
     config, run = context.config, context.run

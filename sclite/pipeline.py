@@ -84,7 +84,7 @@ def drops(report: Report) -> str:
 @contextmanager
 def paid_stage(context: Context, name: str, text: str) -> Iterator[dict[str, Any]]:
     """Show a stage that calls the teacher; yields what it takes: teacher, grader and progress."""
-    from sclite.grading.worker import Grader
+    from sclite.grading.grader import Grader
 
     with context.display.stage(name, text) as progress, Grader() as grader, context.teacher() as teacher:
         yield {"teacher": teacher, "grader": grader, "progress": progress}
@@ -164,7 +164,7 @@ def sample_student(
 ) -> Report:
     """The attempts or pairs stage, with its student if one is needed; it may run in another process."""
     from sclite.data import attempts, pairs
-    from sclite.grading.worker import Grader
+    from sclite.grading.grader import Grader
 
     context = Context(config, run, ProgressDisplay(quiet=True))
     adapter = "sft/adapter" if stage == "attempts" else "warmup/adapter"

@@ -74,7 +74,7 @@ class Rate:
         return found and (1 - self.points[-1][2]) * found[0] / found[2]
 
     def line(self) -> str:
-        """3.2/s (or 29 s each), $0.12 of about $1.40."""
+        """$0.12 of about $1.40, 3.2/s (or 29 s each)."""
         found = self.measured()
         if found is None:
             return ""
@@ -82,7 +82,7 @@ class Rate:
         _, done, _, spent = self.points[-1]
         speed = f"{rows / seconds:.1f}/s" if rows > seconds / 2 else f"{format_duration(seconds / rows)} each"
         in_total = spent + dollars / rows * (self.total - done)
-        return f"{speed}, ${spent:.4f} of about ${in_total:.2f}" if spent else speed
+        return f"${spent:.4f} of about ${in_total:.2f}, {speed}" if spent else speed
 
 
 class Countdown:
@@ -150,9 +150,10 @@ class ProgressDisplay:
             self.countdown = Countdown()
 
         def figures() -> str:
+            """The most important ones first: a narrow terminal drops the last ones."""
             known = self._rate.total or self.countdown.end is not None
             speed, left = "" if planned else self._rate.line(), str(self.countdown) if known else ""
-            return ", ".join(filter(None, (self._rate.note, speed, left)))
+            return ", ".join(filter(None, (left, speed, self._rate.note)))
 
         if self.quiet:
             yield no_progress
@@ -195,7 +196,10 @@ class ProgressDisplay:
         class Figures(rich.ProgressColumn):
             def render(self, task: rich.Task) -> Text:
                 used = len(text) + bar_width + len(task.fields["count"]) + len("⠋     0:00:00 ")
-                return Text(fit_to_width(visible(figures()), terminal.width - used), "dim", no_wrap=True)
+                shown = visible(figures())
+                while len(shown) > terminal.width - used:
+                    shown = shown.rpartition(", ")[0]
+                return Text(shown, "dim", no_wrap=True)
 
         name = rich.TextColumn("{task.description}", markup=False)
         count, clock = rich.TextColumn("{task.fields[count]}"), rich.TimeElapsedColumn()
@@ -278,18 +282,3 @@ class ProgressDisplay:
         if not self.quiet:
             suffix = "up to date, skipped" if skipped else format_duration(self.finished.get(name, 0.0))
             console.note(f"[green]✓[/] {escape(text)} [dim]{suffix}[/]")
-
-
-def fit_to_width(figures: str, room: int) -> str:
-    """Drop figures until they fit `room` columns: rates and memory, then from the end, then the cost, never the time left."""
-    pieces, minors = figures.split(", "), (" GB", " tokens/s", "/s", " each")
-
-    def importance(place: int) -> tuple[bool, bool, int, int]:
-        piece = pieces[place]
-        minor = next((n for n, end in enumerate(minors, 1) if piece.endswith(end)), 0)
-        return (not piece.endswith(("left", ESTIMATING)), not piece.startswith("$"), minor, place)
-
-    kept = sorted(range(len(pieces)), key=importance)
-    while len(kept) > 1 and len(", ".join(pieces[i] for i in kept)) > room:
-        kept.pop()
-    return ", ".join(pieces[i] for i in sorted(kept))

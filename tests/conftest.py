@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from sclite.__main__ import main
-from sclite.grading.worker import Grader
+from sclite.grading.grader import Grader
 from sclite.run import Run
 from tests.replay import TWO, TeacherServer, say
 from tests.toy import tiny_llama

@@ -84,6 +84,7 @@ def show(
     Without WHAT, an overview.
     """
     from sclite.inspect import rows
+    from sclite.records import Problem
     from sclite.run import Run
 
     config = common.of_existing_run().load()
@@ -108,8 +109,8 @@ def show(
 
         tokens = Labels(config, run, what)
     if common.json:
-        values = (tokens.as_json(row) if tokens else row.model_dump(mode="json") for _, row in chosen)
-        console.print_json({"what": what, "total": total}, values)
+        values = [tokens.as_json(row) if tokens else row.model_dump(mode="json") for _, row in chosen]
+        console.print_json({"what": what, "total": total, "rows": values})
     elif not total:
         console.print(f"No matching {what} in {escape(str(run.folder))}.")
     elif first > total:
@@ -117,7 +118,7 @@ def show(
     elif tokens:
         console.page(tokens.format_row(row, number, total) for number, row in chosen)
     else:
-        problems = rows.Problems(run)
+        problems = {problem.id: problem for problem in run.read("problems.jsonl", Problem)}
         console.page(rows.format_row(row, number, total, problems) for number, row in chosen)
 
 

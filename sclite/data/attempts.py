@@ -8,7 +8,7 @@ from sclite import prompts
 from sclite.config import Config, without_password
 from sclite.data.imported import import_attempts, read_imported_attempts
 from sclite.grading.extract import answer_of
-from sclite.grading.worker import Grader
+from sclite.grading.grader import Grader
 from sclite.progress import Progress, no_progress
 from sclite.records import Attempt, Drop, Problem, from_feedback
 from sclite.run import Report, Run, timed

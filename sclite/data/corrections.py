@@ -12,7 +12,7 @@ from sclite.data.attempts import deduplicate, find_fatal_issue
 from sclite.data.imported import reject_row
 from sclite.data.templates import find_leak
 from sclite.errors import DataError
-from sclite.grading.worker import Grader
+from sclite.grading.grader import Grader
 from sclite.progress import Progress, no_progress
 from sclite.records import Attempt, Drop, Problem, Review, from_feedback
 from sclite.run import Report, Run, timed

@@ -9,7 +9,7 @@ from sclite.data.attempts import find_fatal_issue
 from sclite.data.contamination import build_index, find_overlap
 from sclite.data.problems import OVERLAPS, normalize_question, questions_to_avoid
 from sclite.grading.extract import answer_of
-from sclite.grading.worker import Grader
+from sclite.grading.grader import Grader
 from sclite.progress import Progress, no_progress
 from sclite.records import FEEDBACK, FROM_FEEDBACK, Attempt, Drop, Feedback, Problem, from_feedback
 from sclite.run import Report, Run, timed

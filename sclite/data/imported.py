@@ -16,7 +16,7 @@ from sclite.data.problems import normalize_question
 from sclite.data.sources import BadRow, read_rows
 from sclite.errors import DataError
 from sclite.grading.extract import extract
-from sclite.grading.worker import Grader
+from sclite.grading.grader import Grader
 from sclite.records import Attempt, Drop, Pair, Problem, TraceRow, from_feedback
 from sclite.run import Run
 from sclite.trace import Step, Trace, clean, render

@@ -14,7 +14,7 @@ from sclite import prompts
 from sclite.config import Config
 from sclite.data.attempts import endpoint_cost_usd, external_student_digest
 from sclite.data.imported import reject_row
-from sclite.grading.worker import Grader
+from sclite.grading.grader import Grader
 from sclite.progress import Progress, no_progress
 from sclite.records import Attempt, Drop, Pair, Problem, Review
 from sclite.run import Report, Run, timed

@@ -10,7 +10,7 @@ from sclite import prompts
 from sclite.config import Config
 from sclite.data.imported import reject_row
 from sclite.errors import DataError
-from sclite.grading.worker import Grader
+from sclite.grading.grader import Grader
 from sclite.progress import Progress, no_progress
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report, Run, timed

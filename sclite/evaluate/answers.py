@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sclite import prompts
 from sclite.config import Config
 from sclite.grading.extract import answer_of
-from sclite.grading.worker import Grader
+from sclite.grading.grader import Grader
 from sclite.records import Problem
 from sclite.student.base import Reply, Request, Student
 from sclite.student.self_correction import ReviewSettings

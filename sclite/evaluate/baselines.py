@@ -9,7 +9,7 @@ from sclite.evaluate.answers import grade
 from sclite.evaluate.evaluate import HeldOut
 from sclite.evaluate.metrics import Outcome, compute_metrics
 from sclite.grading.extract import answer_of
-from sclite.grading.worker import Grader
+from sclite.grading.grader import Grader
 from sclite.run import Run
 from sclite.signature import digest
 from sclite.student.base import Reply, Request, Student

@@ -13,7 +13,7 @@ from sclite.config import Config
 from sclite.evaluate.answers import FirstAnswers, grade, review_settings, solve_problems
 from sclite.evaluate.metrics import Outcome, compute_metrics
 from sclite.evaluate.threshold import Fitted, ensure_threshold, load_threshold, prompts_digest
-from sclite.grading.worker import Grader
+from sclite.grading.grader import Grader
 from sclite.records import Problem
 from sclite.run import Run
 from sclite.signature import digest

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from sclite import prompts
 from sclite.config import Config
 from sclite.evaluate.answers import grade, review_settings, solve_problems
-from sclite.grading.worker import Grader
+from sclite.grading.grader import Grader
 from sclite.records import Problem
 from sclite.run import Run
 from sclite.student.base import Student

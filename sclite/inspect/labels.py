@@ -10,8 +10,7 @@ from sclite import prompts
 from sclite.config import Config
 from sclite.console import visible
 from sclite.errors import UsageError
-from sclite.inspect.rows import Problems
-from sclite.records import Attempt, Pair, Review, Template
+from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Run
 from sclite.student.loader import fetch_model, load_tokenizer, model_name
 from sclite.student.tokenization import Encoded, encode_solution, end_id
@@ -37,7 +36,7 @@ class Labels:
         self.config = config
         self.tokenizer = load_tokenizer(str(fetch_model(model_name(config.student))))
         self.end = end_id(self.tokenizer)
-        self.problems = Problems(run)
+        self.problems = {problem.id: problem for problem in run.read("problems.jsonl", Problem)}
         attempts = run.rows("attempts.jsonl", Attempt) if what == "reviews" else ()
         self.works = {(row.id, row.sample): row for row in attempts}
 

@@ -1,8 +1,7 @@
-"""The rows of a run: counted by kind, or chosen by reason, kind and id and read one at a time; and a row as text."""
+"""The rows of a run: counted by kind, or chosen by reason, kind and id; and a row as text."""
 
-import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.text import Text
@@ -47,45 +46,31 @@ def choose_rows(
     id: str | None = None,
     first: int = 1,
     limit: int | None = None,
-) -> tuple[int, Iterator[tuple[int, Any]]]:
+) -> tuple[int, list[tuple[int, Any]]]:
     """(number of matching rows, (number, row) from `first` on). `id` is a prefix; `first` and `limit` count matches.
 
-    Rows are read lazily, but every row is validated before the first is yielded. Raises UsageError with the known values
-    for an unknown `what`, reason or kind, and DataError for a damaged row.
+    Raises UsageError with the known values for an unknown `what`, reason or kind, and DataError for a damaged row.
     """
     require_run(run)
-    kind_of = KINDS.get(what)
     if what not in FILES:
         raise UsageError(f"unknown kind of rows: {what}", f"use one of {', '.join(FILES)}")
     if reason is not None and what != "drops":
         raise UsageError(f"--reason applies to drops, not to {what}", "sclite show drops --reason REASON")
-    if kind is not None and kind_of is None:
+    if kind is not None and what not in KINDS:
         raise UsageError(f"--kind does not apply to {what}", f"use it with {', '.join(KINDS)}")
-    filters = [
-        (option, value, value_of)
-        for option, value, value_of in (
-            ("--reason", reason, lambda row: row.reason),
-            ("--kind", kind, kind_of),
-        )
-        if value is not None and value_of is not None
-    ]
-
-    def matching() -> Iterator[Any]:
-        row: Any
-        for row in run.rows(*FILES[what]):
-            fits = all(value_of(row) == value for _, value, value_of in filters)
-            if fits and (id is None or row.id.startswith(id)):
-                yield row
-
-    total = sum(1 for _ in matching())
-    for option, value, value_of in filters if not total else ():
-        known = Counter(value_of(row) for row in run.rows(*FILES[what]))
+    rows: list[Any] = run.read(*FILES[what])
+    matching = [row for row in rows if id is None or row.id.startswith(id)]
+    filters = (("--reason", reason, lambda row: row.reason), ("--kind", kind, KINDS.get(what)))
+    for option, value, value_of in filters:
+        if value is None or value_of is None:
+            continue
+        known = Counter(map(value_of, rows))
         if value not in known:
             counts = ", ".join(f"{other} ({count})" for other, count in known.most_common())
             hint = f"use one of {counts}" if known else f"the run has no {what}"
             raise UsageError(f"no {what} with {option} {value}", hint)
-    last = total if limit is None else min(total, first - 1 + limit)
-    return total, itertools.islice(enumerate(matching(), 1), first - 1, max(last, first - 1))
+        matching = [row for row in matching if value_of(row) == value]
+    return len(matching), list(enumerate(matching, 1))[first - 1 :][:limit]
 
 
 def count_rows(run: Run) -> list[dict[str, Any]]:
@@ -102,21 +87,6 @@ def count_rows(run: Run) -> list[dict[str, Any]]:
         counts = {"kinds": dict(kinds.most_common()), "reasons": dict(reasons.most_common())}
         found.append({"what": what, "rows": total, **counts})
     return found
-
-
-class Problems:
-    """The problems of a run by id. Only their offsets in the file are kept in memory."""
-
-    def __init__(self, run: Run):
-        self._path = run.path("problems.jsonl")
-        self._offsets = {row.id: offset for offset, row in run.rows_with_offsets(self._path.name, Problem)}
-
-    def get(self, id: str) -> Problem | None:
-        if id not in self._offsets:
-            return None
-        with open(self._path, "rb") as file:
-            file.seek(self._offsets[id])
-            return Problem.model_validate_json(file.readline())
 
 
 # -- a row in the terminal -----------------------------------------------------------------------------------------
@@ -143,8 +113,8 @@ def highlight(text: str, wrong: int | None = None) -> Text:
     return shown
 
 
-def format_row(row: AnyRow, number: int, total: int, problems: Problems) -> Text:
-    """Row `number` of `total`, followed by an empty line. Its question is looked up in `problems`."""
+def format_row(row: AnyRow, number: int, total: int, problems: Mapping[str, Problem]) -> Text:
+    """Row `number` of `total`, followed by an empty line. Its question is looked up in `problems`, by id."""
     heading: list[tuple[str, str]] = []
     match row:
         case Problem():

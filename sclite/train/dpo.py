@@ -20,7 +20,7 @@ from sclite.student.tokenization import Encoded, decision_ids
 from sclite.train.bundle import Bundle, build_bundles, check_bundles, collate
 from sclite.train.losses import DpoLoss, Reference, reference_log_probs
 from sclite.train.sft import replay_templates, solve_rows
-from sclite.train.stage import BuildLesson, Job
+from sclite.train.stage import BuildLesson, TrainingJob
 from sclite.train.trainer import Lesson, catch_out_of_memory, held_out_rows
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def train_dpo(
     Resumes if it was interrupted. Raises DataError if no pair fits, UsageError as `train_sft` does.
     """
 
-    def prepare(job: Job, tokenizer: Tokenizer) -> BuildLesson:
+    def prepare(job: TrainingJob, tokenizer: Tokenizer) -> BuildLesson:
         hint = "run `sclite train`, which builds them from the student's attempts"
         pairs = run.require("pairs.jsonl", Pair, hint)
         templates = run.require("templates.jsonl", Template, "run `sclite build-data` first")
@@ -88,7 +88,7 @@ def train_dpo(
 
         return build_lesson
 
-    return Job("dpo", config, run, unseen, fresh, progress).train(prepare)
+    return TrainingJob("dpo", config, run, unseen, fresh, progress).train(prepare)
 
 
 def with_replay(bundles: Sequence[Bundle], rows: Sequence[Encoded], share: float) -> list[Bundle]:

@@ -19,7 +19,7 @@ from sclite.student.chat_template import opens_thinking
 from sclite.student.log_probs import pad
 from sclite.student.tokenization import Encoded, encode_solution, end_id
 from sclite.train.losses import negative_log_likelihood
-from sclite.train.stage import BuildLesson, Job
+from sclite.train.stage import BuildLesson, TrainingJob
 from sclite.train.trainer import Lesson, held_out_rows
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def train_sft(
         check_adapter(run.path("sft/adapter"))
         return Report("sft", {"imported": 1}, skipped=True)
 
-    def prepare(job: Job, tokenizer: Tokenizer) -> BuildLesson:
+    def prepare(job: TrainingJob, tokenizer: Tokenizer) -> BuildLesson:
         hint = "run `sclite build-data` first, or put your own templates there"
         templates = run.require("templates.jsonl", Template, hint)
         rows = [row for row in templates if row.id not in unseen]
@@ -62,7 +62,7 @@ def train_sft(
         encoded = solve_rows(tokenizer, rows, config.prompts.folder)
         return supervised(job, [row.id for row in rows], encoded, tokenizer)
 
-    return Job("sft", config, run, unseen, fresh, progress).train(prepare)
+    return TrainingJob("sft", config, run, unseen, fresh, progress).train(prepare)
 
 
 def replay_templates(templates: Sequence[Template], unseen: frozenset[str]) -> list[Template]:
@@ -78,7 +78,9 @@ def solve_rows(tokenizer: Tokenizer, templates: Sequence[Template], folder: str)
     ]
 
 
-def supervised(job: Job, names: Sequence[str], rows: Sequence[Encoded], tokenizer: Tokenizer) -> BuildLesson:
+def supervised(
+    job: TrainingJob, names: Sequence[str], rows: Sequence[Encoded], tokenizer: Tokenizer
+) -> BuildLesson:
     """The lesson on the rows that fit in max_length; the report gets the share of their tokens that carry loss.
 
     Raises DataError for rows that would teach nothing or never end: the last token, which is the end of turn, needs

@@ -1,4 +1,4 @@
-"""What SFT, warm-up and DPO have in common: a `Job` trains, saves and signs one adapter."""
+"""What SFT, warm-up and DPO have in common: a `TrainingJob` trains, saves and signs one adapter."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def training_inputs(
 
 
 @dataclass
-class Job:
+class TrainingJob:
     """One training stage of a run. `unseen` are the ids of the problems reserved for stage 2."""
 
     stage: str
@@ -124,7 +124,7 @@ class Job:
         self.longest = max((lengths[number] for number in fitting), default=0)
         return fitting
 
-    def train(self, prepare: Callable[[Job, Tokenizer], BuildLesson]) -> Report:
+    def train(self, prepare: Callable[[TrainingJob, Tokenizer], BuildLesson]) -> Report:
         """Train the stage and save its adapter as STAGE/adapter; resume if it was interrupted, skip if it is finished.
 
         `prepare` tokenizes and checks the rows before the weights are loaded, which takes a minute. With 0 epochs the

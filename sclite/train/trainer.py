@@ -68,7 +68,7 @@ class Lesson:
 
 
 @dataclass
-class Outcome:
+class TrainingResult:
     """The result of a training. `best` is the step whose weights are kept, None without an evaluation."""
 
     steps: int
@@ -92,7 +92,7 @@ def train_adapter(
     seed: int,
     micro_batch: int,
     progress: Progress = no_progress,
-) -> Outcome:
+) -> TrainingResult:
     """Train the model's adapter in place, from its last complete checkpoint if there is one; logs steps to `metrics`.
 
     Raises GpuMemoryError, ScliteError if nothing was learned, KeyboardInterrupt after Ctrl-C, once a checkpoint is
@@ -130,7 +130,7 @@ def train_adapter(
             best = last
     finite = all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
     if finite and _weights_hash(model) != before:
-        return Outcome(last, best or None, logger.warnings)
+        return TrainingResult(last, best or None, logger.warnings)
     reason, change = "training did not change the adapter", "raise"
     if not finite:
         reason, change = "weights of the adapter are NaN or infinite after the last step", "lower"

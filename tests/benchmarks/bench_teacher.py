@@ -28,7 +28,7 @@ from sclite import config
 from sclite.config import Source
 from sclite.data.problems import load_problems
 from sclite.data.templates import write_templates
-from sclite.grading.worker import Grader
+from sclite.grading.grader import Grader
 from sclite.run import Run
 from sclite.settings import load
 from sclite.teacher.client import Teacher

@@ -54,7 +54,7 @@ def sclite(url: str, work: Path, in_flight: int, model: str) -> dict[str, float]
     from sclite.config import Source
     from sclite.data.problems import load_problems
     from sclite.data.templates import write_templates
-    from sclite.grading.worker import Grader
+    from sclite.grading.grader import Grader
     from sclite.records import Template
     from sclite.run import Run
     from sclite.settings import load

@@ -81,7 +81,7 @@ def test_storm_of_errors_ends_with_valid_templates_and_a_correct_ledger(run, gra
 PROGRAM = """
 import sys
 from tests.data.test_storm import PROBLEMS, build, chosen
-from sclite.grading.worker import Grader
+from sclite.grading.grader import Grader
 from sclite.run import Run
 if __name__ == "__main__":
     folder, url, count, *more = sys.argv[1:]

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from sclite import helper_process
 from sclite.errors import ScliteError
-from sclite.grading import worker as grading
+from sclite.grading import grader as grading
 from sclite.grading.algebra import same_formula
 from sclite.grading.extract import extract
-from sclite.grading.worker import Grader
+from sclite.grading.grader import Grader
 from sclite.helper_process import HelperProcess
 from tests.toy import wait_until
 
@@ -150,7 +150,7 @@ def test_plain_numbers_start_no_worker_and_import_no_sympy(monkeypatch):
         ("3 1/2", r"\frac{7}{2}"),
     ]
     assert Grader().equal_many(plain) == [True, False, True, True, True]
-    code = "import sys, sclite.grading.worker as g; g.Grader().equal('1/2', '0.5'); print(sorted({'sympy','math_verify'} & set(sys.modules)))"
+    code = "import sys, sclite.grading.grader as g; g.Grader().equal('1/2', '0.5'); print(sorted({'sympy','math_verify'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
@@ -239,7 +239,7 @@ def _runs(pid: int) -> bool:
 def test_a_worker_ends_when_its_parent_is_killed(hung):
     """The script has no `if __name__ == "__main__"`; workers must not need it."""
     script = f"""
-        import time, sclite.grading.worker as grader
+        import time, sclite.grading.grader as grader
         class Shown(grader.HelperProcess):
             def start(self):
                 super().start()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sclite.inspect.rows import Problems, format_row, highlight
+from sclite.inspect.rows import format_row, highlight
 from sclite.records import Attempt, Drop, Pair, Problem, Review, Row, Template
 
 REVIEW = (
@@ -89,9 +89,8 @@ ATTEMPT = {"sample": 0, "trace": REVIEW, "answer": "36", "first_error": 2}
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Row) else "",
 )
-def test_a_row_shows_its_heading_question_and_text(run, row, begin, end, styles):
-    run.append("problems.jsonl", [PROBLEM])
-    text = format_row(row, 5, 9, Problems(run))
+def test_a_row_shows_its_heading_question_and_text(row, begin, end, styles):
+    text = format_row(row, 5, 9, {"p1": PROBLEM})
     assert text.plain.startswith(begin)
     assert text.plain.endswith(end)
     assert {words: style(text, words) for words in styles} == styles

@@ -17,7 +17,7 @@ from sclite.trace import Step, Trace, render
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.metrics_logger import MetricsLogger, read_metrics
 from sclite.train.sft import solve_rows, supervised, supervised_lesson, train_sft
-from sclite.train.stage import Job
+from sclite.train.stage import TrainingJob
 from sclite.train.trainer import build_trainer, train_adapter, training_arguments
 from sclite.train.warmup import train_warmup
 from tests.toy import adapter, metrics_of, toy_config, toy_problems, toy_trace, write_toy
@@ -80,7 +80,7 @@ GOOD, ENDLESS = Encoded([5, 6, 2], [0.0, 1.0, 1.0]), "the end-of-turn token is m
     ],
 )
 def test_rows_with_wrong_labels_are_refused_with_a_hint(folder, run, rows, message):
-    job, tokenizer = Job("sft", toy_config(folder), run), load_tokenizer(str(folder))
+    job, tokenizer = TrainingJob("sft", toy_config(folder), run), load_tokenizer(str(folder))
     with pytest.raises(DataError, match=message) as error:
         supervised(job, "ab"[: len(rows)], rows, tokenizer)
     assert error.value.hint

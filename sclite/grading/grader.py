@@ -17,7 +17,7 @@ from sclite.helper_process import HelperProcess
 
 MAX_LENGTH = 1000  # characters; sympy's parser takes minutes for longer texts
 MAX_PROCESSES = 16  # each takes 100 MB
-WORKER = ("sclite.grading.worker", "load_comparison", 4 << 30)
+WORKER = ("sclite.grading.grader", "load_comparison", 4 << 30)
 """What a worker runs, and the bytes of memory that it may take."""
 _ENDLESS = re.compile(r"(\.\d{100})\d+$")  # 0.3333.. from a model that does not stop
 _DIGITS = re.compile(r"-?[0-9]+")
