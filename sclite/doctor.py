@@ -109,6 +109,17 @@ def _run_python(code: str, *arguments: str) -> Any:
     return last if done.returncode else json.loads(last)
 
 
+CUDA_INDEX = "https://abetlen.github.io/llama-cpp-python/whl"
+CUDA_WHEELS = (118, 121, 122, 123, 124, 125, 130, 132)
+"""The CUDA versions that llama-cpp-python is built for."""
+
+
+def cuda_wheel(cuda: str) -> str:
+    """The folder of `CUDA_INDEX` for the CUDA version of torch, whose driver runs it: the newest that is not newer."""
+    wanted = int("".join(cuda.split(".")[:2]))
+    return f"cu{max((built for built in CUDA_WHEELS if built <= wanted), default=CUDA_WHEELS[0])}"
+
+
 def run_checks(config: Config) -> Iterator[Check]:
     """Every check. Takes seconds: torch, llama.cpp and LiteLLM are imported in subprocesses, at the same time."""
     from sclite.export.gguf import cache_folder
@@ -155,11 +166,12 @@ def run_checks(config: Config) -> Iterator[Check]:
 
     llama = _version("llama-cpp-python")
     fix = "pip install --force-reinstall --no-cache-dir llama-cpp-python"
+    if gpus:
+        fix += f" --no-deps --index-url {CUDA_INDEX}/{cuda_wheel(torch['cuda'])}"
     if isinstance(offload, str):
         yield Check("llama.cpp", False, offload, fix, required=True)
     else:  # a CPU build on a GPU machine is slow, not broken
         works, found = offload or not gpus, f"llama-cpp-python {llama}, {'GPU' if offload else 'CPU'} build"
-        fix += " --no-deps --index-url https://abetlen.github.io/llama-cpp-python/whl/cu130"  # cu118 to cu132
         yield Check("llama.cpp", works, found, fix, required=works)
     checkout = os.environ.get("SCLITE_LLAMA_CPP", "")
     if not llama:

@@ -127,8 +127,9 @@ def _assign(tree: dict[str, Any], path: list[str], text: str) -> None:
 
 
 def _explain(error: ValidationError) -> tuple[str, str]:
-    """(message, hint): all errors in one message, and a suggestion for each unknown key."""
-    known, lines, hints, meanings = keys(), [], [], []
+    """(message, hint): all errors in one message, and a suggestion for each unknown key, named if there are several."""
+    known, lines, meanings = keys(), [], []
+    hints: dict[str, list[str]] = {}  # suggestion -> unknown keys
     names = {key: key for key in known}  # and by a part of the name: `sft.epochs` means sft.num_train_epochs
     for key in known:
         section, _, name = key.rpartition(".")
@@ -147,10 +148,14 @@ def _explain(error: ValidationError) -> tuple[str, str]:
                 like = difflib.get_close_matches
                 near = like(unknown, names, 1, 0.8) or like(unknown, known, 1, 0.75)
                 hint = f"{section} has {', '.join(own)}." if own else ""
-                hints.append(f"did you mean {names[near[0]]}?" if near else hint)
+                hint = f"did you mean {names[near[0]]}?" if near else hint
+                hints.setdefault(hint, []).append(unknown)
         else:
             lines.append(f"{key} = {failure['input']!r}: {failure['msg'][0].lower()}{failure['msg'][1:]}")
             if (field := known.get(key)) is not None and field.description:
                 meanings.append(f"{key}: {field.description}.")
-    advice = [*dict.fromkeys(filter(None, hints))] or ["`sclite init` writes a file that explains every key"]
+    hints.pop("", None)
+    several = len(lines) > 1
+    advice = [f"{', '.join(unknown)}: {hint}" if several else hint for hint, unknown in hints.items()]
+    advice = advice or ["`sclite init` writes a file that explains every key"]
     return "configuration: " + "; ".join(lines), " ".join([*meanings, *advice])

@@ -115,6 +115,8 @@ def test_an_error_says_what_is_wrong_and_what_to_type(sclite, typed, code, messa
     found = json.loads(again.out)  # one object
     assert again.code == found["exit_code"] == code
     assert (f"error: {found['error']}", f"try: {found['hint']}") == (ended.error, ended.hint)
+    if typed.startswith("train --only sft --set student"):  # no stage has begun
+        assert len(ended.err.splitlines()) == 2
     if not typed.startswith("build-data"):  # which has read the problems
         assert not Path("runs/default/run.toml").exists()
 

@@ -88,9 +88,11 @@ def test_all_errors_are_reported_together():
 def test_every_unknown_key_gets_a_suggestion(wrong, meant):
     with pytest.raises(UsageError) as error:
         load(None, wrong, {})
-    unknown = "; ".join(f"unknown key {setting.partition('=')[0]}" for setting in wrong)
-    assert error.value.message == f"configuration: {unknown}"
-    assert error.value.hint == " ".join(f"did you mean {key}?" for key in meant)
+    unknown = [setting.partition("=")[0] for setting in wrong]
+    assert error.value.message == "configuration: " + "; ".join(f"unknown key {key}" for key in unknown)
+    hints = [f"did you mean {key}?" for key in meant]
+    several = [f"{key}: {hint}" for key, hint in zip(unknown, hints, strict=True)]
+    assert error.value.hint == " ".join(several if len(wrong) > 1 else hints)
 
 
 @pytest.mark.parametrize("setting", ["sft=3", "=3", "sft.=3", ".seed=1", "sft.num_train_epochs.more=1"])

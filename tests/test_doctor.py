@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from sclite import doctor, options
+from sclite.config import Config
 from sclite.errors import DeviceError
 from sclite.student.loader import select_gpu
 from tests.replay import TeacherServer, say
@@ -165,3 +166,17 @@ def test_any_answer_but_a_gateways_error_is_an_answer():
         found = doctor.find_failures([f"{address}/{status}" for status in (401, 404, 502)])
         server.shutdown()
     assert list(found.values()) == ["", "", "HTTP 502"]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "wheel"),
+    [("11.8", "cu118"), ("12.1", "cu121"), ("12.8", "cu125"), ("13.0", "cu130"), ("13.1", "cu130"), ("13.2", "cu132")],
+)  # fmt: skip
+def test_doctor_names_the_wheels_of_llama_cpp_that_fit_the_cuda_version(monkeypatch, cuda, wheel):
+    gpu = {"name": "RTX 4090", "total_gb": 24.0, "free_gb": 20.0}
+    monkeypatch.setattr(doctor, "probe_torch", lambda: {"version": "2.13.0", "cuda": cuda, "gpus": [gpu]})
+    monkeypatch.setattr(doctor, "_run_python", lambda *_: False)  # built for the CPU
+    checks = {check.name: check for check in doctor.run_checks(Config())}
+    found = checks["llama.cpp"]
+    assert (found.works, found.required) == (False, False)
+    assert found.fix.endswith(f" --index-url https://abetlen.github.io/llama-cpp-python/whl/{wheel}")

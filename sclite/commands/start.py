@@ -136,7 +136,8 @@ def doctor(*, common: Common) -> None:
         settings = common.load()
     except ScliteError as error:
         settings = config.Config()
-        broken = [doctor.Check("configuration", False, error.message, error.hint, required=True)]
+        message = error.message.removeprefix("configuration: ")
+        broken = [doctor.Check("configuration", False, message, error.hint, required=True)]
     remaining = chain(broken, doctor.run_checks(settings))
     while True:
         with console.spinner("checking this machine"):

@@ -47,8 +47,8 @@ def train_sft(
         return Report("sft", {"imported": 1}, skipped=True)
 
     def prepare(job: TrainingJob, tokenizer: Tokenizer) -> BuildLesson:
-        hint = "run `sclite build-data` first, or put your own templates there"
-        templates = run.require("templates.jsonl", Template, hint)
+        check_templates(run)
+        templates = run.read("templates.jsonl", Template)
         rows = [row for row in templates if row.id not in unseen]
         if not rows:
             raise DataError(
@@ -63,6 +63,13 @@ def train_sft(
         return supervised(job, [row.id for row in rows], encoded, tokenizer)
 
     return TrainingJob("sft", config, run, unseen, fresh, progress).train(prepare)
+
+
+def check_templates(run: Run) -> None:
+    """Raise DataError if the run has no templates."""
+    if next(run.rows("templates.jsonl", Template), None) is None:
+        hint = "run `sclite build-data` first, or put your own templates there"
+        raise DataError(f"{run.path('templates.jsonl')} is missing or empty", hint)
 
 
 def replay_templates(templates: Sequence[Template], unseen: frozenset[str]) -> list[Template]:
