@@ -107,7 +107,7 @@ def test_the_environment_sets_any_key_and_a_misspelled_one_is_refused(tmp_path):
         load(None, (), given, own_file=False)
     names = ("sft_num_train_epochs", "sft.epoch", "sede")
     assert all(f"unknown key {name}" in error.value.message for name in names)
-    assert "sft_num_train_epochs, sft.epoch: did you mean sft.num_train_epochs?" in error.value.hint
+    assert "sft.epoch, sft_num_train_epochs: did you mean sft.num_train_epochs?" in error.value.hint
     assert "did you mean seed?" in error.value.hint
 
 
