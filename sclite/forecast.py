@@ -1,5 +1,6 @@
 """What a run will cost and need, before anything is sent or trained."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -39,24 +40,41 @@ def estimate_cost(context: Context, part: str = "templates") -> dict[str, Any]:
         return teacher.preview(template_jobs(config, missing, grader), tokens, part)
 
 
-def report_plan(context: Context) -> None:
-    """Print what a whole run will cost, take and need, or raise DeviceError. Writes and sends nothing."""
+def plan_run(context: Context) -> dict[str, Any]:
+    """`plan_training`, with the "templates" left to request and the corrections of problems not read yet.
+
+    Writes and sends nothing.
+    """
     from sclite.inspect.plan import plan_training
 
     with context.display.wait("planning the run"):
         plan = plan_training(context)
-    if misfits := [name for name, stage in plan["stages"].items() if stage["fits"] is False]:
-        message = f"{', '.join(misfits)} will not fit in GPU memory"
-        raise DeviceError(message, "`sclite train --plan` shows settings that fit")
+    found: dict[str, Any] = {"requests": 0, "cost_usd": 0.0}
     if not context.run.is_imported("templates", "templates.jsonl"):
         dry = replace(context, dry=True, display=ProgressDisplay(quiet=True))
         with context.display.wait("estimating the cost of the teacher"):
-            found, most = estimate_cost(dry), len(pipeline.unseen(dry)) * context.config.attempts.samples
-        # a correction is about as long as a template, and only wrong attempts get one
-        cost, each = found["cost_usd"], (found["cost_usd"] or 0.0) / max(1, found["requests"])
-        price = "unknown cost" if cost is None else f"about ${cost:.2f} and at most ${most * each:.2f}"
-        paid = f"{found['requests']:,} templates and at most {most:,} corrections by {context.config.teacher.model}"
-        context.display.print(f"plan: {paid}, {price}")
+            found = estimate_cost(dry)
+        if plan["teacher"]["cost_usd"] is None:  # a correction is about as long as a template
+            most, cost = len(pipeline.unseen(dry)) * context.config.attempts.samples, None
+            if found["cost_usd"] is not None and found["requests"]:
+                cost = round(most * found["cost_usd"] / found["requests"], 4)
+            plan["teacher"] |= {"requests": most, "at_most": True, "cost_usd": cost}
+    plan["templates"] = {name: found[name] for name in ("requests", "cost_usd")}
+    return plan
+
+
+def report_plan(context: Context, plan: Mapping[str, Any]) -> None:
+    """Print `plan_run` in two lines, or raise DeviceError if a stage will not fit."""
+    if misfits := [name for name, stage in plan["stages"].items() if stage["fits"] is False]:
+        message = f"{', '.join(misfits)} will not fit in GPU memory"
+        raise DeviceError(message, "`sclite train --plan` shows settings that fit")
+    templates, corrections = plan["templates"], plan["teacher"]
+    if corrections["requests"] is not None:
+        most = "at most " if corrections["at_most"] else ""
+        costs = templates["cost_usd"], corrections["cost_usd"]
+        price = "unknown cost" if None in costs else f"about ${costs[0]:.2f} and {most}${costs[1]:.2f}"
+        paid = f"{templates['requests']:,} templates and {most}{corrections['requests']:,} corrections"
+        context.display.print(f"plan: {paid} by {context.config.teacher.model}, {price}")
     needs = ", ".join(f"{name} {stage['total_gb']:.1f} GB" for name, stage in plan["stages"].items())
     where = "host RAM" if plan["gpu"] is None else f"of {plan['gpu']['free_gb']:.0f} GB GPU memory"
     hours = "unknown until the first steps" if plan["hours"] is None else f"about {plan['hours']:.1f} h"

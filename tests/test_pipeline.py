@@ -165,7 +165,7 @@ def test_plan_of_a_run_has_the_cost_of_templates_and_corrections(run, folder, ca
     }
     context = world_of(run, "http://127.0.0.1:9/v1", **own)
     context.display = ProgressDisplay()
-    forecast.report_plan(context)
+    forecast.report_plan(context, forecast.plan_run(context))
     planned = re.search(
         r"plan: (\d+) templates and at most (\d+) corrections by openai/teacher, about \$(\S+) and at most \$(\S+)\n",
         capsys.readouterr().err,
@@ -174,6 +174,24 @@ def test_plan_of_a_run_has_the_cost_of_templates_and_corrections(run, folder, ca
     templates, corrections = len(split.sft) + len(split.stage2), 3 * len(split.stage2)
     assert (int(planned[1]), int(planned[2])) == (templates, corrections)
     assert float(planned[4]) / float(planned[3]) == pytest.approx(corrections / templates, abs=0.02)
+
+
+def test_run_with_plan_shows_it_and_starts_nothing(run, folder, sclite):
+    problems(300)
+    own = {"teacher.price": "[10, 20]", "student.model": folder, "student.backend": "plain"}
+    chosen = [word for setting in settings("http://127.0.0.1:9/v1", **own) for word in ("--set", setting)]
+    command = ("run", "mine.jsonl", "--run", run.folder, "--plan", *chosen)
+    shown = sclite(*command)
+    plan = json.loads(sclite(*command, "--json").out)
+    trained = plan["templates"]["requests"]
+    assert 200 < trained <= 250  # at least 50 are kept for the threshold
+    assert plan["templates"]["cost_usd"] > 0
+    assert 0 < plan["teacher"]["requests"] < trained
+    assert (shown.code, plan["teacher"]["at_most"]) == (0, True)
+    assert f"Templates by the teacher: {trained}, about $" in shown.out
+    assert f"Corrections by the teacher: at most {plan['teacher']['requests']}, about $" in shown.out
+    assert set(plan["stages"]) == {"sft", "warmup", "dpo"}
+    assert not run.folder.exists()
 
 
 def test_a_missing_gguf_is_named(run):

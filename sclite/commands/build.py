@@ -121,6 +121,9 @@ def run(
     fresh: FreshOption = False,
     max_cost: MaxCostOption = None,
     yes: YesOption = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show memory, time, disk and cost; start nothing.")
+    ] = False,
     *,
     common: Common,
 ) -> None:
@@ -138,7 +141,13 @@ def run(
     pipeline.check_sources(context)
     with console.spinner("loading torch"):
         select_gpu(gpu)
-    forecast.report_plan(context)
+    planned = forecast.plan_run(context)
+    if plan:
+        from sclite.inspect.plan import print_plan
+
+        print_plan(planned, common.json)
+        return
+    forecast.report_plan(context, planned)
     context.ask_before_paying = not yes
     with context.run.recording(context.config):
         if pipeline.has_problems(context):

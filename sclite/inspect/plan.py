@@ -297,6 +297,9 @@ def print_plan(plan: Mapping[str, Any], json: bool = False) -> None:
         disk[name.replace("_", " ")] = size
     total = disk.pop("total")
     console.print(f"Disk: about {total} ({', '.join(f'{name} {gb}' for name, gb in disk.items())})")
+    if templates := plan.get("templates"):
+        cost = "price unknown" if templates["cost_usd"] is None else f"about ${templates['cost_usd']:.2f}"
+        console.print(f"Templates by the teacher: {templates['requests']:,}, {cost}")
     teacher = plan["teacher"]
     if teacher["requests"] is None:
         corrections = "unknown without problems for stage 2"
