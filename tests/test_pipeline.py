@@ -178,7 +178,7 @@ def test_plan_of_a_run_has_the_cost_of_templates_and_corrections(run, folder, ca
 
 def test_run_with_plan_shows_it_and_starts_nothing(run, folder, sclite):
     problems(300)
-    own = {"teacher.price": "[10, 20]", "student.model": folder, "student.backend": "plain"}
+    own = {"teacher.price": "[10, 20]", "attempts.samples": 1, "student.model": folder}
     chosen = [word for setting in settings("http://127.0.0.1:9/v1", **own) for word in ("--set", setting)]
     command = ("run", "mine.jsonl", "--run", run.folder, "--plan", *chosen)
     shown = sclite(*command)

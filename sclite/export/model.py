@@ -291,7 +291,7 @@ def export_lora(config: Config, run: Run, name: str) -> dict[str, Any]:
     return {"lora": str(out), **figures}
 
 
-def write_sampling_gguf(config: Config, adapter: Path, work: Path, *, small: bool) -> Path:
+def write_sampling_gguf(config: Config, adapter: Path | None, work: Path, *, small: bool) -> Path:
     """Write base and adapter as a GGUF in the folder `work`, in 16 bits or, if `small`, in 8; returns its path.
 
     It is for attempts and own corrections, so it is not compared with the trained model.

@@ -1,11 +1,12 @@
 """SFT on a CPU: seconds of a step and peak memory, beside plain transformers and PEFT on the same rows.
 
-    python -m tests.benchmarks.bench_cpu_train --model FOLDER [--micro 4] [--steps 8] [--threads 1]
+    python -m tests.benchmarks.bench_cpu_train --model FOLDER [--micro 4] [--steps 8] [--sides sclite@1,plain@1]
 
 The rows are the bundled tutor's templates of word problems. Each side is a process of its own and they take a step each in
-turn, so that a machine whose speed changes slows both alike. sclite chooses its micro-batch size; the other side is
-transformers' Trainer with a padding collator, at --micro. Prints the median seconds of a step (by the clock, and of the
-CPU), tokens per second, the peak memory of each process, and the ratios with 95 % intervals.
+turn, so that a machine whose speed changes slows both alike. sclite chooses its micro-batch size; plain is transformers'
+Trainer with a padding collator, at --micro; the number is that of threads, so `sclite@1,sclite@2` compares threads. Prints the
+median seconds of a step (by the clock, and of the CPU), tokens per second, the peak memory of each process, and the ratios
+of the second side to the first with 95 % intervals.
 """
 
 import argparse
@@ -20,7 +21,6 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-SIDES = ("sclite", "plain")
 BATCH = 16
 
 
@@ -73,7 +73,7 @@ def train(side: str, folder: str, micro: int, steps: int) -> None:
 
     with TemporaryDirectory() as place:
         path = Path(place)
-        if side == "sclite":
+        if side.startswith("sclite"):
             train_adapter(
                 model, supervised_lesson("sft", rows, tokenizer.pad_token_id), config.sft,
                 Checkpoints(path / "checkpoints"), path / "metrics.jsonl", seed=0, micro_batch=chosen,
@@ -110,11 +110,14 @@ def plain(model, tokenizer, rows, micro: int, path: Path, step_done) -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """Let both sides take their steps in turn, and print the table."""
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    sides = options.sides.split(",")
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     command = [sys.executable, "-m", "tests.benchmarks.bench_cpu_train", *sys.argv[1:], "--side"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
-    running = {side: subprocess.Popen([*command, side], **pipes) for side in SIDES}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    running = {}
+    for side in sides:
+        environment = os.environ | {"OMP_NUM_THREADS": side.partition("@")[2]}
+        running[side] = subprocess.Popen([*command, side], **pipes, env=environment)
 
     def next_step(side: str) -> None:
         for line in running[side].stdout:
@@ -122,10 +125,10 @@ def compare(options: argparse.Namespace) -> None:
                 found[side].append(json.loads(line))
                 return
 
-    for side in SIDES:
+    for side in sides:
         next_step(side)
     for number in range(1, options.steps):
-        for side in SIDES[:: 1 if number % 2 else -1]:
+        for side in sides[:: 1 if number % 2 else -1]:
             running[side].stdin.write("\n")
             running[side].stdin.flush()
             next_step(side)
@@ -137,19 +140,16 @@ def compare(options: argparse.Namespace) -> None:
         seconds, cpu = (statistics.median(row[key] for row in timed) for key in ("seconds", "cpu"))
         speed = statistics.median(row["tokens"] / row["seconds"] for row in timed)
         print(
-            f"{side:7} {seconds:6.1f} s, {cpu:6.1f} s of CPU a step, {speed:5.0f} tokens/s, "
+            f"{side:8} {seconds:6.1f} s, {cpu:6.1f} s of CPU a step, {speed:5.0f} tokens/s, "
             f"peak {max(row['peak_gb'] for row in rows):.2f} GB"
         )
     draw = random.Random(0)
     for key in ("seconds", "cpu"):
-        ratios = [
-            theirs[key] / ours[key]
-            for ours, theirs in zip(found["sclite"][1:], found["plain"][1:], strict=True)
-        ]
+        pairs = zip(*(found[side][1:] for side in sides), strict=True)
+        ratios = [theirs[key] / ours[key] for ours, theirs in pairs]
         drawn = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
-        print(
-            f"plain over sclite, {key}: {statistics.median(ratios):.2f} [{drawn[50]:.2f}, {drawn[1949]:.2f}]"
-        )
+        interval = f"[{drawn[50]:.2f}, {drawn[1949]:.2f}]"
+        print(f"{sides[1]} over {sides[0]}, {key}: {statistics.median(ratios):.2f} {interval}")
 
 
 def main() -> None:
@@ -159,8 +159,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder of a Hugging Face model")
     parser.add_argument("--micro", type=int, default=4, help="micro-batch size of the plain side")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--sides", default="sclite@1,plain@1")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         train(options.side, options.model, options.micro, options.steps)

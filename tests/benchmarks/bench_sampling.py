@@ -1,0 +1,80 @@
+"""Sampling attempts: llama.cpp, as `sclite train` does it, beside the same model in transformers in batches.
+
+    python -m tests.benchmarks.bench_sampling --model FOLDER [--adapter FOLDER] [--requests 32] [--turns 3] [--tokens 128]
+
+Both sides get the same word problems at the same temperature and take a turn each, so that a machine whose speed changes slows
+both alike. Prints the tokens per second of each, by the clock and of CPU time, and the ratios of each turn. On a GPU that
+llama.cpp's build can use, its file is in 8 bits, else in 16; the time to write it is printed too.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder of a Hugging Face model")
+    parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter")
+    parser.add_argument(
+        "--requests", type=int, default=32, help="requests per turn, one batch in transformers"
+    )
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=128, help="the longest answer")
+    options = parser.parse_args()
+
+    import torch
+
+    from sclite import prompts
+    from sclite.config import Config
+    from sclite.export.model import write_sampling_gguf
+    from sclite.quickstart.problem_sets import problem_set
+    from sclite.student.base import Request, Student
+    from sclite.student.hf_model import HFModel
+    from sclite.student.llama_cpp.engine import Engine
+    from sclite.student.loader import load_student
+    from sclite.train.stage import quiet_libraries
+
+    config = Config.model_validate({"student": {"model": options.model, "backend": "plain"}})
+    quiet_libraries()
+    count, on_gpu = options.requests, torch.cuda.is_available()
+    asked = [
+        Request(prompts.solve_messages(p.question), max_tokens=options.tokens, temperature=1.0, seed=number)
+        for number, p in enumerate(problem_set("train", count * options.turns))
+    ]
+    with TemporaryDirectory() as work:
+        began = time.monotonic()
+        path = write_sampling_gguf(config, options.adapter, Path(work) / "gguf", small=on_gpu)
+        print(f"{path.name}: {path.stat().st_size / 1e6:.0f} MB, written in {time.monotonic() - began:.1f} s")
+        model, tokenizer = load_student(config, "sft", options.adapter)
+        with Engine(path, context=config.eval.context) as engine:
+            sides: dict[str, Student] = {
+                "llama.cpp": engine,
+                "transformers": HFModel(model, tokenizer, count),
+            }
+            speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+            for turn in range(options.turns):
+                requests = asked[turn * count : (turn + 1) * count]
+                for name in list(sides)[:: 1 if turn % 2 else -1]:
+                    began, cpu = time.monotonic(), time.process_time()
+                    tokens = sum(reply.tokens for reply in sides[name].generate(requests))
+                    took = time.monotonic() - began, time.process_time() - cpu
+                    speeds[name].append((tokens / took[0], tokens / took[1]))
+                    print(f"{name:12} {tokens} tokens, {took[0]:.1f} s, {took[1]:.1f} s of CPU", flush=True)
+    for number, by in enumerate(("by the clock", "of CPU time")):
+        medians = {
+            name: statistics.median(speed[number] for speed in found) for name, found in speeds.items()
+        }
+        ratios = [ours[number] / theirs[number] for ours, theirs in zip(*speeds.values(), strict=True)]
+        shown = ", ".join(f"{name} {speed:.0f}" for name, speed in medians.items())
+        print(
+            f"tokens per second {by}: {shown}; ratio {statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
