@@ -218,7 +218,7 @@ def test_differences_name_the_setting_and_both_values_but_no_hashes():
         assert differences({"x.jsonl": "0123456789abcdef"}, {"x.jsonl": other}) == ["x.jsonl changed"]
 
 
-@pytest.mark.parametrize("error", [UsageError("unknown quantisation"), DataError("no such file")])
+@pytest.mark.parametrize("error", [UsageError("unknown quantization"), DataError("no such file")])
 def test_a_mistyped_value_is_not_saved(run, error):
     with suppress(type(error)), run.recording(Config(seed=2)):
         raise error

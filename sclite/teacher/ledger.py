@@ -133,9 +133,6 @@ class Ledger(AbstractContextManager["Ledger"]):
         # the process that sent these was killed before the replies came
         database.execute(f"{_LOST} WHERE state = 'sent'", ("the process ended",))
         self._reader = _connect(self.path)
-        # a missing key needs no query; hashes take a third of the memory, and a collision costs one query
-        answered = "SELECT key FROM requests WHERE state IN (?, ?)"
-        self._known: set[int] | None = {hash(k) for (k,) in database.execute(answered, (REPLIED, REFUSED))}
         totals = dict(zip(_TOTAL_NAMES, self._reader.execute(_TOTALS).fetchone(), strict=True))
         self.spent_usd: float = totals["cost_usd"] + totals["lost_usd"]
 
@@ -144,7 +141,6 @@ class Ledger(AbstractContextManager["Ledger"]):
         """Open a ledger read-only, also while another process writes to it. DataError if it is missing or not a ledger."""
         ledger = cls.__new__(cls)
         ledger.path, ledger._pending, ledger._error, ledger._writing = Path(path), [], None, threading.Lock()
-        ledger._known = None  # another process may add to it
         # no log: no process has it open; without `immutable`, SQLite would leave an empty log and its index behind
         log = ledger.path.with_name(f"{ledger.path.name}-wal")
         mode = "mode=ro" if log.exists() else "mode=ro&immutable=1"
@@ -168,8 +164,6 @@ class Ledger(AbstractContextManager["Ledger"]):
 
     def get(self, key: str) -> Entry | None:
         """The reply to this request, or its refusal; None if there is neither on disk."""
-        if self._known is not None and hash(key) not in self._known:
-            return None
         query = f"SELECT {', '.join(_FIELDS)} FROM requests WHERE key = ? AND state IN (?, ?)"
         row = self._row(query, (key, REPLIED, REFUSED))
         return Entry(*row) if row else None
@@ -199,8 +193,6 @@ class Ledger(AbstractContextManager["Ledger"]):
         """Record the reply to a request that was sent, or its refusal."""
         state = entry.finish_reason if entry.finish_reason in (REFUSED, EMPTY) else REPLIED
         self.spent_usd += entry.cost_usd or 0.0
-        if state != EMPTY and self._known is not None:
-            self._known.add(hash(key))
         self._pending.append((_REPLY, (state, *(getattr(entry, name) for name in _FIELDS), key)))
 
     def failed(self, key: str, why: str) -> None:

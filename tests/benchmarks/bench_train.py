@@ -2,12 +2,11 @@
 
     python -m tests.benchmarks.bench_train --models FOLDER --out FILE            everything, one table
     python -m tests.benchmarks.bench_train --models FOLDER --only speed|memory|longest   a part of it
-    python -m tests.benchmarks.bench_train --embedded RUN --adapters FOLDER      a quickstart's three trainings on the GPU
 
 Models are random ones of real geometry, written into FOLDER once; each process stays within 24 GB. For the memory table a
 process loads its student once for all its cases. For the speeds every side is a process of its own, all on the GPU at
 once (about 10 to 16 GB each for 7B), and they take a step each in turn, so that a host whose speed changes slows all
-alike. The last form takes the rows of a quickstart's run folder; evaluate its adapters where llama.cpp is.
+alike.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from tests.benchmarks.train_sides import CAP_BYTES, FREE, RANK, TOLD, Case, peak
+from tests.benchmarks.train_sides import CAP_BYTES, FREE, RANK, TURN_LINE, Case, peak
 
 FIRST, SECOND = "qwen2.5-math-7b", "llama-3.1-8b"
 MEMORY = {
@@ -78,12 +77,12 @@ def side_command(models: Path, geometry: str, backend: str, cases: Sequence[Case
 
 
 def run_session(models: Path, geometry: str, backend: str, cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """The figures of a session; where it dies, the case that it died in, with its last word."""
+    """The figures of a session; where it dies, the case that it died in, with its last line."""
     command = side_command(models, geometry, backend, cases)
     rows = []
     with TemporaryFile("w+") as said:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
-        for line in process.stdout:  # told as it comes: whoever stops this keeps what was measured
+        for line in process.stdout:  # shown as it comes: whoever stops this keeps what was measured
             if line.startswith('{"geometry"'):
                 rows.append(json.loads(line))
                 print(line, end="", file=sys.stderr, flush=True)
@@ -91,7 +90,7 @@ def run_session(models: Path, geometry: str, backend: str, cases: Sequence[Case]
             said.seek(0)
             errors = said.read()
             print(errors[-4000:], file=sys.stderr, flush=True)
-            last = (errors.strip().splitlines() or ["no word"])[-1][:300]
+            last = (errors.strip().splitlines() or ["no output"])[-1][:300]
             rows.append({"geometry": geometry, **asdict(cases[len(rows)]), "error": last})
     return rows
 
@@ -150,9 +149,9 @@ def next_turn(process: Any, figures: dict[str, Any], go: bool = True) -> bool:
         for line in process.stdout:
             if line.startswith('{"geometry"'):
                 figures |= json.loads(line)
-            if line.startswith(TOLD):
+            if line.startswith(TURN_LINE):
                 if go:
-                    figures["turns"].append(float(line.removeprefix(TOLD)))
+                    figures["turns"].append(float(line.removeprefix(TURN_LINE)))
                 return True
     return False
 
@@ -167,15 +166,15 @@ def show_turns(rows: Sequence[dict[str, Any]]) -> None:
         tokens = row["tokens"][FREE : FREE + len(row["turns"])]
         rates[row["side"]] = [n / s for n, s in zip(tokens, row["turns"], strict=True)]
     for name, speeds in rates.items():
-        told = f"{rows[0]['stage']}, {name}: {statistics.median(speeds):,.0f} tokens/s, median of {len(speeds)} steps"
+        line = f"{rows[0]['stage']}, {name}: {statistics.median(speeds):,.0f} tokens/s, median of {len(speeds)} steps"
         if name != "ours" and "ours" in rates:
             ratios = [mine / other for mine, other in zip(rates["ours"], speeds, strict=True)]
             draw = random.Random(0)
             boot = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
             whole = statistics.median(rates["ours"]) / statistics.median(speeds)
-            told += f"; ours over it {whole:.3f}, step by step {statistics.median(ratios):.3f} "
-            told += f"[{boot[50]:.3f}, {boot[1949]:.3f}]"
-        print(told, flush=True)
+            line += f"; ours over it {whole:.3f}, step by step {statistics.median(ratios):.3f} "
+            line += f"[{boot[50]:.3f}, {boot[1949]:.3f}]"
+        print(line, flush=True)
     for row in rows:
         if "first_dpo_loss" in row:
             print(f"dpo_loss of the first step, {row['side']}: {row['first_dpo_loss']:.4f}")
@@ -238,34 +237,6 @@ def show_memory(rows: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def embedded(run_folder: Path, adapters: Path, backend: str) -> None:
-    """Train the embedded student's three stages on the GPU from a quickstart's rows; copy its adapters."""
-    import shutil
-
-    from sclite.records import Problem
-    from sclite.run import Run
-    from sclite.settings import load
-    from sclite.signature import digest
-    from sclite.train.dpo import train_dpo
-    from sclite.train.sft import train_sft
-    from sclite.train.warmup import train_warmup
-
-    run = Run(adapters / "run")
-    run.folder.mkdir(parents=True, exist_ok=True)
-    for name in ("problems", "templates", "attempts", "reviews", "pairs"):
-        shutil.copy(run_folder / f"{name}.jsonl", run.path(f"{name}.jsonl"))
-    settings = [f"run={run_folder}", f"student.backend={backend}", "student.load_in_4bit=false"]
-    config = load(settings=settings, environment={}, own_file=False)
-    problems = run.read("problems.jsonl", Problem)
-    unseen = frozenset(p.id for p in problems[len(problems) // 2 :])  # as the quickstart divides them
-    inputs = Run(run_folder).manifest("sft")["inputs"]
-    assert inputs["problems kept for stage 2"] == digest(sorted(unseen))
-    for stage in (train_sft, train_warmup, train_dpo):
-        print(json.dumps(stage(config, run, unseen=unseen).as_dict()))
-    for name in ("sft", "dpo"):
-        shutil.copytree(run.path(f"{name}/adapter"), adapters / name, dirs_exist_ok=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -280,32 +251,22 @@ def main() -> None:
     parser.add_argument(
         "--geometry", help=f"of the memory table's sessions this one alone; for speed {FIRST}"
     )
-    parser.add_argument(
-        "--backend", choices=("unsloth", "plain"), help="of the memory table; for --embedded unsloth"
-    )
-    parser.add_argument("--embedded", type=Path, metavar="RUN")
-    parser.add_argument("--adapters", type=Path, default=Path("adapters"))
+    parser.add_argument("--backend", choices=("unsloth", "plain"), help="of the memory table")
     options = parser.parse_args()
     if options.steps <= FREE:
         parser.error(f"--steps {options.steps}: the first {FREE} are not timed")
     if unknown := set((options.sides or "ours").split(",")) - set(SPEED["sft"]):
         parser.error(f"--sides: {', '.join(sorted(unknown))} is none of {', '.join(SPEED['sft'])}")
-    if options.embedded:
-        embedded(options.embedded, options.adapters, options.backend or "unsloth")
-    else:
-        found = []
-        if options.only in (None, "speed"):
-            found += speed(options)
-        if options.only in (None, "memory"):
-            rows = memory(options)
+    found = []
+    if options.only in (None, "speed"):
+        found += speed(options)
+    for name, measured in (("memory", memory), ("longest", longest)):
+        if options.only in (None, name):
+            rows = measured(options)
             show_memory(rows)
             found += rows
-        if options.only in (None, "longest"):
-            rows = longest(options)
-            show_memory(rows)
-            found += rows
-        if options.out:
-            options.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

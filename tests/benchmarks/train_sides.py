@@ -175,13 +175,13 @@ def ours(model: Any, tokenizer: Any, config: Any, case: Case, turn: "Turn | None
             progress=lambda _, steps, **__: turn.step_done() if turn and steps else None,
         )  # fmt: skip
         found = read_metrics(metrics)
-    figures = {} if turn else speeds_told([row["tokens_per_second"] for row in found])
+    figures = {} if turn else speed_figures([row["tokens_per_second"] for row in found])
     figures["tokens"] = [row["tokens"] for row in found]
     figures |= {"peak_gb": max(row["memory_gb"] for row in found), "steps": len(found)}
     return figures | ({"first_dpo_loss": found[0]["dpo_loss"]} if case.stage == "dpo" else {})
 
 
-def speeds_told(speeds: Sequence[float]) -> dict[str, Any]:
+def speed_figures(speeds: Sequence[float]) -> dict[str, Any]:
     """Tokens per second of each step, and their median without the first two, where there are more."""
     return {
         "tokens_per_second": statistics.median(speeds[2:] or speeds),
@@ -203,7 +203,7 @@ def load_by_script(folder: Path) -> tuple[Any, Any]:
 
 
 def script(model: Any, tokenizer: Any, _: Any, case: Case, turn: "Turn | None" = None) -> dict[str, Any]:
-    """What a careful notebook does: TRL's SFTTrainer on tokenised rows, the same in the same order."""
+    """What a careful notebook does: TRL's SFTTrainer on tokenized rows, the same in the same order."""
     import datasets
     import torch
     from transformers import TrainerCallback
@@ -223,7 +223,7 @@ def script(model: Any, tokenizer: Any, _: Any, case: Case, turn: "Turn | None" =
     speeds, began = [], [0.0]
 
     class Clock(TrainerCallback):
-        """From the end of a step to the end of the next one, as ours are told."""
+        """From the end of a step to the end of the next one, as ours are timed."""
 
         def on_train_begin(self, args, state, control, **_):
             began[0] = time.monotonic()
@@ -246,7 +246,7 @@ def script(model: Any, tokenizer: Any, _: Any, case: Case, turn: "Turn | None" =
         trainer = SFTTrainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
         trainer.add_callback(Clock())
         trainer.train()
-    return ({} if turn else speeds_told(speeds)) | {
+    return ({} if turn else speed_figures(speeds)) | {
         "tokens": sizes,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
         "steps": len(speeds),
@@ -277,28 +277,28 @@ def in_the_model(geometry_name: str, backend: str, case: Case) -> dict[str, Any]
 
 FREE = 4
 """Steps before the first turn: kernels are compiled and tried there."""
-TOLD = "turn "
-"""What begins the line that tells a step's seconds."""
+TURN_LINE = "turn "
+"""What begins the line with a step's seconds."""
 
 
 class Turn:
     """A side's part in taking turns with others: a step when a line comes on stdin, its seconds on stdout.
 
-    A step is timed from one end of a step to the next, without the wait; the card is done before the clock is read.
+    A step is timed from one end of a step to the next, without the wait; the GPU is done before the clock is read.
     """
 
     def __init__(self):
         self.steps, self._began = 0, time.monotonic()
 
     def step_done(self) -> None:
-        """Tell the step's seconds, and wait."""
+        """Print the step's seconds, and wait."""
         import torch
 
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.steps += 1
         if self.steps >= FREE:
-            print(f"{TOLD}{time.monotonic() - self._began}", flush=True)
+            print(f"{TURN_LINE}{time.monotonic() - self._began}", flush=True)
             sys.stdin.readline()
         self._began = time.monotonic()
 

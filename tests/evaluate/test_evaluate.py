@@ -88,14 +88,6 @@ def test_solved_problems_are_shown_and_truncated_answers_counted(evaluate_studen
     assert (figures["n"], figures["cut"]) == (20, 5)
 
 
-def test_folders_of_results_are_separate(evaluate_student, run):
-    assert evaluate_student(ScriptedStudent(PLAIN), True)["acc_t2"] == 1.0
-    before = run.path("eval/a/dpo.jsonl").read_bytes()
-    fewer = evaluate_student(ScriptedStudent(PLAIN), True, problems=PROBLEMS[:10], folder="eval/a-limit-10")
-    assert fewer["n"] == 10
-    assert run.path("eval/a/dpo.jsonl").read_bytes() == before
-
-
 def test_a_threshold_fitted_on_more_problems_replaces_older_figures(evaluate_student, run, gguf):
     evaluate_student(ScriptedStudent(STEP), False, fitting=PROBLEMS[20:60])
     store_threshold(Config(), run, gguf, Fitted(threshold=0.5, problems=400, max_harm=0.005))

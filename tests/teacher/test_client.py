@@ -62,16 +62,6 @@ def test_failed_check_is_repaired_three_times_with_its_error_in_the_request(aske
     assert len({question(request) for request in requests}) == 4  # a repeated error changes the request
 
 
-def test_truncated_reply_is_rejected_as_cut_off(asked):
-    def answer(request, nth):
-        return say("good") if "shorter" in question(request) else say("good but hal", "length")
-
-    (result,), _ = asked(answer, [job(1)])
-    assert (result.text, result.requests) == ("good", 2)
-    (result,), _ = asked(answer, [job(2)], repairs=0)
-    assert (result.rejection.reason, result.raw) == ("cut_off", "good but hal")
-
-
 def test_network_errors_are_retried_but_not_by_litellm_as_well(asked, ledger):
     kinds = [fail(429, retry_after="0"), fail(500), fail(503), HTML, BROKEN, say("late", seconds=1.5)]
 
