@@ -21,7 +21,7 @@ class ScliteError(Exception):
         self.hint = hint
 
 
-class Declined(ScliteError):
+class DeclinedError(ScliteError):
     """The user answered no to a question: nothing failed (exit code 0)."""
 
     code = DONE

@@ -20,8 +20,8 @@ from sclite.export.model import gguf_path, source_digest
 from sclite.grading.grader import Grader
 from sclite.records import Drop, Problem, Template
 from sclite.student.adapters import STUDENTS
-from sclite.student.counted import Counted
 from sclite.student.llama_cpp.engine import Engine
+from sclite.student.work_counter import WorkCounter
 from sclite.train.metrics_logger import read_metrics
 
 
@@ -106,13 +106,13 @@ def evaluate(
                     work += 0 if is_current(config, load_threshold(config, run, path), fitting) else fitting
                 texts, scores = (2 * number, 0) if config.review.mode == "free" else (work, work)
                 with Engine(path, context=config.eval.context, unified=False) as engine:
-                    student = Counted(engine, texts, scores, partial(advance, name, number))
+                    student = WorkCounter(engine, texts, scores, partial(advance, name, number))
                     figures[name] = evaluate_model(config, run, name, student, path, held_out, grader, judge)
                     if name in compared:
                         votes = 1 if name == "base" else config.eval.votes
                         report = partial(advance, f"baseline of {name}", 0)
                         report(0, 0.0)
-                        student = Counted(engine, votes * number, 0, report)
+                        student = WorkCounter(engine, votes * number, 0, report)
                         gguf = figures[name]["gguf"]
                         baselines |= measure_baseline(config, run, name, student, held_out, gguf, grader)
                 made_from = source_digest(config, run, name)
@@ -121,7 +121,7 @@ def evaluate(
                 free = config.model_copy(update={"review": config.review.model_copy(update={"mode": "free"})})
                 settings = config.attempts.model_copy(update={"student": name})
                 with context.endpoint(settings, "eval") as endpoint:
-                    student = Counted(endpoint, 2 * number, 0, partial(advance, name, number))
+                    student = WorkCounter(endpoint, 2 * number, 0, partial(advance, name, number))
                     version = str(endpoint.version)
                     found = evaluate_model(free, run, name, student, Path(), held_out, grader, judge, version)
                 figures[name] = found | {"file": "", "bytes": 0, "made_from": ""}

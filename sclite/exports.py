@@ -48,8 +48,8 @@ def fit_review_threshold(context: Context, problems: Sequence[Problem]) -> None:
     Does nothing if reviews need no threshold, or if `review.threshold` is set.
     """
     from sclite.grading.grader import Grader
-    from sclite.student.counted import Counted
     from sclite.student.llama_cpp.engine import Engine
+    from sclite.student.work_counter import WorkCounter
 
     config, run = context.config, context.run
     if not config.review.needs_fit:
@@ -69,7 +69,7 @@ def fit_review_threshold(context: Context, problems: Sequence[Problem]) -> None:
             def count(solved: int, share: float, note: str) -> None:
                 progress(solved, len(problems), share=share, note=note)
 
-            student = engine and Counted(engine, len(problems), len(problems), count)
+            student = engine and WorkCounter(engine, len(problems), len(problems), count)
             fitted = ensure_threshold(config, run, path, student, problems, grader)
     report = Report("threshold", {"problems": fitted.problems}, figures=fitted.model_dump(), skipped=skipped)
     remedy = "; `sclite eval PROBLEMS` fits it on others" if fitted.problems < MIN_PROBLEMS else ""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from sclite.trace import Parsed, Trace, parse
+from sclite.trace import ParsedTrace, Trace, parse
 
 FEEDBACK = "feedback.jsonl"
 FROM_FEEDBACK = "feedback-"
@@ -34,7 +34,7 @@ class TraceRow(Row):
         trace: str
 
     @cached_property
-    def parsed(self) -> Parsed:
+    def parsed(self) -> ParsedTrace:
         """The trace, and what is wrong with its form."""
         return parse(self.trace)
 
@@ -129,7 +129,7 @@ class Feedback(Row):
     model: str
 
     @cached_property
-    def parsed(self) -> Parsed:
+    def parsed(self) -> ParsedTrace:
         """The final text."""
         return parse(self.final)
 

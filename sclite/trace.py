@@ -68,7 +68,7 @@ class Issue:
 
 
 @dataclass(frozen=True)
-class Parsed:
+class ParsedTrace:
     """A text, the trace that could be read from it, and the issues found, in order of their place."""
 
     text: str
@@ -258,7 +258,7 @@ class _Reader:
         self.open.append(name)
 
 
-def parse(text: str) -> Parsed:
+def parse(text: str) -> ParsedTrace:
     """Parse any text as a trace, in linear time and without raising.
 
     Case, blanks, attributes and a colon inside a tag are ignored, and so are bold markers around it, text before the
@@ -290,7 +290,7 @@ def parse(text: str) -> Parsed:
         issues.append(Issue("no_steps", "the top level"))
     if trace.answer is None:
         issues.append(Issue("no_answer", f"the end, character {end}"))
-    return Parsed(given, trace, tuple(issues))
+    return ParsedTrace(given, trace, tuple(issues))
 
 
 def tag_name(written: str) -> str:

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sclite import trace as module
-from sclite.trace import CAUSE, Issue, Parsed, Step, Trace, corrected, parse, render
+from sclite.trace import CAUSE, Issue, ParsedTrace, Step, Trace, corrected, parse, render
 
 WHOLE = (
     "<Step1>48 + 24 = 72\n<Key>Carry the ten.</Key>\n</Step1>\n"
@@ -57,8 +57,8 @@ def test_causes_and_closers_start_a_line_and_a_piece(trace):
 def test_canonical_text_is_that_of_the_method():
     assert render(SOLUTION) == WHOLE
     assert render(REVIEWED) == REVIEW
-    assert parse(WHOLE) == Parsed(WHOLE, SOLUTION, ())
-    assert parse(REVIEW) == Parsed(REVIEW, REVIEWED, ())
+    assert parse(WHOLE) == ParsedTrace(WHOLE, SOLUTION, ())
+    assert parse(REVIEW) == ParsedTrace(REVIEW, REVIEWED, ())
 
 
 @pytest.mark.parametrize("text", [" padded", "padded\n", "a <Step2> inside", "</key>", "< ANSWER : >"])
@@ -133,7 +133,7 @@ FORGIVEN = {
 
 @pytest.mark.parametrize("text", FORGIVEN.values(), ids=FORGIVEN)
 def test_variants_are_parsed_like_the_canonical_form(text):
-    assert parse(text) == Parsed(text, SOLUTION, ())
+    assert parse(text) == ParsedTrace(text, SOLUTION, ())
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_variants_are_parsed_like_the_canonical_form(text):
     ],
 )
 def test_escaped_and_decorated_tags_are_parsed(text):
-    assert parse(text) == Parsed(text, Trace((Step("a < b"),), None, "5"), ())
+    assert parse(text) == ParsedTrace(text, Trace((Step("a < b"),), None, "5"), ())
 
 
 ISSUES = r"""

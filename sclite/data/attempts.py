@@ -17,7 +17,7 @@ from sclite.student.adapters import adapter_weights
 from sclite.student.base import Reply, Request, Student
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
-from sclite.trace import Parsed, parse, render
+from sclite.trace import ParsedTrace, parse, render
 
 _NOT_SAMPLING = {"reviews", "confirmation_share", "student", "api_base", "concurrency", "price"}
 _FATAL_ISSUES = ("no_steps", "no_answer", "empty_step", "wrong_step_number", "step_after_the_end")
@@ -108,7 +108,7 @@ def write_attempts(
     return report
 
 
-def find_fatal_issue(parsed: Parsed) -> str:
+def find_fatal_issue(parsed: ParsedTrace) -> str:
     """The issue that makes the steps of an attempt ambiguous, or ""."""
     # the parser repairs others, and such attempts are worth the most: who doubts a step often closes it wrongly
     return next((str(issue) for issue in parsed.issues if issue.name in _FATAL_ISSUES), "")

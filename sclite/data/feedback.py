@@ -15,7 +15,7 @@ from sclite.records import FEEDBACK, FROM_FEEDBACK, Attempt, Drop, Feedback, Pro
 from sclite.run import Report, Run, timed
 from sclite.signature import digest, with_unanswered
 from sclite.teacher.client import Job, Rejection, Teacher, count_unanswered, identity
-from sclite.trace import Parsed, parse
+from sclite.trace import ParsedTrace, parse
 
 SOLUTIONS = 2
 """The teacher's solutions of a question without a gold answer; they must agree."""
@@ -128,13 +128,13 @@ def _find_golds(
     # the teacher solves the others
     unknown = {question: rows[0].question for question, rows in judged.items() if question not in golds}
 
-    def ask(question: str, sample: int) -> Job[Parsed]:
+    def ask(question: str, sample: int) -> Job[ParsedTrace]:
         messages = prompts.solve_messages(unknown[question], config.prompts.folder)
         # `parse` rejects nothing: an unreadable solution is not asked for again
         return Job(question, lambda _: messages, parse, sample)
 
     jobs = [ask(question, sample) for question in unknown for sample in range(SOLUTIONS)]
-    solutions: dict[str, list[Parsed]] = {question: [] for question in unknown}
+    solutions: dict[str, list[ParsedTrace]] = {question: [] for question in unknown}
     for done, result in enumerate(teacher.ask_after_pilot(jobs, len(jobs), "feedback"), 1):
         if result.rejection is not None:
             golds[result.id] = result.rejection

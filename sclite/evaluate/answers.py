@@ -10,7 +10,7 @@ from sclite.grading.grader import Grader
 from sclite.records import Problem
 from sclite.student.base import Reply, Request, Student
 from sclite.student.self_correction import ReviewSettings
-from sclite.trace import Parsed, parse
+from sclite.trace import ParsedTrace, parse
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class FirstAnswers:
 
     problems: Sequence[Problem]
     replies: list[Reply]
-    parsed: list[Parsed]
+    parsed: list[ParsedTrace]
     correct: list[bool | None]
 
 

@@ -2,7 +2,7 @@
 
 import re
 
-from sclite.trace import Parsed
+from sclite.trace import ParsedTrace
 
 _BRACES = re.compile(
     r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|(?P<bare>"  # without braces: up to the end of the formula, else one word
@@ -42,7 +42,7 @@ def extract(text: str) -> str | None:
     return found or None
 
 
-def answer_of(parsed: Parsed) -> str | None:
+def answer_of(parsed: ParsedTrace) -> str | None:
     """The final answer in a student's output: the answer of its trace, else whatever `extract` finds."""
     return parsed.trace.answer or extract(parsed.text)
 

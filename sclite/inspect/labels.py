@@ -13,7 +13,7 @@ from sclite.errors import UsageError
 from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Run
 from sclite.student.loader import fetch_model, load_tokenizer, model_name
-from sclite.student.tokenization import Encoded, encode_solution, end_id
+from sclite.student.tokenization import TrainingSequence, encode_solution, end_id
 from sclite.trace import CAUSE
 from sclite.train.bundle import build_bundles
 from sclite.train.warmup import rows_of_review
@@ -40,7 +40,7 @@ class Labels:
         attempts = run.rows("attempts.jsonl", Attempt) if what == "reviews" else ()
         self.works = {(row.id, row.sample): row for row in attempts}
 
-    def sequences(self, row: Template | Review | Pair) -> Iterator[tuple[str, Encoded]]:
+    def sequences(self, row: Template | Review | Pair) -> Iterator[tuple[str, TrainingSequence]]:
         """(name, tokens with weights) of each training sequence of a row: two for a pair, three for a correction."""
         folder = self.config.prompts.folder
         if isinstance(row, Template):

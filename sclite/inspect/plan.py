@@ -19,7 +19,7 @@ from sclite.export.quantize import estimate_bytes
 from sclite.records import Pair, Problem, Review, Template
 from sclite.run import Run
 from sclite.student.loader import model_name, read_config
-from sclite.student.tokenization import Encoded
+from sclite.student.tokenization import TrainingSequence
 from sclite.teacher.client import CHARACTERS_PER_TOKEN
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
@@ -149,7 +149,7 @@ def _forecast(
     speed = next((round(statistics.median(found), 1) for found in speeds if found), None)
     known = {"epochs": settings.num_train_epochs, "tokens_per_second": speed}
 
-    rows: Sequence[Sequence[Encoded]] = []  # the sequences of each row
+    rows: Sequence[Sequence[TrainingSequence]] = []  # the sequences of each row
     if tokenizer is not None:
         templates = run.read("templates.jsonl", Template)
         replayed = replay_templates(templates, unseen)

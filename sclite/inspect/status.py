@@ -62,7 +62,7 @@ class Stage:
     cost_usd: float | None = None
 
 
-class Measured(BaseModel):
+class MeasuredModel(BaseModel):
     """The part of a student's figures that identifies the GGUF that was evaluated."""
 
     file: str
@@ -73,7 +73,7 @@ class Measured(BaseModel):
 class Summary(BaseModel):
     """The part of an evaluation's summary that the status needs."""
 
-    models: dict[str, Measured]
+    models: dict[str, MeasuredModel]
     n: int
     folder: str
 

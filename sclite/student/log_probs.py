@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from sclite.errors import DataError
 from sclite.student.loader import half_dtype
-from sclite.student.tokenization import Encoded
+from sclite.student.tokenization import TrainingSequence
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ LOGITS = 1 << 26
 
 
 @dataclass
-class Padded:
+class PaddedBatch:
     """Sequences padded on the right, tensors [rows, longest] on the CPU: reading them there does not wait for the GPU."""
 
     ids: "Tensor"
@@ -27,12 +27,12 @@ class Padded:
     weights: "Tensor"
 
 
-def pad(rows: Sequence[Encoded], pad_id: int) -> Padded:
+def pad(rows: Sequence[TrainingSequence], pad_id: int) -> PaddedBatch:
     """A padded batch of sequences."""
     import torch
 
     width = max(len(row.ids) for row in rows)
-    return Padded(
+    return PaddedBatch(
         ids=torch.tensor([row.ids + [pad_id] * (width - len(row.ids)) for row in rows]),
         mask=torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in rows]),
         weights=torch.tensor([row.weights + [0.0] * (width - len(row.ids)) for row in rows]),
@@ -40,7 +40,7 @@ def pad(rows: Sequence[Encoded], pad_id: int) -> Padded:
 
 
 @dataclass(frozen=True)
-class Hidden:
+class HiddenStates:
     """The last hidden states of a batch in either layout: row r begins at `flat[starts[r]]`.
 
     `flat` is [tokens, width] on the model's device, `starts` [rows] on the CPU.
@@ -68,7 +68,7 @@ def autocast(model: "torch.nn.Module") -> AbstractContextManager[None]:
     return torch.autocast("cpu", first.dtype) if first.dtype == torch.bfloat16 else nullcontext()
 
 
-def hidden_states(model: "torch.nn.Module", batch: Padded) -> Hidden:
+def hidden_states(model: "torch.nn.Module", batch: PaddedBatch) -> HiddenStates:
     """The decoder's last hidden states.
 
     If the model is `padding_free`, the rows are concatenated into one and nothing is computed for padding. Each row has
@@ -95,7 +95,7 @@ def hidden_states(model: "torch.nn.Module", batch: Padded) -> Hidden:
     if hidden.shape[1] != expected:
         hint = "lower max_length to what the student supports"
         raise DataError(f"rows of {expected} tokens were truncated to {hidden.shape[1]}", hint)
-    return Hidden(hidden.reshape(-1, hidden.shape[-1]), starts)
+    return HiddenStates(hidden.reshape(-1, hidden.shape[-1]), starts)
 
 
 def _head(model: "torch.nn.Module") -> "tuple[PreTrainedModel, torch.nn.Linear]":
@@ -117,7 +117,9 @@ def head_chunk_size(vocabulary: int) -> int:
     return max(64, LOGITS // vocabulary)
 
 
-def token_log_probs(model: "torch.nn.Module", hidden: Hidden, batch: Padded) -> "tuple[Tensor, Tensor]":
+def token_log_probs(
+    model: "torch.nn.Module", hidden: HiddenStates, batch: PaddedBatch
+) -> "tuple[Tensor, Tensor]":
     """Log-probabilities of every token with a loss weight, and the row of each (on the CPU); both [tokens].
 
     The token at position t is predicted by the hidden state at t - 1. Many tokens go through the head in chunks: the

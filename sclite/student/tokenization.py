@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class TrainingSequence:
     """One training sequence: `ids`, and the loss weight of each id (0 in the prompt).
 
     `marks` are the positions whose next token is a decision: accuse the step (`<Cause>`) or close it.
@@ -88,7 +88,7 @@ def encode_pieces(
     pieces: Sequence[str],
     weights: Sequence[tuple[float, float]],
     accused: Sequence[bool | None] = (),
-) -> Encoded:
+) -> TrainingSequence:
     """A sequence with loss on its end token and, by `weights`, on the first token of each piece and on its others.
 
     `accused` says for each piece whether its first token accuses a step, closes it, or decides nothing (None).
@@ -103,10 +103,12 @@ def encode_pieces(
         (start - 1, wrong) for start, wrong in zip(starts, accused, strict=False) if wrong is not None
     ]
     marks, verdicts = tuple(mark for mark, _ in decisions), tuple(wrong for _, wrong in decisions)
-    return Encoded([*ids, end_id(tokenizer)], [*loss, 1.0], marks, verdicts)
+    return TrainingSequence([*ids, end_id(tokenizer)], [*loss, 1.0], marks, verdicts)
 
 
-def encode_solution(tokenizer: "Tokenizer", messages: Messages, trace: Trace, after: int = 0) -> Encoded:
+def encode_solution(
+    tokenizer: "Tokenizer", messages: Messages, trace: Trace, after: int = 0
+) -> TrainingSequence:
     """A trace as an answer to `messages`, with loss on what follows step `after` and on its end token."""
     pieces = all_pieces(trace)
     cut = 2 * after  # a step without notes is two pieces
@@ -115,7 +117,7 @@ def encode_solution(tokenizer: "Tokenizer", messages: Messages, trace: Trace, af
 
 def encode_review(
     tokenizer: "Tokenizer", messages: Messages, review: Trace, decision_weight: float = 0.0
-) -> Encoded:
+) -> TrainingSequence:
     """A whole review, with a decision marked after every step up to the first wrong one, whose text carries no loss.
 
     The decision's token weighs `1 + decision_weight`; otherwise one token among hundreds would hardly count.

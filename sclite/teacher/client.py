@@ -11,13 +11,20 @@ from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from sclite import config, console
-from sclite.errors import BudgetError, Declined, UsageError
+from sclite.errors import BudgetError, DeclinedError, UsageError
 from sclite.signature import differences
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.teacher.limits import Budget, Price
 from sclite.teacher.provider import require_model
 from sclite.teacher.reply import CUT_IN_REASONING, EMPTY, ONLY_REASONING, REFUSAL
-from sclite.teacher.sender import MIN_FAILURES, REFUSED_BY_TEACHER, Messages, NoReply, Sender, parameters_of
+from sclite.teacher.sender import (
+    MIN_FAILURES,
+    REFUSED_BY_TEACHER,
+    Messages,
+    NoReplyError,
+    Sender,
+    parameters_of,
+)
 
 T = TypeVar("T")  # what a check reads from a reply
 EMPTY_REPLY, CUT_OFF, REASONING_TOO_LONG = "empty_reply", "cut_off", "reasoning_too_long"
@@ -221,7 +228,7 @@ class Teacher(AbstractContextManager["Teacher"]):
                 entry = await self._sender.reply(asked, job.sample, requests, stage, parameters, on_text)
                 raw = entry.text
                 found = await self._check(job, entry, budget, stage)
-            except NoReply as failure:
+            except NoReplyError as failure:
                 # a model that has no larger budget refuses it: the reasoning is to blame
                 thought = rejection is not None and rejection.reason == REASONING_TOO_LONG
                 if not thought or failure.reason != REFUSED_BY_TEACHER:
@@ -282,7 +289,7 @@ class Teacher(AbstractContextManager["Teacher"]):
     # -- what it will cost -----------------------------------------------------------------------------------------
 
     def ask_after_pilot(self, jobs: Iterable[Job[T]], total: int, stage: str) -> Iterator[Result[T]]:
-        """As `ask_all`; if the first few jobs cost money, the rest is requested only if `confirm` agrees, else Declined."""
+        """As `ask_all`; if the first few jobs cost money, the rest is requested only if `confirm` agrees (DeclinedError)."""
         pending, done = iter(jobs), 0
         while self.confirm is not None and (pilot := list(islice(pending, PILOT))):
             before, began = self.ledger.totals(), time.monotonic()
@@ -298,7 +305,7 @@ class Teacher(AbstractContextManager["Teacher"]):
             forecast = Forecast(rows, spent if known else None, left, cost_usd, seconds / rows * left)
             if left > 0 and cost_usd != 0 and not self.confirm(forecast):
                 hint = "paid replies are kept; re-run to resume, with --yes to skip the question"
-                raise Declined(f"stopped after {done} of {total} rows, as you answered", hint)
+                raise DeclinedError(f"stopped after {done} of {total} rows, as you answered", hint)
             break
         yield from self.ask_all(pending, stage)
 

@@ -59,7 +59,7 @@ async def _bound_body(response: "httpx.Response") -> None:
 def _limited_stream() -> type:
     import httpx
 
-    class Limited(httpx.AsyncByteStream):
+    class LimitedStream(httpx.AsyncByteStream):
         def __init__(self, stream: httpx.AsyncByteStream):
             self.stream = stream
 
@@ -74,7 +74,7 @@ def _limited_stream() -> type:
         async def aclose(self) -> None:
             await self.stream.aclose()
 
-    return Limited
+    return LimitedStream
 
 
 @dataclass

@@ -23,7 +23,7 @@ REFUSED_BY_TEACHER = "refused_by_teacher"
 _TEMPLATE_TOKENS = 16  # that a chat template adds to each message
 
 
-class NoReply(Exception):
+class NoReplyError(Exception):
     """A request that was given up; `reason` is a code that is counted, the message explains it."""
 
     def __init__(self, reason: str, message: str):
@@ -94,7 +94,7 @@ class Sender:
     ) -> Entry:
         """The reply from the ledger, else from the endpoint, which gets the same request from two jobs once.
 
-        Raises NoReply if this request fails, TeacherError if no other can succeed either, BudgetError at the limit.
+        Raises NoReplyError if this request fails, TeacherError if no other can succeed either, BudgetError at the limit.
         """
         key = self.key(messages, sample, repair, parameters)
         lock = self._locks.setdefault(key, asyncio.Lock())
@@ -103,7 +103,7 @@ class Sender:
             if entry is None:
                 entry = await self._call(key, messages, stage, {**self.parameters, **parameters}, on_text)
         if entry.finish_reason == REFUSED:
-            raise NoReply(REFUSED_BY_TEACHER, entry.text)
+            raise NoReplyError(REFUSED_BY_TEACHER, entry.text)
         self._succeeded = True
         return entry
 
@@ -175,11 +175,11 @@ class Sender:
                 break
             await asyncio.sleep(wait)
         if failure.unreadable and self._succeeded:  # the request is to blame, not the endpoint
-            raise NoReply("unreadable_reply", failure.message)
+            raise NoReplyError("unreadable_reply", failure.message)
         self._unanswered += 1
         if self._unanswered >= max(MIN_FAILURES, settings.concurrency) or not self._answered:
             raise teacher_error(failure, settings, provider.key_variable, attempt)
-        raise NoReply("no_reply", failure.message)
+        raise NoReplyError("no_reply", failure.message)
 
     async def _flush(self) -> None:
         """Wait until the ledger is on disk: one commit serves all that was queued while the last one was written."""

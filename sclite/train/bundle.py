@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from sclite import prompts
 from sclite.errors import DataError
 from sclite.records import Pair
-from sclite.student.log_probs import Padded, pad
-from sclite.student.tokenization import Encoded, piece_ids, prompt_ids
+from sclite.student.log_probs import PaddedBatch, pad
+from sclite.student.tokenization import TrainingSequence, piece_ids, prompt_ids
 from sclite.trace import CAUSE, render
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ class Bundle:
     """`review` has the decisions, and loss on the chosen content; `rejected` has loss on the other content."""
 
     key: str
-    review: Encoded
-    rejected: Encoded | None = None
-    replay: Encoded | None = None
+    review: TrainingSequence
+    rejected: TrainingSequence | None = None
+    replay: TrainingSequence | None = None
 
 
 def build_bundles(
@@ -57,8 +57,8 @@ def build_bundles(
         masked, rejected, chosen_ids = [0.0] * len(ids), None, list[int]()
         if content is not None:
             chosen_ids, rejected_ids = piece_ids(tokenizer, [content.chosen, content.rejected])
-            rejected = Encoded(ids + rejected_ids, masked + [1.0] * len(rejected_ids))
-        review = Encoded(ids + chosen_ids, masked + [1.0] * len(chosen_ids), marks, accused)
+            rejected = TrainingSequence(ids + rejected_ids, masked + [1.0] * len(rejected_ids))
+        review = TrainingSequence(ids + chosen_ids, masked + [1.0] * len(chosen_ids), marks, accused)
         bundles.append(Bundle(f"{id}/{sample}", review, rejected))
     return bundles
 
@@ -93,9 +93,9 @@ class Batch:
     """Bundles as tensors: reviews, rejected texts and replay rows are padded separately."""
 
     bundles: Sequence[Bundle]
-    reviews: Padded
-    rejected: Padded | None
-    replay: Padded | None
+    reviews: PaddedBatch
+    rejected: PaddedBatch | None
+    replay: PaddedBatch | None
 
 
 def collate(bundles: Sequence[Bundle], pad_id: int) -> Batch:

@@ -16,7 +16,7 @@ from sclite.progress import Progress, no_progress
 from sclite.records import Pair, Problem, Template
 from sclite.run import Report, Run
 from sclite.signature import digest
-from sclite.student.tokenization import Encoded, decision_ids
+from sclite.student.tokenization import TrainingSequence, decision_ids
 from sclite.train.bundle import Bundle, build_bundles, check_bundles, collate
 from sclite.train.losses import DpoLoss, Reference, reference_log_probs
 from sclite.train.sft import replay_templates, solve_rows
@@ -91,7 +91,7 @@ def train_dpo(
     return TrainingJob("dpo", config, run, unseen, fresh, progress).train(prepare)
 
 
-def with_replay(bundles: Sequence[Bundle], rows: Sequence[Encoded], share: float) -> list[Bundle]:
+def with_replay(bundles: Sequence[Bundle], rows: Sequence[TrainingSequence], share: float) -> list[Bundle]:
     """Spread solved rows over the bundles, `share` of a row for each, cycling through the rows."""
     given, due = [], 0.0
     share = share if rows else 0.0

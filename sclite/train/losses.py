@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from sclite.config import Dpo
 from sclite.progress import Progress, no_progress
 from sclite.student.log_probs import (
-    Hidden,
-    Padded,
+    HiddenStates,
+    PaddedBatch,
     autocast,
     hidden_states,
     token_log_probs,
@@ -59,7 +59,7 @@ def weighted_loss(
     return loss, figures
 
 
-def negative_log_likelihood(model: Module, batch: Padded) -> dict[str, LossTerm]:
+def negative_log_likelihood(model: Module, batch: PaddedBatch) -> dict[str, LossTerm]:
     """The weighted negative log-likelihood of the tokens with loss, in nats."""
     log_probs, _ = token_log_probs(model, hidden_states(model, batch), batch)
     weights = batch.weights[:, 1:]
@@ -124,7 +124,7 @@ def pair_log_probs(model: Module, batch: Batch, decision_tokens: tuple[int, int]
     """Run the model over a batch; `decision_tokens` are those of accusing and of closing a step."""
     import torch
 
-    def row_sums(hidden: Hidden, rows: Padded) -> tuple[Tensor, Tensor]:
+    def row_sums(hidden: HiddenStates, rows: PaddedBatch) -> tuple[Tensor, Tensor]:
         """The summed log-probability of the weighted tokens of each row, and how many there are; both [rows]."""
         log_probs, owner = token_log_probs(model, hidden, rows)
         counts = torch.bincount(owner, minlength=len(rows.ids)).to(log_probs)

@@ -17,7 +17,7 @@ from sclite.run import Report, Run
 from sclite.student.adapters import adapter_weights, check_adapter
 from sclite.student.chat_template import opens_thinking
 from sclite.student.log_probs import pad
-from sclite.student.tokenization import Encoded, encode_solution, end_id
+from sclite.student.tokenization import TrainingSequence, encode_solution, end_id
 from sclite.train.losses import negative_log_likelihood
 from sclite.train.stage import BuildLesson, TrainingJob
 from sclite.train.trainer import Lesson, held_out_rows
@@ -77,7 +77,7 @@ def replay_templates(templates: Sequence[Template], unseen: frozenset[str]) -> l
     return [row for row in templates if row.id in unseen] or list(templates)
 
 
-def solve_rows(tokenizer: Tokenizer, templates: Sequence[Template], folder: str) -> list[Encoded]:
+def solve_rows(tokenizer: Tokenizer, templates: Sequence[Template], folder: str) -> list[TrainingSequence]:
     """Each template as (student prompt, problem) -> trace."""
     return [
         encode_solution(tokenizer, prompts.solve_messages(row.question, folder), row.parsed.trace)
@@ -86,7 +86,7 @@ def solve_rows(tokenizer: Tokenizer, templates: Sequence[Template], folder: str)
 
 
 def supervised(
-    job: TrainingJob, names: Sequence[str], rows: Sequence[Encoded], tokenizer: Tokenizer
+    job: TrainingJob, names: Sequence[str], rows: Sequence[TrainingSequence], tokenizer: Tokenizer
 ) -> BuildLesson:
     """The lesson on the rows that fit in max_length; the report gets the share of their tokens that carry loss.
 
@@ -115,7 +115,7 @@ def supervised(
 
 
 def supervised_lesson(
-    phase: str, rows: Sequence[Encoded], pad_id: int, held_out: Sequence[int] = ()
+    phase: str, rows: Sequence[TrainingSequence], pad_id: int, held_out: Sequence[int] = ()
 ) -> Lesson:
     """A supervised lesson: the mean over all tokens with loss in an optimizer step, each by its weight."""
     return Lesson(

@@ -23,7 +23,7 @@ from sclite.config import Config
 from sclite.progress import Progress, no_progress
 from sclite.records import Attempt, Problem, Review, Template
 from sclite.run import Report, Run
-from sclite.student.tokenization import Encoded, encode_pieces, encode_review, encode_solution
+from sclite.student.tokenization import TrainingSequence, encode_pieces, encode_review, encode_solution
 from sclite.trace import Trace, all_pieces, corrected, render
 from sclite.train.sft import replay_templates, solve_rows, supervised
 from sclite.train.stage import BuildLesson, TrainingJob
@@ -55,7 +55,7 @@ def train_warmup(
 
 def mixed_rows(
     tokenizer: Tokenizer, run: Run, reviews: Sequence[Review], templates: Sequence[Template], config: Config
-) -> tuple[list[str], list[Encoded]]:
+) -> tuple[list[str], list[TrainingSequence]]:
     """(names, rows) of the warm-up, shuffled; reads attempts.jsonl and problems.jsonl.
 
     All reviews and all closed rows, and `replay_share` rows of solving for each review: solved ones, in random order,
@@ -65,7 +65,7 @@ def mixed_rows(
     """
     attempts = {(a.id, a.sample): a for a in run.read("attempts.jsonl", Attempt)}
     questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
-    made: dict[str, list[tuple[str, Encoded]]] = {"review": [], "continued": [], "closed": []}
+    made: dict[str, list[tuple[str, TrainingSequence]]] = {"review": [], "continued": [], "closed": []}
     for review in reviews:
         work, name = attempts[review.id, review.sample].parsed.work, f"{review.id}/{review.sample}"
         rows = rows_of_review(tokenizer, questions[review.id], work, review, config)
@@ -86,7 +86,7 @@ def mixed_rows(
 
 def rows_of_review(
     tokenizer: Tokenizer, question: str, work: Trace, review: Review, config: Config
-) -> dict[str, Encoded]:
+) -> dict[str, TrainingSequence]:
     """The rows of a review, its decisions weighted: {"review"} and, if it corrects a step, {"continued", "closed"}.
 
     Work without an answer makes no closed row, which would teach to end there.

@@ -57,19 +57,19 @@ def lengths(count: int, full: bool, longest: int) -> list[int]:
 
 def solved_rows(count: int, full: bool, longest: int) -> list[Any]:
     """Rows of random ids; loss on the second two thirds, on nine tenths where all are full (as the memory model has it)."""
-    from sclite.student.tokenization import Encoded
+    from sclite.student.tokenization import TrainingSequence
 
     draw, rows = random.Random(1), []
     for length in lengths(count, full, longest):
         prompt = length // (10 if full else 3)
         ids = [draw.randrange(3, 1000) for _ in range(length - 1)] + [2]
-        rows.append(Encoded(ids, [0.0] * prompt + [1.0] * (length - prompt)))
+        rows.append(TrainingSequence(ids, [0.0] * prompt + [1.0] * (length - prompt)))
     return rows
 
 
 def bundles(count: int, full: bool, longest: int) -> list[Any]:
     """Pairs as DPO trains them: decisions in the middle, a content of 15 % at the end, a solved row beside them."""
-    from sclite.student.tokenization import Encoded
+    from sclite.student.tokenization import TrainingSequence
     from sclite.train.bundle import Bundle
 
     draw, made = random.Random(2), []
@@ -80,9 +80,9 @@ def bundles(count: int, full: bool, longest: int) -> list[Any]:
         shared = [draw.randrange(3, 1000) for _ in range(head)]
         for _ in range(2):
             ids = shared + [draw.randrange(3, 1000) for _ in range(length - head)]
-            sides.append(Encoded(ids, [0.0] * head + [1.0] * (length - head)))
+            sides.append(TrainingSequence(ids, [0.0] * head + [1.0] * (length - head)))
         marks = tuple(range(head - 8, head))
-        review = Encoded(sides[0].ids, sides[0].weights, marks, tuple(m == marks[-1] for m in marks))
+        review = TrainingSequence(sides[0].ids, sides[0].weights, marks, tuple(m == marks[-1] for m in marks))
         made.append(Bundle(f"p{number}/0", review, sides[1], solved[number]))
     return made
 

@@ -11,7 +11,7 @@ from sclite.evaluate.metrics import Outcome, compute_metrics
 from sclite.evaluate.threshold import Fitted, store_threshold
 from sclite.inspect.summaries import print_example, print_results
 from sclite.records import Problem
-from sclite.student.counted import Counted
+from sclite.student.work_counter import WorkCounter
 from sclite.trace import Step, Trace, render
 from tests.toy import SameVerdict, ScriptedStudent
 
@@ -81,7 +81,7 @@ def test_failed_calls_of_a_model_behind_an_api_are_made_again(run, grader):
 
 def test_solved_problems_are_shown_and_truncated_answers_counted(evaluate_student):
     seen = []
-    evaluate_student(Counted(ScriptedStudent(PLAIN), 20, 20, lambda *report: seen.append(report)), True)
+    evaluate_student(WorkCounter(ScriptedStudent(PLAIN), 20, 20, lambda *report: seen.append(report)), True)
     assert seen == [(n, n / 40, f"{n} texts written") for n in range(1, 21)]
     rambling = ScriptedStudent("the answer is", finishes=("length", "stop", "stop", "stop"))
     figures = evaluate_student(rambling, False, folder="eval/b")

@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import pytest
 
-from sclite.errors import BudgetError, Declined, TeacherError, UsageError
+from sclite.errors import BudgetError, DeclinedError, TeacherError, UsageError
 from sclite.settings import load
 from sclite.teacher.client import PILOT, Job
 from sclite.teacher.ledger import Ledger
@@ -124,7 +124,7 @@ def test_rest_is_requested_only_if_the_forecast_is_confirmed(teacher_of):
     seen, jobs = [], [job(i) for i in range(30)]
     with TeacherServer(cheap) as server, teacher_of(server, **PRICE) as teacher:
         teacher.confirm = seen.append
-        with pytest.raises(Declined, match=f"stopped after {PILOT} of 30 rows"):
+        with pytest.raises(DeclinedError, match=f"stopped after {PILOT} of 30 rows"):
             list(teacher.ask_after_pilot(jobs, 30, "templates"))
         assert len(server.requests) == PILOT
         assert seen[0].rows_left == 30 - PILOT

@@ -12,7 +12,7 @@ from sclite.student import tokenization
 from sclite.student.loader import load_student, load_tokenizer
 from sclite.student.log_probs import pad
 from sclite.student.self_correction import score_steps
-from sclite.student.tokenization import Encoded, decision_ids, piece_ids, prompt_ids
+from sclite.student.tokenization import TrainingSequence, decision_ids, piece_ids, prompt_ids
 from sclite.trace import open_piece, parse, render
 from sclite.train.bundle import build_bundles, collate
 from sclite.train.dpo import train_dpo, with_replay
@@ -219,7 +219,7 @@ def test_padding_changes_no_odds_and_has_neither_attention_nor_weight(config, ru
     model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"))
     together = reference_log_probs(model, bundles, tokenizer, size=6)
     assert_same(together, reference_log_probs(model, bundles[::-1], tokenizer, size=1))
-    batch = pad([Encoded([4, 5, 6], [0.0, 1.0, 1.0]), Encoded([7], [0.0])], 2)
+    batch = pad([TrainingSequence([4, 5, 6], [0.0, 1.0, 1.0]), TrainingSequence([7], [0.0])], 2)
     assert batch.ids.tolist() == [[4, 5, 6], [7, 2, 2]]
     assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.weights.tolist() == [[0, 1, 1], [0, 0, 0]]

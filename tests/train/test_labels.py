@@ -8,7 +8,7 @@ from sclite.errors import DataError
 from sclite.records import Pair, Problem, Template
 from sclite.run import Run
 from sclite.student.loader import load_tokenizer
-from sclite.student.tokenization import Encoded, decision_ids
+from sclite.student.tokenization import TrainingSequence, decision_ids
 from sclite.train import dpo, sft, stage
 from sclite.train.bundle import build_bundles, check_bundles
 from tests.toy import CHATML, TRAIN, Said, sample_texts, toy_config, write_pairs, write_tokenizer, write_toy
@@ -107,9 +107,13 @@ def test_the_pairs_of_a_run_pass_the_check_and_invalid_ones_are_refused(bundles)
     ids, weights = whole.rejected.ids, whole.rejected.weights
     wrong = {
         "both sides of the content pair are the same": replace(whole, rejected=whole.review),
-        "one side of the content pair is empty": replace(whole, rejected=Encoded(ids, [0.0] * len(ids))),
-        "the prompt is not masked": replace(whole, rejected=Encoded(ids, [1.0, *weights[1:]])),
-        "neither a decision nor a content pair": replace(whole, rejected=None, review=Encoded(ids, weights)),
+        "one side of the content pair is empty": replace(
+            whole, rejected=TrainingSequence(ids, [0.0] * len(ids))
+        ),
+        "the prompt is not masked": replace(whole, rejected=TrainingSequence(ids, [1.0, *weights[1:]])),
+        "neither a decision nor a content pair": replace(
+            whole, rejected=None, review=TrainingSequence(ids, weights)
+        ),
         "the next token is not the chosen decision": replace(
             whole, review=replace(whole.review, accused=tuple(not a for a in whole.review.accused))
         ),

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sclite.errors import DataError
 from sclite.student.adapters import lora_targets
-from sclite.student.log_probs import Padded, hidden_states, token_log_probs, vocabulary_log_probs
+from sclite.student.log_probs import PaddedBatch, hidden_states, token_log_probs, vocabulary_log_probs
 from sclite.train import memory
 from sclite.train.memory import Setting, architecture, estimate, nf4_bytes, optimizer_bytes, peak
 from sclite.train.micro_batch import choose, largest_length
@@ -159,7 +159,7 @@ def test_the_peak_of_a_plain_step_matches_the_estimate(family, middle):
     ids = torch.randint(0, 512, (2, 256))
     mask, weights = torch.ones_like(ids), torch.zeros(2, 256)
     mask[0, -9:], weights[:, 200:204] = 0, 1.0
-    batch = Padded(ids, mask, weights)
+    batch = PaddedBatch(ids, mask, weights)
     before = [*model.parameters(), *model.buffers(), ids, mask, weights]
     with PeakTracker(before) as tracker, torch.autocast("cpu", torch.bfloat16):
         log_probs, _ = token_log_probs(model, hidden_states(model, batch), batch)
@@ -173,7 +173,7 @@ def test_chunks_change_neither_log_probabilities_nor_gradients(monkeypatch):
     shape = {"model_type": "llama", **SMALL, "num_hidden_layers": 2}
     model = built(shape, "cpu").float().requires_grad_(False)
     ids = torch.randint(3, 500, (2, 90), generator=torch.Generator().manual_seed(0))
-    batch = Padded(ids, torch.ones(2, 90, dtype=torch.long), torch.ones(2, 90))
+    batch = PaddedBatch(ids, torch.ones(2, 90, dtype=torch.long), torch.ones(2, 90))
     carried = torch.rand(178, generator=torch.Generator().manual_seed(1))
     factor = model.model.layers[0].mlp.up_proj.weight.requires_grad_()
     found = []

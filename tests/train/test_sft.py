@@ -12,7 +12,7 @@ from sclite.errors import DataError
 from sclite.records import Template
 from sclite.run import Run
 from sclite.student.loader import load_student, load_tokenizer
-from sclite.student.tokenization import Encoded, encode_solution, end_id
+from sclite.student.tokenization import TrainingSequence, encode_solution, end_id
 from sclite.trace import Step, Trace, render
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.metrics_logger import MetricsLogger, read_metrics
@@ -66,17 +66,17 @@ def test_the_share_of_trained_tokens_is_reported_and_nothing_trained_again(train
     assert run.path("sft/adapter/adapter_model.safetensors").stat().st_mtime_ns == before
 
 
-GOOD, ENDLESS = Encoded([5, 6, 2], [0.0, 1.0, 1.0]), "the end-of-turn token is missing or masked"
+GOOD, ENDLESS = TrainingSequence([5, 6, 2], [0.0, 1.0, 1.0]), "the end-of-turn token is missing or masked"
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([], "no rows are left"),
-        ([GOOD, Encoded([5, 6, 2], [0.0, 0.0, 0.0])], r"row 2 \(b\): every label is masked"),
-        ([Encoded([5, 6, 2], [1.0, 1.0, 1.0])], r"row 1 \(a\): the prompt is not masked"),
-        ([GOOD, Encoded([5, 6, 7], [0.0, 1.0, 1.0])], rf"row 2 \(b\): {ENDLESS}"),
-        ([GOOD, Encoded([5, 6, 2], [0.0, 1.0, 0.0])], rf"row 2 \(b\): {ENDLESS}"),
+        ([GOOD, TrainingSequence([5, 6, 2], [0.0, 0.0, 0.0])], r"row 2 \(b\): every label is masked"),
+        ([TrainingSequence([5, 6, 2], [1.0, 1.0, 1.0])], r"row 1 \(a\): the prompt is not masked"),
+        ([GOOD, TrainingSequence([5, 6, 7], [0.0, 1.0, 1.0])], rf"row 2 \(b\): {ENDLESS}"),
+        ([GOOD, TrainingSequence([5, 6, 2], [0.0, 1.0, 0.0])], rf"row 2 \(b\): {ENDLESS}"),
     ],
 )
 def test_rows_with_wrong_labels_are_refused_with_a_hint(folder, run, rows, message):
@@ -106,7 +106,7 @@ def test_the_micro_batch_changes_neither_losses_nor_gradients(folder, trained, t
     config, run, *_ = trained
     tokenizer = load_tokenizer(config.student.model)
     rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
-    rows = [Encoded([*rows[0].ids[:60], 2], [0.0] * 55 + [1.0] * 6), *rows]
+    rows = [TrainingSequence([*rows[0].ids[:60], 2], [0.0] * 55 + [1.0] * 6), *rows]
     settings = {"num_train_epochs": 3, "learning_rate": 1e-3, "checkpoints": 1}
     made = toy_config(folder, sft=settings)
     found = {}

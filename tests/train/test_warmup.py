@@ -6,13 +6,15 @@ from sclite import prompts
 from sclite.records import Attempt, Review, Template
 from sclite.run import Run
 from sclite.student.loader import load_tokenizer
-from sclite.student.tokenization import Encoded, decision_ids, encode_solution, end_id
+from sclite.student.tokenization import TrainingSequence, decision_ids, encode_solution, end_id
 from sclite.trace import parse, render
 from sclite.train.warmup import mixed_rows
 from tests.toy import toy_config, toy_problems, toy_trace, write_toy
 
 
-def rows_of(folder, tmp_path, change=lambda attempt: attempt, **warmup) -> tuple[object, dict[str, Encoded]]:
+def rows_of(
+    folder, tmp_path, change=lambda attempt: attempt, **warmup
+) -> tuple[object, dict[str, TrainingSequence]]:
     """(tokenizer, the rows of the toy run by their names), after a `change` of its attempts."""
     run, config = Run(tmp_path), toy_config(folder, warmup=warmup)
     write_toy(run)

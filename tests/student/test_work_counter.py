@@ -1,7 +1,7 @@
 """The count of a student's work."""
 
 from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
-from sclite.student.counted import Counted
+from sclite.student.work_counter import WorkCounter
 
 
 class Echo(Student):
@@ -16,7 +16,7 @@ class Echo(Student):
 
 def test_replies_and_scores_pass_unchanged_and_are_counted():
     seen = []
-    student = Counted(Echo(), 2, 2, lambda *counts: seen.append(counts))
+    student = WorkCounter(Echo(), 2, 2, lambda *counts: seen.append(counts))
     requests = [Request([{"role": "user", "content": text}], max_tokens=1) for text in "ab"]
     assert [reply.text for reply in student.generate(requests)] == ["a", "b"]
     asked = ScoreRequest([], ("",), (0,), (("a", "b"),))

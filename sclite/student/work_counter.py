@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
 
 
-class Counted(Student):
+class WorkCounter(Student):
     """Passes everything on to `student`, which is to write `texts` (corrections not counted) and give `scores`.
 
     After each reply or score, `report` gets the number of texts, at most `texts`, the share of the work done (a score
