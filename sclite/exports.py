@@ -15,6 +15,15 @@ from sclite.student.adapters import STUDENTS, adapter_weights
 REVIEW_OFF = "review is off; turn it on with --self-correct"
 
 
+def check_chat_template(context: Context) -> None:
+    """Raise DataError, before hours of training, for a chat template that could not be exported. Loads the tokenizer alone."""
+    from sclite.export.chat_format import trained_format
+    from sclite.student.loader import load_tokenizer, model_name
+
+    with context.display.wait("checking the chat template"):
+        trained_format(context.config, load_tokenizer(model_name(context.config.student)))
+
+
 def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
     """GGUF files of the named students (default: the last one trained); the Modelfile is for the last one."""
     from sclite.export.model import describe_sizes, export_model

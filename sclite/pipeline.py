@@ -212,6 +212,7 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
     if context.config.student.model == "embedded" and not context.config.teacher.embedded:
         only_stories = "is a toy that can learn the quickstart's word problems only; set student.model"
         context.display.print(f"warning: the bundled student {only_stories}")
+    exports.check_chat_template(context)
     if only is None:
         hidden = unseen(context)
         with context.display.wait("estimating the cost of corrections"):

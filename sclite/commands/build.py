@@ -131,7 +131,7 @@ def run(
 
     Shows the plan first. Evaluates only if eval.source is set. Re-run to resume.
     """
-    from sclite import forecast, pipeline
+    from sclite import exports, forecast, pipeline
     from sclite.inspect import summaries
     from sclite.student.loader import model_name, select_gpu
 
@@ -147,6 +147,7 @@ def run(
 
         print_plan(planned, common.json)
         return
+    exports.check_chat_template(context)
     forecast.report_plan(context, planned)
     context.ask_before_paying = not yes
     with context.run.recording(context.config):

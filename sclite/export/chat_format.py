@@ -10,14 +10,16 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from sclite.config import Config
 from sclite.errors import DataError
 from sclite.export.tensors import read_json
 from sclite.student.base import Messages
 from sclite.student.chat_template import render_chat
-from sclite.student.tokenization import end_id
+from sclite.student.tokenization import end_id, prompt_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -262,6 +264,16 @@ def derive_format(render: Render, bos: str = "") -> ChatFormat:
                     f"{wanted[max(0, at - 20) : at + 40]!r}, expected from shorter chats: {text[max(0, at - 20) : at + 40]!r}"
                 )
     return form
+
+
+def trained_format(config: Config, tokenizer: PreTrainedTokenizerBase) -> ChatFormat | None:
+    """The format on which a student is trained; None if its own template is kept.
+
+    Raises DataError, with the reason, for a template that looks at more than roles and contents.
+    """
+    if config.export.keep_template:
+        return None
+    return derive_format(partial(prompt_text, tokenizer), tokenizer.bos_token or "")
 
 
 def write_format(form: ChatFormat, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -17,10 +17,10 @@ from llama_cpp.llama_chat_format import MISTRAL_INSTRUCT_CHAT_TEMPLATE, MIXTRAL_
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from sclite.errors import DataError
+from sclite.errors import DATA, DataError
 from sclite.export.chat_format import CHATS, derive_format, write_format
 from sclite.student.chat_template import render_chat
-from tests.toy import CHATML, sample_texts, write_tokenizer
+from tests.toy import CHATML, sample_texts, write_tokenizer, write_toy
 
 FIXTURE = Path(__file__).with_name("chat_templates.json.xz")
 REAL = json.loads(lzma.decompress(FIXTURE.read_bytes()))
@@ -246,3 +246,32 @@ def test_folder_gets_the_template_the_end_of_turn_and_no_second_bos(tmp_path):
     assert after.eos_token == "<|im_end|>"
     assert after("one")["input_ids"] == tokenizer("one", add_special_tokens=False)["input_ids"]
     assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": 2, "top_p": 0.5}
+
+
+@pytest.mark.parametrize("command", ["train", "run"])
+def test_training_is_refused_before_it_begins_if_the_template_cannot_be_exported(
+    sclite, run, folder, tmp_path, command
+):
+    """With `run`, also before the teacher is paid."""
+    shutil.copytree(folder, tmp_path / "student")
+    path = tmp_path / "student/chat_template.jinja"
+    path.write_text(path.read_text().replace("<|im_end|>", "<|im_end|>' ~ (messages | length) ~ '"))
+    write_toy(run)
+    settings = {
+        "student.model": tmp_path / "student",
+        "student.backend": "plain",
+        "sft.num_train_epochs": 0.1,
+    }
+    given = [
+        "--run",
+        run.folder,
+        *(word for item in settings.items() for word in ("--set", "{}={}".format(*item))),
+    ]
+    ended = sclite(command, *given, *(["--yes"] if command == "run" else ["--only", "sft"]))
+    assert ended.code == DATA
+    assert "more than roles and contents" in ended.error
+    assert "--set export.keep_template=true" in ended.hint
+    assert not run.path("sft").exists()
+    if command == "train":
+        assert sclite(command, *given, "--only", "sft", "--set", "export.keep_template=true").code == 0
+        assert run.path("sft/adapter/adapter_model.safetensors").is_file()
