@@ -6,7 +6,15 @@ import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 
@@ -32,6 +40,7 @@ def parse_object(value: Any) -> Any:
 Address = Annotated[str, PlainSerializer(without_password)]
 """A base URL. A password in it never appears in a dump of the configuration."""
 Object = Annotated[dict[str, Any], BeforeValidator(parse_object)]
+Bounds = Annotated[dict[str, float], BeforeValidator(parse_object)]
 Price = Annotated[float, Field(ge=0)]
 Prices = tuple[Price, Price] | None
 """US dollars per million input and output tokens."""
@@ -239,6 +248,10 @@ MAX_KL = {
     "f32": 1e-3, "f16": 1e-3, "bf16": 0.02, "q8": 0.03, "q6": 0.08, "q5": 0.2, "q4": 0.5, "iq4": 0.5, "": 1.5,
 }  # fmt: skip
 """SmolLM2-135M: q8_0 0.006, q4_k_m 0.05, iq4_xs 0.15."""
+MIN_TOP1 = {
+    "f32": 0.995, "f16": 0.995, "bf16": 0.99, "q8": 0.98, "q6": 0.95, "q5": 0.85, "q4": 0.7, "iq4": 0.7, "": 0.4,
+}  # fmt: skip
+"""The quickstart's student: q8_0 1.000, q4_k_m 0.998, q3_k_m 0.993; a tiny model of random weights: 1.00, 0.83, 0.55."""
 
 
 class Export(Section):
@@ -246,8 +259,11 @@ class Export(Section):
 
     quant: str = setting("q4_k_m", "quantization: f32, f16, bf16, q8_0, q4_k_m ..; several: q4_k_m,q8_0")
     imatrix: bool | None = setting(None, "use an importance matrix (default: below 5 bits)")
-    max_kl: Annotated[dict[str, float], BeforeValidator(parse_object)] = setting(
+    max_kl: Bounds = setting(
         MAX_KL, "largest KL divergence from the trained model in nats, by the start of a type's name"
+    )
+    min_top1: Bounds = setting(
+        MIN_TOP1, "smallest share of places with the trained model's next token, up to near ties, by the same"
     )
     ollama: str = setting("", "model name for `ollama create`")
     push: str = setting("", "repository on the Hub, OWNER/NAME, for the files and their card")
@@ -256,10 +272,10 @@ class Export(Section):
     num_ctx: int = setting(8192, "context length in Ollama, in tokens (in the Modelfile)", ge=256)
     keep_template: bool = setting(False, "export the model's own chat template as it is")
 
-    @field_validator("max_kl")
+    @field_validator("max_kl", "min_top1")
     @classmethod
-    def _keep_other_bounds(cls, value: dict[str, float]) -> dict[str, float]:
-        return {**MAX_KL, **value}
+    def _keep_other_bounds(cls, value: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        return {**cls.model_fields[str(info.field_name)].default, **value}
 
     @property
     def types(self) -> list[str]:

