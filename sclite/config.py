@@ -307,6 +307,12 @@ class Review(Section):
     threshold: float | None = setting(
         None, "log-odds of an error from which a step is corrected (default: fitted by train and eval)"
     )
+    confidence_weight: float | None = setting(
+        None,
+        "weight of the confidence in solving a step against the review's decision (default: fitted with the threshold, 0 without)",
+        ge=0,
+        le=1,
+    )
     rounds: int = setting(1, "maximum number of review rounds per answer", ge=0, le=8)
     max_harm: float = setting(
         0.005, "share of answers that a fitted threshold may spoil (test at 5 %)", ge=0, le=1

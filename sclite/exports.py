@@ -11,6 +11,7 @@ from sclite.export.model import ADAPTER, gguf_path
 from sclite.records import Problem
 from sclite.run import Report
 from sclite.student.adapters import STUDENTS, adapter_weights
+from sclite.student.self_correction import Cutoff
 
 REVIEW_OFF = "review is off; turn it on with --self-correct"
 
@@ -87,8 +88,8 @@ def fit_review_threshold(context: Context, problems: Sequence[Problem]) -> None:
 
 def for_chat(
     context: Context, model: Path | None, self_correct: bool | None
-) -> tuple[Path, float | None, str]:
-    """(GGUF, review threshold, why review is off or "") for chat.
+) -> tuple[Path, Cutoff | None, str]:
+    """(GGUF, when its steps are corrected, why review is off or "") for chat.
 
     Exports the last trained student if the run has an adapter but no GGUF yet. If the newest file has no threshold, takes the
     largest one in another quantization that has one. `self_correct`: True insists, and raises DataError if no threshold was
@@ -104,7 +105,7 @@ def for_chat(
     if review.mode == "guided" and review.rounds == 0:
         return path, None, "review is off: review.rounds is 0"
     if not review.needs_fit:
-        return path, review.threshold, ""
+        return path, Cutoff.of(review), ""
     fitted = load_threshold(context.config, context.run, path)
     student = path.name.partition("-")[0]
     others = path.parent.glob(f"{student}-*.gguf") if fitted is None and model is None else ()
@@ -114,7 +115,7 @@ def for_chat(
             path = other
             break
     if fitted is not None:
-        return path, fitted.threshold, f"review is off: {fitted.off}" if fitted.off else ""
+        return path, fitted.cutoff, f"review is off: {fitted.off}" if fitted.off else ""
     reason = f"the review threshold of {path.name} has not been fitted"
     hint = "run `sclite train`" if model is None else "run `sclite eval PROBLEMS` in its run"
     hint += ", or set it: --set review.threshold=0"

@@ -74,7 +74,7 @@ class Rate:
         return found and (1 - self.points[-1][2]) * found[0] / found[2]
 
     def line(self) -> str:
-        """$0.12 of about $1.40, 3.2/s (or 29 s each)."""
+        """$0.12 of about $1.40, 3.2/s (or 29 s each); no rate if all rows are done and only other work is left."""
         found = self.measured()
         if found is None:
             return ""
@@ -82,7 +82,8 @@ class Rate:
         _, done, _, spent = self.points[-1]
         speed = f"{rows / seconds:.1f}/s" if rows > seconds / 2 else f"{format_duration(seconds / rows)} each"
         in_total = spent + dollars / rows * (self.total - done)
-        return f"${spent:.4f} of about ${in_total:.2f}, {speed}" if spent else speed
+        cost = f"${spent:.4f} of about ${in_total:.2f}" if spent else ""
+        return ", ".join(filter(None, (cost, "" if done == self.total else speed)))
 
 
 class Countdown:

@@ -14,6 +14,7 @@ from sclite.evaluate.threshold import Fitted, store_threshold
 from sclite.progress import ProgressDisplay
 from sclite.records import Problem
 from sclite.run import Run
+from sclite.student.self_correction import Cutoff
 from tests.toy import ScriptedStudent
 
 
@@ -82,10 +83,19 @@ def test_the_largest_measured_file_stands_in_for_one_without_threshold(tmp_path)
     for name, size in (("dpo-q2_k", 9), ("dpo-q4_k_m", 12), ("dpo-q8_0", 20), ("sft-q8_0", 30)):
         path = write_gguf(home, name, name.encode().ljust(size))
         if name != "dpo-q2_k":
-            store_threshold(home.config, home.run, path, Fitted(threshold=1.0, problems=60, max_harm=0.005))
+            store_threshold(
+                home.config,
+                home.run,
+                path,
+                Fitted(threshold=1.0, confidence_weight=0.5, problems=60, max_harm=0.005),
+            )
     config = Config.model_validate({"export": {"quant": "q2_k"}})
     context = Context(config, home.run, ProgressDisplay(quiet=True))
-    assert exports.for_chat(context, None, self_correct=True) == (folder / "dpo-q8_0.gguf", 1.0, "")
+    assert exports.for_chat(context, None, self_correct=True) == (
+        folder / "dpo-q8_0.gguf",
+        Cutoff(1.0, 0.5),
+        "",
+    )
     off = "review is off; turn it on with --self-correct"
     assert exports.for_chat(context, None, self_correct=False) == (folder / "dpo-q2_k.gguf", None, off)
 
@@ -103,7 +113,7 @@ def test_chat_says_why_review_is_off_and_what_turns_it_on(tmp_path):
     never = context_of(tmp_path, rounds=0)
     assert exports.for_chat(never, None, None)[1:] == (None, "review is off: review.rounds is 0")
     free = context_of(tmp_path, mode="free")
-    assert exports.for_chat(free, None, self_correct=True) == (gguf, None, "")
+    assert exports.for_chat(free, None, self_correct=True) == (gguf, Cutoff(), "")
 
 
 class Stepper(ScriptedStudent):
@@ -121,7 +131,7 @@ class Stepper(ScriptedStudent):
 
 @pytest.mark.parametrize("mode", ["guided", "free"])
 def test_progress_of_an_evaluation_is_the_share_of_its_texts_and_scores(tmp_path, monkeypatch, mode):
-    """Guided: 10 answers and 60 for the threshold, as many scores, then 2 samples each of 10 for the majority vote."""
+    """Guided: 10 answers and 60 for the threshold, as many scores, 35 corrections, then 2 samples each for the majority."""
     monkeypatch.setattr(evaluation, "Engine", Stepper)
     monkeypatch.setattr(evaluation, "source_digest", lambda *_: "")
     seen = []
@@ -140,6 +150,6 @@ def test_progress_of_an_evaluation_is_the_share_of_its_texts_and_scores(tmp_path
     *shares, last = (share for _, _, share in seen)
     assert last is None  # the end
     assert shares == sorted(shares)
-    assert len({*shares}) == 1 + (140 if mode == "guided" else 20) + 20
+    assert len({*shares}) == 1 + (140 + 35 if mode == "guided" else 20) + 20
     assert (shares[-22], shares[-1]) == (0.5, 1.0)
     assert seen[-1][:2] == (10, 10)

@@ -35,6 +35,8 @@ def test_the_rate_is_measured_from_the_first_row_and_slow_in_seconds(clock):
         clock.append(29.0 * number)
         rate.update(number, number / 5, None)
     assert rate.line() == "29 s each"
+    rate.total = 3  # all are written, and are being reviewed
+    assert rate.line() == ""
     assert rate.seconds_left() == pytest.approx(58)
 
 

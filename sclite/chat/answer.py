@@ -12,7 +12,7 @@ from sclite.config import Config
 from sclite.student.base import Reply, Request
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.probe import check_gguf
-from sclite.student.self_correction import Reviewed, ReviewSettings, Script, Writing, review
+from sclite.student.self_correction import Cutoff, Reviewed, ReviewSettings, Script, Writing, review
 from sclite.trace import Trace, parse, render
 
 
@@ -22,6 +22,7 @@ class Settings:
 
     mode: str = "guided"
     threshold: float = 0.0
+    confidence_weight: float = 0.0
     rounds: int = 1
     max_tokens: int = 1024
     temperature: float = 0.0
@@ -30,11 +31,13 @@ class Settings:
     prompt_folder: str = ""
 
     @classmethod
-    def of(cls, config: Config, threshold: float | None, off: str) -> "Settings":
-        """The settings of a configuration; without review if `off` says why."""
+    def of(cls, config: Config, at: Cutoff | None, off: str) -> "Settings":
+        """The settings of a configuration that corrects steps `at` a cutoff; without review if `off` says why."""
+        at = at or Cutoff()
         return cls(
             mode="" if off else config.review.mode,
-            threshold=threshold or 0.0,
+            threshold=at.threshold,
+            confidence_weight=at.confidence_weight,
             rounds=max(1, config.review.rounds),
             max_tokens=config.eval.max_tokens,
             seed=config.seed,
@@ -126,7 +129,8 @@ def solve_and_review(question: str, settings: Settings) -> Script[Answer]:
     solved, reviewed = time.monotonic(), None
     if settings.mode and reply.finish != "length":
         limits = (settings.threshold, settings.rounds, settings.max_tokens, settings.prompt_folder)
-        reviewed = yield from review(question, trace, ReviewSettings(*limits), settings.mode)
+        chosen = ReviewSettings(*limits, confidence_weight=settings.confidence_weight)
+        reviewed = yield from review(question, trace, chosen, settings.mode)
     note = "" if reviewed is None else reviewed.note
     if reply.finish == "length":
         note = f"the answer was cut off at {reply.tokens} tokens; increase max_tokens"

@@ -27,6 +27,7 @@ KEYS: dict[str, tuple[type[int] | type[float], int, int]] = {
     "seed": (int, 0, 2**31 - 1),
     "max_tokens": (int, 1, 1_000_000),
     "threshold": (float, -100, 100),
+    "confidence_weight": (float, 0, 1),
     "rounds": (int, 1, 100),
 }
 """What /set changes, besides history and mode: type, smallest and largest value."""

@@ -16,6 +16,7 @@ from sclite.console import escape
 from sclite.errors import ScliteError
 from sclite.run import Run
 from sclite.student.base import Student
+from sclite.student.self_correction import Cutoff
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -27,7 +28,7 @@ ALIASES = {"exit": "/bye", "quit": "/bye", "bye": "/bye", "?": "/help", "help": 
 def run_chat(
     path: Path,
     config: Config,
-    threshold: float | None,
+    at: Cutoff | None,
     run: Run,
     *,
     off: str = "",
@@ -43,7 +44,7 @@ def run_chat(
     reviews are free. A student of one kind of problem has an `example`, and a note where a question is not `familiar`.
     """
     interactive = question is None and console.is_interactive()
-    settings = Settings.of(config, threshold, off)
+    settings = Settings.of(config, at, off)
     with ExitStack() as stack:
         if endpoint is not None:
             student, context, about = endpoint, 0, ""

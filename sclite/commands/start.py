@@ -62,6 +62,7 @@ EXAMPLES: dict[str, Any] = {
     **{f"{stage}.padding_free": True for stage in ("sft", "warmup", "dpo")},
     "export.imatrix": True,
     "review.threshold": 0.0,
+    "review.confidence_weight": 0.5,
 }
 """Example values for keys without a default: every line of sclite.toml is valid when uncommented."""
 FIRST = (

@@ -9,8 +9,10 @@ from sclite.grading.extract import answer_of
 from sclite.grading.grader import Grader
 from sclite.records import Problem
 from sclite.student.base import Reply, Request, Student
-from sclite.student.self_correction import ReviewSettings
+from sclite.student.self_correction import Cutoff, ReviewSettings
 from sclite.trace import ParsedTrace, parse
+
+AT_ZERO = Cutoff()
 
 
 @dataclass(frozen=True)
@@ -43,5 +45,6 @@ def grade(grader: Grader, answers: Iterable[str | None], problems: Sequence[Prob
     return grader.equal_many(zip(answers, (problem.answer for problem in problems), strict=True))
 
 
-def review_settings(config: Config, threshold: float) -> ReviewSettings:
-    return ReviewSettings(threshold, config.review.rounds, config.eval.max_tokens, config.prompts.folder)
+def review_settings(config: Config, at: Cutoff = AT_ZERO) -> ReviewSettings:
+    limits = config.review.rounds, config.eval.max_tokens, config.prompts.folder
+    return ReviewSettings(at.threshold, *limits, confidence_weight=at.confidence_weight)

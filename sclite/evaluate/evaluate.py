@@ -18,7 +18,7 @@ from sclite.records import Problem
 from sclite.run import Run
 from sclite.signature import digest
 from sclite.student.base import Student
-from sclite.student.self_correction import NEVER, NO_REPLY, correct_steps, review, run_together
+from sclite.student.self_correction import NEVER, NO_REPLY, Cutoff, correct_steps, review, run_together
 from sclite.trace import Trace, render
 
 NO_STEPS = "its answers have no steps"
@@ -46,11 +46,11 @@ def review_answers(
     first: FirstAnswers,
     config: Config,
     grader: Grader,
-    threshold: float,
+    at: Cutoff,
     judge: Judge | None,
 ) -> list[Outcome]:
     """Turn 2: review each first answer and grade the result."""
-    settings, mode = review_settings(config, threshold), config.review.mode
+    settings, mode = review_settings(config, at), config.review.mode
     asked = zip(first.problems, first.parsed, strict=True)
     scripts = [review(problem.question, parsed.trace, settings, mode) for problem, parsed in asked]
     reviewed = run_together(student, scripts)
@@ -101,7 +101,7 @@ def located_correction_rate(
     ]
     if not cases:
         return None
-    corrected = correct_steps(student, [case for _, case in cases], review_settings(config, 0.0))
+    corrected = correct_steps(student, [case for _, case in cases], review_settings(config))
     verdicts = grade(grader, [c.answer for c in corrected], [problem for problem, _ in cases])
     known = [verdict for verdict in verdicts if verdict is not None]
     return round(sum(known) / len(known), 4) if known else None
@@ -141,14 +141,19 @@ def evaluate_model(
     reviewable, fitted = any(parsed.trace.steps for parsed in first.parsed), None
     if fits and reviewable:
         fitted = ensure_threshold(config, run, gguf, student, held_out.fitting, grader)
-    threshold = fitted.threshold if fitted else config.review.threshold
+    at = Cutoff.of(config.review)
+    if fits:
+        at = (
+            fitted.cutoff
+            if fitted and fitted.cutoff
+            else Cutoff(NEVER, fitted.confidence_weight if fitted else 0.0)
+        )
     off = fitted.off if fitted else ""
     if not reviewable:
         off = NO_STEPS
     elif config.review.mode == "guided" and config.review.rounds == 0:
         off = "review.rounds is 0"
     reviewing = time.monotonic()
-    at = NEVER if fits and threshold is None else threshold or 0.0
     rows = review_answers(student, first, config, grader, at, judge)
     ended = time.monotonic()
     figures = compute_metrics(rows, seed=config.seed)
@@ -157,7 +162,7 @@ def evaluate_model(
     figures |= {
         "signature": "" if version and failed else signature,
         "gguf": identity,
-        "threshold": threshold,
+        "threshold": None if at.threshold == NEVER else at.threshold,
         "fitted": fitted and fitted.model_dump(),
         "off": off,
         "correction_rate_given_location": located_correction_rate(student, rows, first, config, grader),

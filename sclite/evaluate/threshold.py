@@ -12,11 +12,12 @@ from pydantic import BaseModel, ConfigDict
 from sclite import prompts
 from sclite.config import Config
 from sclite.evaluate.answers import grade, review_settings, solve_problems
+from sclite.evaluate.metrics import auc
 from sclite.grading.grader import Grader
 from sclite.records import Problem
 from sclite.run import Run
 from sclite.student.base import Student
-from sclite.student.self_correction import NEVER, correct_steps, run_together, score_steps
+from sclite.student.self_correction import NEVER, Cutoff, Odds, both_odds, correct_steps, pool, run_together
 from sclite.trace import Trace
 
 FILE = "export/threshold.json"
@@ -25,6 +26,8 @@ MIN_PROBLEMS = 50
 """With fewer problems, one answer moves the threshold far."""
 ALPHA, Z = 0.05, 1.645
 """The one-sided level, and its normal quantile, at which a threshold is too harmful, or gains less than another one."""
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""The weights of the confidence in a step's score that are tried."""
 BLOCK, MAX_SHARE = 0.1, 0.6
 """Shares of the problems: how many have steps corrected per block, and at most in all."""
 MANY_PROBLEMS = 200
@@ -41,7 +44,7 @@ class Trial:
     problem: Problem
     trace: Trace
     correct: bool | None
-    scores: Sequence[float]
+    scores: Sequence[float] = ()
     results: dict[int, bool | None] = field(default_factory=dict)
 
     def accusable_steps(self, floor: float = -math.inf) -> list[tuple[int, float, float]]:
@@ -60,12 +63,15 @@ class Trial:
 class Fitted(BaseModel):
     """A fitted threshold, or the reason why review stays off, with what it does on the n graded fitting problems.
 
+    It holds for step scores in which the confidence has the weight `confidence_weight`.
+
     Accuracies, wrong_to_right and right_to_wrong are shares of n. `assumed` counts accused steps whose correction was
     not tried. `best_*` describe the most accurate threshold without the bound on harm: what the bound gives up.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     threshold: float | None
+    confidence_weight: float = 0.0
     off: str = ""
     problems: int
     n: int = 0
@@ -82,12 +88,18 @@ class Fitted(BaseModel):
     prompts: str = ""
 
     @property
+    def cutoff(self) -> Cutoff | None:
+        """When to correct a step; None if review stays off."""
+        return None if self.threshold is None else Cutoff(self.threshold, self.confidence_weight)
+
+    @property
     def summary(self) -> str:
         """The fit in one line."""
         if self.threshold is None or self.acc_t1 is None or self.acc_t2 is None:
             return f"review stays off: {self.off}"
+        weighted = f", confidence weight {self.confidence_weight:g}," if self.confidence_weight else ""
         return (
-            f"{self.threshold:.2f} fitted on {self.n} problems: {100 * self.acc_t1:.1f} → {100 * self.acc_t2:.1f} % "
+            f"{self.threshold:.2f}{weighted} fitted on {self.n} problems: {100 * self.acc_t1:.1f} → {100 * self.acc_t2:.1f} % "
             f"right, {100 * self.right_to_wrong:.1f} % spoiled{self.given_up}"
         )
 
@@ -182,6 +194,26 @@ def fit_threshold(trials: Sequence[Trial], max_harm: float) -> Fitted:
     return fitted.model_copy(update={**found, "off": off + bound})
 
 
+def choose_weight(
+    trials: Sequence[Trial], odds: Sequence[tuple[Odds, Odds]], weights: Sequence[float] = WEIGHTS
+) -> float:
+    """The weight of the confidence whose step scores tell wrong answers from right ones best, by their highest score.
+
+    `odds` are what review and confidence say of the steps of each trial. Of equal weights, the first.
+    """
+    known = [
+        (each, not trial.correct)
+        for trial, each in zip(trials, odds, strict=True)
+        if trial.correct is not None
+    ]
+
+    def quality(weight: float) -> float:
+        ranked = [(max(scores), wrong) for each, wrong in known if (scores := pool(*each, weight))]
+        return auc([score for score, _ in ranked], [wrong for _, wrong in ranked]) or 0.0
+
+    return max(weights, key=quality)
+
+
 def try_corrections(student: Student, trials: Sequence[Trial], config: Config, grader: Grader) -> None:
     """Correct the steps that the fitted threshold may accuse, and add the results to the trials.
 
@@ -194,7 +226,7 @@ def try_corrections(student: Student, trials: Sequence[Trial], config: Config, g
         floor = max(chosen[-1].scores)
         places = [(t, step) for t in chosen for step, *_ in t.accusable_steps(floor) if step not in t.results]
         cases = [(trial.problem.question, trial.trace, step) for trial, step in places]
-        corrected = correct_steps(student, cases, review_settings(config, 0.0))
+        corrected = correct_steps(student, cases, review_settings(config))
         answers = [each.answer for each in corrected]
         verdicts = grade(grader, answers, [trial.problem for trial, _ in places])
         wrong = fixed = spoiled = 0
@@ -241,10 +273,11 @@ def store_threshold(config: Config, run: Run, gguf: Path, fitted: Fitted) -> Fit
 
 
 def is_current(config: Config, fitted: Fitted | None, count: int) -> bool:
-    """Whether a stored fit is of as many problems and the same max_harm; too few problems replace none."""
+    """Whether a stored fit is of as many problems and the same settings; too few problems replace none."""
     if fitted is None or count < MIN_PROBLEMS:
         return fitted is not None
-    return fitted.problems >= count and fitted.max_harm == config.review.max_harm
+    same_weight = config.review.confidence_weight in (None, fitted.confidence_weight)
+    return fitted.problems >= count and fitted.max_harm == config.review.max_harm and same_weight
 
 
 def ensure_threshold(
@@ -262,21 +295,32 @@ def ensure_threshold(
     if total < MIN_PROBLEMS or student is None:
         fitted.off = f"{total} problems are too few to fit its threshold, {MIN_PROBLEMS} are needed"
         return store_threshold(config, run, gguf, fitted)
+    given = config.review.confidence_weight
+    weights = WEIGHTS if given is None else (given,)
     trials: list[Trial] = []
+    odds: list[tuple[Odds, Odds]] = []
     for part in (problems[::2], problems[1::2]) if total >= MANY_PROBLEMS else (problems,):
         first = solve_problems(student, part, config, grader)
         works = [parsed.work for parsed in first.parsed]
         asked = zip(part, works, strict=True)
-        scripts = [score_steps(problem.question, work, config.prompts.folder) for problem, work in asked]
-        trials += map(Trial, part, works, first.correct, run_together(student, scripts))
+        scripts = [
+            both_odds(problem.question, work, config.prompts.folder, weights) for problem, work in asked
+        ]
+        odds += run_together(student, scripts)
+        trials += map(Trial, part, works, first.correct)
+        weight = choose_weight(trials, odds, weights)
+        for trial, each in zip(trials, odds, strict=True):
+            trial.scores = pool(*each, weight)
         try_corrections(student, trials, config, grader)
         if not any(trial.correct is False and True in trial.results.values() for trial in trials):
             break
+    fitted.confidence_weight = weight
     graded = sum(trial.correct is not None for trial in trials)
     if not any(trial.scores for trial in trials):
         fitted.off = "its answers have no steps"
     elif graded < MIN_PROBLEMS:
         fitted.off = f"only {graded} of {len(trials)} answers to fitting problems could be graded"
     else:
-        fitted = fit_threshold(trials, config.review.max_harm).model_copy(update={"problems": total})
+        update = {"problems": total, "confidence_weight": weight}
+        fitted = fit_threshold(trials, config.review.max_harm).model_copy(update=update)
     return store_threshold(config, run, gguf, fitted)

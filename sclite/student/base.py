@@ -41,16 +41,17 @@ class Reply:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Which of two strings comes next, read after each piece whose number (from 0) is in `marks`.
+    """Which of two strings comes next, read after each piece whose number (from 0) is in `marks`; -1: after the prompt.
 
     `options` holds two strings per mark, `others` the strings that compete with them. If the options' first tokens are
-    unique among all of these, only the first tokens are compared, otherwise the whole options.
+    unique among all of these, only the first tokens are compared, otherwise the whole options. Without a second option,
+    the first one is compared with any other text.
     """
 
     messages: Messages
     pieces: tuple[str, ...]
     marks: tuple[int, ...]
-    options: tuple[tuple[str, str], ...]
+    options: tuple[tuple[str, str | None], ...]
     others: tuple[str, ...] = ()
 
 

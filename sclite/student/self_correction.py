@@ -4,12 +4,14 @@ Each is a script for one attempt: it yields requests, is sent the replies, and y
 runs many at once, `stream` shows what one does. Neither review ever sees a gold answer.
 """
 
+from __future__ import annotations
+
 import math
 import re
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from threading import Event as Flag
-from typing import TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from sclite import prompts
 from sclite.progress import Progress, no_progress
@@ -27,6 +29,9 @@ from sclite.trace import (
     step_pieces,
 )
 
+if TYPE_CHECKING:
+    from sclite.config import Review
+
 TOP_P = 0.95
 _NUMBERS, _BEGINS = re.compile(r"[\d\s.,:+\-*/×()$]*\Z"), re.compile(r"[(-]?\d")
 NO_STEPS, NO_REPLY, UNREADABLE = "no steps to review", "no reply", "the review could not be read"
@@ -38,7 +43,8 @@ NEVER = 1e6  # as a threshold: no log-odds exceed it, so nothing is accused; JSO
 class Reviewed:
     """The result of reviewing one attempt.
 
-    `trace` is the new solution (None: the attempt stands). `scores` are the log-odds (nats) that each step is wrong.
+    `trace` is the new solution (None: the attempt stands). `scores` are the log-odds (nats) that each step is wrong,
+    of review and confidence.
     `accused` is the step that cause and correction belong to, also if its correction changes nothing (SAME_RESULT).
     `note` says why a review was abandoned; `tokens` counts what the review generated, `fed` the tokens of
     its prompts that were not in the cache.
@@ -61,7 +67,11 @@ class Reviewed:
 
 @dataclass(frozen=True)
 class ReviewSettings:
-    """How to review: threshold on the log-odds, number of rounds, maximum length of a text in tokens."""
+    """How to review: a step above the threshold is corrected, in so many rounds, in texts of at most `max_tokens`.
+
+    A step's log-odds of an error are the weighted mean of what the review decides (at weight 0) and of the confidence
+    with which the student solves the step (at weight 1).
+    """
 
     threshold: float = 0.0
     rounds: int = 1
@@ -69,6 +79,7 @@ class ReviewSettings:
     prompt_folder: str = ""
     temperature: float = 0.0
     seed: int = 0
+    confidence_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,18 @@ class Corrected:
     step: int
     cause: str
     correction: str
+
+
+class Cutoff(NamedTuple):
+    """When to correct a step: the threshold on its log-odds, and the weight of the confidence in them."""
+
+    threshold: float = 0.0
+    confidence_weight: float = 0.0
+
+    @classmethod
+    def of(cls, review: Review) -> Cutoff:
+        """What a configuration sets by hand; 0 for what it leaves open."""
+        return cls(review.threshold or 0.0, review.confidence_weight or 0.0)
 
 
 Ask = Request | ScoreRequest
@@ -174,24 +197,65 @@ def review(question: str, attempt: Trace, settings: ReviewSettings, mode: str) -
 # -- guided ------------------------------------------------------------------------------------------------------------
 
 
-def score_steps(question: str, work: Trace, folder: str = "") -> Script[tuple[float, ...]]:
-    """The log-odds of an error after each step, from one prefill; empty without steps or if they are too long (NaN)."""
-    if not work.steps:
-        return ()
+Odds = tuple[float, ...]
+"""The log-odds (nats) that each step is wrong; empty without steps, or if they are too long to be scored."""
+
+
+def review_odds(question: str, work: Trace, folder: str = "") -> Script[Odds]:
+    """What the review decides at the end of each step, from one prefill: `<Cause>` or the closing tag."""
     pieces = tuple(step_pieces(work.steps))
-    messages = prompts.review_messages(question, render(work), folder)
     options = tuple((CAUSE, closer) for closer in pieces[1::2])
-    scores = yield ScoreRequest(messages, pieces, tuple(range(0, len(pieces), 2)), options, OTHER_TAGS)
+    marks = tuple(range(0, len(pieces), 2))
+    messages = prompts.review_messages(question, render(work), folder)
+    return (yield from _odds(ScoreRequest(messages, pieces, marks, options, OTHER_TAGS)))
+
+
+def confidence_odds(question: str, work: Trace, folder: str = "") -> Script[Odds]:
+    """How much less likely than any other text each step is where the student solves, from one prefill.
+
+    A student that is well calibrated is wrong as often as it would write something else.
+    """
+    pieces = tuple(step_pieces(work.steps))
+    options = tuple((text, None) for text in pieces[::2])
+    marks = tuple(range(-1, len(pieces) - 1, 2))
+    written = yield from _odds(ScoreRequest(prompts.solve_messages(question, folder), pieces, marks, options))
+    return tuple(-value for value in written)
+
+
+def _odds(request: ScoreRequest) -> Script[Odds]:
+    scores = (yield request) if request.marks else None
     odds = scores.log_odds if isinstance(scores, Scores) else ()
     return () if any(map(math.isnan, odds)) else odds
 
 
+def both_odds(
+    question: str, work: Trace, folder: str = "", weights: Sequence[float] = (0.0, 1.0)
+) -> Script[tuple[Odds, Odds]]:
+    """What review and confidence say of each step; zeros for the one that has no weight in any of `weights`."""
+    unread = (0.0,) * len(work.steps)
+    review = (yield from review_odds(question, work, folder)) if min(weights) < 1 else unread
+    confidence = (yield from confidence_odds(question, work, folder)) if any(weights) else unread
+    return review, confidence
+
+
+def pool(review: Odds, confidence: Odds, weight: float, rewritten: Collection[int] = ()) -> Odds:
+    """The weighted mean of two log-odds for each step (a logarithmic opinion pool); empty if either is.
+
+    The review alone decides about `rewritten` steps: a correction is not what a student writes as it solves.
+    """
+    pairs = enumerate(zip(review, confidence, strict=False), 1)
+    return tuple(r if n in rewritten else (1 - weight) * r + weight * c for n, (r, c) in pairs)
+
+
 def guided(question: str, attempt: Trace, settings: ReviewSettings) -> Script[Reviewed]:
     """Guided review of an attempt, in at most `settings.rounds` rounds."""
-    work = corrected(attempt)
+    work, weight = corrected(attempt), settings.confidence_weight
     result = Reviewed(note="" if work.steps else NO_STEPS)
+    rewritten: set[int] = set()
     for round_number in range(settings.rounds if work.steps else 0):
-        odds = yield from score_steps(question, work, settings.prompt_folder)
+        weights = (weight, 0.0) if rewritten else (weight,)
+        review, confidence = yield from both_odds(question, work, settings.prompt_folder, weights)
+        odds = pool(review, confidence, weight, rewritten)
         if round_number == 0:
             result = replace(result, scores=odds, note="" if odds else "too long to review")
         step = next((n for n, value in enumerate(odds, 1) if value > settings.threshold), None)
@@ -203,6 +267,7 @@ def guided(question: str, attempt: Trace, settings: ReviewSettings) -> Script[Re
         if outcome.trace is None:  # the solution of the round before stands
             return replace(result, tokens=tokens, note=outcome.note)
         work = corrected(outcome.trace)
+        rewritten = {each for each in rewritten if each < step} | {step}
         result = replace(outcome, scores=result.scores, tokens=tokens)
     return result
 

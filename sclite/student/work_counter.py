@@ -4,9 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
 
+CORRECTIONS = 0.5
+"""Texts that corrections are expected to take for each scored one; only how many there are afterwards is known."""
+
 
 class WorkCounter(Student):
-    """Passes everything on to `student`, which is to write `texts` (corrections not counted) and give `scores`.
+    """Passes everything on to `student`, which is to write `texts` (without corrections) and have `scores` scored.
 
     After each reply or score, `report` gets the number of texts, at most `texts`, the share of the work done (a score
     weighs as much as a text), and a note such as "40 texts written, 12 reviewed".
@@ -14,21 +17,28 @@ class WorkCounter(Student):
 
     def __init__(self, student: Student, texts: int, scores: int, report: Callable[[int, float, str], None]):
         self.student, self.texts, self.scores, self.report = student, texts, scores, report
-        self.written = self.scored = 0
+        self.written = 0
+        self.scored = {True: 0, False: 0}  # by review, by confidence
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Reply]:
         for reply in self.student.generate(requests):
-            self._count(written=1)
+            self.written += 1
+            self._count()
             yield reply
 
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[Scores]:
         for scores in self.student.score(requests):
-            self._count(scored=1)
+            self.scored[requests[scores.index].options[0][1] is not None] += 1
+            self._count()
             yield scores
 
-    def _count(self, written: int = 0, scored: int = 0) -> None:
-        self.written += written
-        self.scored += scored
-        texts, scores = min(self.texts, self.written), min(self.scores, self.scored)
-        note = f"{self.written} texts written" + (f", {self.scored} reviewed" if self.scored else "")
-        self.report(texts, (texts + scores) / (self.texts + self.scores), note)
+    def _count(self) -> None:
+        scored = max(self.scored.values())
+        texts, scores, later = (
+            min(self.texts, self.written),
+            min(self.scores, scored),
+            CORRECTIONS * self.scores,
+        )
+        done = texts + scores + min(later, self.written - texts)
+        note = f"{self.written} texts written" + (f", {scored} reviewed" if scored else "")
+        self.report(texts, done / (self.texts + self.scores + later), note)

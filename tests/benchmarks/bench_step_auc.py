@@ -20,7 +20,7 @@ from sclite import prompts
 from sclite.evaluate.metrics import Outcome, auc
 from sclite.student.base import ScoreRequest
 from sclite.student.llama_cpp.engine import Engine
-from sclite.student.self_correction import score_steps
+from sclite.student.self_correction import review_odds
 from sclite.trace import Trace, render
 
 RESAMPLES = 1000
@@ -34,7 +34,7 @@ SHOWN = {
 
 def request_of(outcome: Outcome, shown: str) -> ScoreRequest:
     """What a review asks for the scores of an answer, with a part of the work in its prompt."""
-    request = next(score_steps(outcome.question, outcome.work))
+    request = next(review_odds(outcome.question, outcome.work))
     assert isinstance(request, ScoreRequest)
     messages = prompts.review_messages(outcome.question, render(SHOWN[shown](outcome.work)))
     return replace(request, messages=messages)

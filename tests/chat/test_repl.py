@@ -28,27 +28,27 @@ from tests.replay import TeacherServer, say
 from tests.toy import tiny_gguf, tiny_llama, write_rows
 
 
-def chatted(monkeypatch, run, student, threshold=0.0, lines=("How many?",), config=None, **options) -> bool:
+def chatted(monkeypatch, run, student, at=None, lines=("How many?",), config=None, **options) -> bool:
     monkeypatch.setattr(answer, "check_gguf", lambda path: None)
     monkeypatch.setattr(answer, "Engine", lambda *_, **__: student)
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
-    return repl.run_chat(Path("x.gguf"), config or Config(), threshold, run, **options)
+    return repl.run_chat(Path("x.gguf"), config or Config(), at, run, **options)
 
 
 @pytest.mark.parametrize(
-    ("student", "threshold", "options", "message"),
+    ("student", "options", "message"),
     [
-        (Scripted(), None, {"off": "review is off: too few problems"}, "review is off: too few problems"),
-        (Scripted(scores=()), 0.0, {}, "too long to review"),
-        (Scripted(scores=(-3.0, 3.0)), 0.0, {}, "the review could not be read"),
-        (Scripted(finish="length"), 0.0, {}, "cut off at 5 tokens; increase max_tokens"),
-        (Scripted(text="<Step1>blue\n</Step1>", scores=(-3.0,)), 0.0, {}, "the steps reach no answer"),
-        (Scripted(text="asdf"), 0.0, {}, "the answer has no steps to review"),
-        (Scripted(), 0.0, {"familiar": lambda _: False}, "not trained on this kind of problem"),
+        (Scripted(), {"off": "review is off: too few problems"}, "review is off: too few problems"),
+        (Scripted(scores=()), {}, "too long to review"),
+        (Scripted(scores=(-3.0, 3.0)), {}, "the review could not be read"),
+        (Scripted(finish="length"), {}, "cut off at 5 tokens; increase max_tokens"),
+        (Scripted(text="<Step1>blue\n</Step1>", scores=(-3.0,)), {}, "the steps reach no answer"),
+        (Scripted(text="asdf"), {}, "the answer has no steps to review"),
+        (Scripted(), {"familiar": lambda _: False}, "not trained on this kind of problem"),
     ],
 )
-def test_notes_say_what_an_answer_lacks(monkeypatch, capsys, run, student, threshold, options, message):
-    assert chatted(monkeypatch, run, student, threshold, question="How many?", **options)
+def test_notes_say_what_an_answer_lacks(monkeypatch, capsys, run, student, options, message):
+    assert chatted(monkeypatch, run, student, question="How many?", **options)
     assert message in " ".join(capsys.readouterr().err.split())
 
 
@@ -212,7 +212,7 @@ def test_set_changes_the_next_request(chat, capsys):
     chat.command("/set threshold 0.20737024704638296")
     capsys.readouterr()
     chat.command("/set")
-    expected = "temperature 0.5, seed 7, max_tokens 99, threshold 0.2074, rounds 1, mode guided, history off"
+    expected = "temperature 0.5, seed 7, max_tokens 99, threshold 0.2074, confidence_weight 0, rounds 1, mode guided, history off"
     assert " ".join(capsys.readouterr().out.split()) == expected
 
 

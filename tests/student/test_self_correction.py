@@ -1,22 +1,25 @@
 """Self-correction with a scripted student: which step is accused, how it is corrected, when the first answer is kept."""
 
+import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
+from sclite.prompts import solve_messages
 from sclite.student import self_correction
 from sclite.student.base import Reply, Request, ScoreRequest, Scores
 from sclite.student.self_correction import (
     SAME_RESULT,
     ReviewSettings,
+    confidence_odds,
     correct_steps,
     free,
     guided,
-    score_steps,
+    review_odds,
 )
-from sclite.trace import CAUSE, Step, Trace, open_piece, parse, render
+from sclite.trace import CAUSE, Step, Trace, open_piece, parse, render, step_pieces
 
 QUESTION = "Anna has 48 apples, buys 24, gives half away and finds 5. How many?"
 UNREADABLE = "the review could not be read"
@@ -32,6 +35,7 @@ class Scripted:
     """A student with scripted scores and replies; records every request. Replies arrive in reverse order."""
 
     odds: Callable[[str], tuple[float, ...]] = lambda work: ()
+    confidence: dict[str, float] = field(default_factory=dict)
     corrections: list[str] = field(default_factory=list)
     rest: str = REST
     finish: str = "stop"
@@ -42,7 +46,12 @@ class Scripted:
         self.scored += requests
         for index in reversed(range(len(requests))):
             work = requests[index].messages[-1]["content"].partition("Work to check:\n")[2]
-            yield Scores(index, self.odds(work), 10)
+            written = [
+                self.confidence.get(parse(text).trace.steps[0].text, 0.0)
+                for text, other in requests[index].options
+                if not other
+            ]
+            yield Scores(index, self.odds(work) if work else tuple(written), 10)
 
     def generate(self, requests):
         self.requests += requests
@@ -63,7 +72,7 @@ def review(student, *attempts, script=guided, **settings):
 
 
 def test_score_request_covers_every_step_and_scores_come_in_any_order():
-    request = next(score_steps(QUESTION, WRONG))
+    request = next(review_odds(QUESTION, WRONG))
     assert request.options == tuple((CAUSE, f"</Step{n}>\n") for n in range(1, len(WRONG.steps) + 1))
     assert request.others == ("<Key>", "<Correction>")
     opened = [open_piece(n, step) for n, step in enumerate(WRONG.steps, 1)]
@@ -72,10 +81,70 @@ def test_score_request_covers_every_step_and_scores_come_in_any_order():
     assert render(WRONG) in request.messages[-1]["content"]
     assert request.messages[0]["role"] == "system"
     student = Scripted(odds=accuse_38)
-    scripts = [score_steps(QUESTION, work) for work in (WRONG, Trace(), RIGHT)]
+    scripts = [review_odds(QUESTION, work) for work in (WRONG, Trace(), RIGHT)]
     found = self_correction.run_together(student, scripts)
     assert found == [(-4.0, 3.0, -4.0), (), (-4.0, -4.0, -4.0)]
     assert len(student.scored) == 2
+
+
+UNSURE = {
+    "48 + 24 = 72": 6.0,
+    "72 / 2 = 38": -3.0,
+    "38 + 5 = 43": 1.0,
+    "72 / 2 = 36": -5.0,
+    "36 + 5 = 41": 4.0,
+}
+"""Log-odds of what the student writes as it solves, against any other text."""
+
+
+def test_confidence_is_read_where_the_student_solves():
+    request = next(confidence_odds(QUESTION, WRONG))
+    assert request.pieces == tuple(step_pieces(WRONG.steps))
+    assert [request.pieces[: mark + 1][-1:] for mark in request.marks] == [
+        (),
+        ("</Step1>\n",),
+        ("</Step2>\n",),
+    ]
+    assert request.options == tuple((open_piece(n, step), None) for n, step in enumerate(WRONG.steps, 1))
+    assert request.messages == solve_messages(QUESTION)
+    student = Scripted(confidence=UNSURE)
+    scripts = [confidence_odds(QUESTION, work) for work in (WRONG, Trace())]
+    assert self_correction.run_together(student, scripts) == [(-6.0, 3.0, -1.0), ()]
+
+
+@pytest.mark.parametrize(
+    ("weight", "scores", "accused", "requests"),
+    [
+        (0.0, (-4.0, -4.0, -4.0), None, 1),
+        (0.25, (-4.5, -2.25, -3.25), None, 2),
+        (0.75, (-5.5, 1.25, -1.75), 2, 2),
+        (1.0, (-6.0, 3.0, -1.0), 2, 1),
+    ],
+)
+def test_scores_are_the_weighted_mean_of_review_and_confidence(weight, scores, accused, requests):
+    student = Scripted(odds=lambda _: (-4.0,) * 3, confidence=UNSURE, corrections=[CORRECTION])
+    (got,) = review(student, WRONG, confidence_weight=weight)
+    assert (got.scores, got.accused, len(student.scored)) == (scores, accused, requests)
+
+
+@pytest.mark.parametrize("weight", [0.75, 1.0])
+def test_a_correction_is_not_accused_because_the_student_would_not_have_written_it(weight):
+    student = Scripted(odds=lambda _: (-4.0,) * 3, confidence=UNSURE, corrections=[CORRECTION] * 2)
+    (got,) = review(student, WRONG, confidence_weight=weight, rounds=2)
+    assert UNSURE["72 / 2 = 36"] < 0
+    assert (got.trace, got.accused, got.note, len(student.requests)) == (RIGHT, 2, "", 2)
+
+
+@pytest.mark.parametrize("unread", ["review", "confidence"])
+def test_work_that_one_of_the_two_cannot_score_is_too_long(unread):
+    class Short(Scripted):
+        def score(self, requests):
+            for found in super().score(requests):
+                asked = "review" if requests[found.index].options[0][1] else "confidence"
+                yield replace(found, log_odds=(math.nan,) * 3) if asked == unread else found
+
+    (got,) = review(Short(odds=accuse_38, confidence=UNSURE), WRONG, confidence_weight=0.5)
+    assert (got.scores, got.accused, got.note) == ((), None, "too long to review")
 
 
 def test_wrong_step_is_corrected_and_correct_work_unchanged():

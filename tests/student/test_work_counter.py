@@ -21,7 +21,9 @@ def test_replies_and_scores_pass_unchanged_and_are_counted():
     assert [reply.text for reply in student.generate(requests)] == ["a", "b"]
     asked = ScoreRequest([], ("",), (0,), (("a", "b"),))
     assert [found.index for found in student.score([asked])] == [0]
-    assert seen[:2] == [(1, 0.25, "1 texts written"), (2, 0.5, "2 texts written")]
-    assert seen[2:] == [(2, 0.75, "2 texts written, 1 reviewed")]
-    list(student.generate(requests))  # corrections are not part of the work that is known before
-    assert seen[-1] == (2, 0.75, "4 texts written, 1 reviewed")
+    unsure = ScoreRequest([], ("",), (-1,), (("a", None),))
+    assert [found.index for found in student.score([unsure])] == [0]  # of the same text: it counts once
+    assert seen[:2] == [(1, 0.2, "1 texts written"), (2, 0.4, "2 texts written")]
+    assert seen[2:] == [(2, 0.6, "2 texts written, 1 reviewed")] * 2
+    list(student.generate(requests[:1]))  # a correction: a quarter of the texts and scores is expected on top
+    assert seen[-1] == (2, 0.8, "3 texts written, 1 reviewed")

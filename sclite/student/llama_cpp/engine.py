@@ -17,7 +17,7 @@ from sclite.errors import DataError, DeviceError, UsageError
 from sclite.student.base import Messages, Reply, Request, ScoreRequest, Scores
 from sclite.student.chat_template import render_chat, start_renderer
 from sclite.student.llama_cpp.scheduler import Scheduler
-from sclite.student.llama_cpp.sequence import Option, TokenSequence, log_prob
+from sclite.student.llama_cpp.sequence import Option, TokenSequence, log_odds
 from sclite.student.llama_cpp.vocabulary import Vocabulary
 from sclite.threads import wait_briefly
 
@@ -197,12 +197,13 @@ class Engine:
         return self.token_ids(render_chat(self.chat_template, messages, self.special_tokens), special=True)
 
     def _ids(self, messages: Messages, pieces: Sequence[str]) -> tuple[list[int], list[int]]:
-        """Ids of prompt and pieces, and their number after each piece."""
+        """Ids of prompt and pieces, and their number after each piece and, last, after the prompt."""
         ids, ends = self.chat_ids(messages), []
+        prompt = len(ids)
         for piece in pieces:
             ids = ids + self.token_ids(piece)
             ends.append(len(ids))
-        return ids, ends
+        return ids, [*ends, prompt]
 
     # -- the student
 
@@ -252,7 +253,7 @@ class Engine:
 
         A request that does not fit, or is cancelled, gives NaN at every mark.
         """
-        marks: dict[int, list[tuple[Option, Option]]] = {}
+        marks: dict[int, list[tuple[Option, Option | None]]] = {}
         owner: dict[TokenSequence, int] = {}
         lengths: dict[int, int] = {}
         for index, request in enumerate(requests):
@@ -260,17 +261,19 @@ class Engine:
             others = [self.token_ids(option) for option in request.others]
             whole, lengths[index], marks[index] = TokenSequence(ids), len(ids), []
             for mark, texts in zip(request.marks, request.options, strict=True):
-                first, second = (self.token_ids(option) for option in texts)
-                if not first or not second:
-                    raise UsageError(f"empty option in {texts}", "both options need text")
-                heads = [option[0] for option in (first, second, *others)]
-                if heads.count(first[0]) == heads.count(second[0]) == 1:  # first tokens suffice
-                    first, second = first[:1], second[:1]
                 at = ends[mark] - 1
-                marks[index].append((whole.option(at, first), whole.option(at, second)))
+                options = [self.token_ids(text) for text in texts if text is not None]
+                if not all(options):
+                    raise UsageError(f"empty option in {texts}", "options need text")
+                heads = [option[0] for option in (*options, *others)]
+                if len(options) == 2 and all(heads.count(option[0]) == 1 for option in options):
+                    options = [option[:1] for option in options]  # first tokens suffice
+                first, *second = (whole.option(at, option) for option in options)
+                marks[index].append((first, second[0] if second else None))
             whole.reads = dict(sorted(whole.reads.items()))
             # last marks first: each sequence finds its prefix in the cache of the one before
-            latest = sorted((o for pair in marks[index] for o in pair), key=lambda option: -option[1][0][0])
+            read = [option for pair in marks[index] for option in pair if option is not None]
+            latest = sorted(read, key=lambda option: -option[1][0][0])
             needed = dict.fromkeys([whole, *(sequence for sequence, _ in latest)])
             parts = [part for part in needed if part.reads]
             if not parts or max(len(part.ids) for part in parts) > self.context:
@@ -285,8 +288,9 @@ class Engine:
             missing[index] -= 1
             fed[index] += done.computed
             if not missing[index]:
-                odds = tuple(log_prob(first) - log_prob(second) for first, second in marks.pop(index))
-                yield Scores(index, odds, lengths[index], fed[index])
+                yield Scores(
+                    index, tuple(log_odds(*pair) for pair in marks.pop(index)), lengths[index], fed[index]
+                )
 
     def log_probabilities(self, ids: Sequence[int]) -> np.ndarray:
         """log p of every token after each of the ids: float64 (len(ids), vocabulary_size)."""

@@ -1,5 +1,6 @@
 """One sequence of tokens: which logits are read, how tokens are sampled, when it ends."""
 
+import math
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Event
@@ -82,11 +83,9 @@ class TokenSequence:
             self.append(int(best[0]) if greedy else sample(rows[0], self.request, self._random), vocabulary)
             return
         for position, row in zip(positions, rows, strict=True):
-            row = row.astype(np.float64)
-            top = row.max()
-            row -= top + np.log(np.exp(row - top).sum())
-            tokens = self.reads[position]
-            self.read.append(row if tokens is None else row[list(tokens)])
+            top, tokens = row.max(), self.reads[position]
+            total = np.float64(top) + np.log(np.exp(row - top).sum(dtype=np.float64))
+            self.read.append((row if tokens is None else row[list(tokens)]).astype(np.float64) - total)
         if len(self.read) == len(self.reads):
             self.finish = "stop"
 
@@ -109,6 +108,8 @@ class TokenSequence:
             self.finish = "length"
 
 
+SMALLEST = 1e-9
+"""The rounding of float32 logits: less is not told apart from 0."""
 Option = tuple[TokenSequence, list[tuple[int, int]]]
 """A sequence, and the (position, token) pairs in it whose log-probabilities add up to that of an option."""
 
@@ -120,6 +121,12 @@ def log_prob(option: Option) -> float:
         return float("nan")
     rows = dict(zip(sequence.reads, sequence.read, strict=True))
     return float(sum(rows[at][(sequence.reads[at] or ()).index(token)] for at, token in places))
+
+
+def log_odds(first: Option, second: Option | None) -> float:
+    """log p of an option - log p of the other one, or of anything else, which is at least SMALLEST likely."""
+    likely = log_prob(first)
+    return likely - (log_prob(second) if second else math.log(max(-math.expm1(likely), SMALLEST)))
 
 
 def sample(logits: np.ndarray, request: Request, random: np.random.Generator) -> int:

@@ -132,6 +132,20 @@ def test_whole_options_are_scored_if_a_first_token_is_not_unique(engine, trained
         assert found == pytest.approx(sums[0] - sums[1], abs=1e-3)
 
 
+def test_a_single_option_is_compared_with_any_other_text(engine, trained):
+    """After the prompt (mark -1) and after a piece; a text of p has the log-odds log(p / (1 - p))."""
+    model, tokenizer = trained
+    (score,) = engine.score(
+        [ScoreRequest(chat("2 + 2?"), PIECES, (-1, 0), ((PIECES[0], None), (PIECES[1], None)))]
+    )
+    for piece, found in enumerate(score.log_odds):
+        context = ids_of(tokenizer, chat("2 + 2?"), PIECES[:piece])
+        new = ids_of(tokenizer, chat("2 + 2?"), PIECES[: piece + 1])[len(context) :]
+        rows = log_probabilities(model, context + new)[len(context) - 1 :]
+        likely = np.exp(sum(rows[i, token] for i, token in enumerate(new)))
+        assert found == pytest.approx(np.log(likely / (1 - likely)), abs=1e-3)
+
+
 def test_log_probabilities_match_transformers_and_a_fast_cache_nearly(engine, gguf, trained):
     ids = ids_of(trained[1], chat("3 + 4?"), PIECES)
     expected = log_probabilities(trained[0], ids)
