@@ -193,9 +193,9 @@ def chat(
     example, familiar, endpoint = "", lambda _: True, None
     if context.config.teacher.embedded and model is None:
         from sclite.quickstart.problem_sets import problem_set
-        from sclite.quickstart.stories import within
+        from sclite.quickstart.stories import is_story
 
-        example, familiar = problem_set("test", 1)[0].question, within
+        example, familiar = problem_set("test", 1)[0].question, is_story
     with ExitStack() as stack:
         if model is not None and remote:
             path, at, off = model, None, exports.REVIEW_OFF if self_correct is False else ""

@@ -42,6 +42,7 @@ PARTS = (2, 6)
 TINY = Ranges((3, 30), (2, 20), (2, 20), (2, 9), (2, 12), (1, 99), (2, 30), (2, 30))
 SMALL = Ranges((14, 95), (11, 48), (11, 59), (2, 6), (3, 16), (5, 190), (11, 79), (12, 89))
 LARGE = Ranges((40, 480), (21, 240), (25, 290), (3, 7), (8, 36), (12, 980), (25, 290), (30, 390))
+LARGEST = LARGE.amount[1] + LARGE.together[1]
 STORIES = (TINY, LARGE, LARGE)
 """The ranges of the quickstart's stories; repetitions are weights."""
 
@@ -119,31 +120,10 @@ def generate(
     return problems
 
 
-def within(question: str, ranges: Sequence[Ranges] = STORIES) -> bool:
-    """Whether this is a story of this grammar with a length and numbers that `generate` could have chosen."""
+def is_story(question: str) -> bool:
+    """Whether this is a story of this grammar, with as many operations and numbers as large as `generate` chooses."""
     found, solution = sentences(question), solve(question)
     if found is None or solution is None or [form for form, _ in found if form in OPENINGS] != [found[0][0]]:
         return False
-    results = [(operation.result, operation.form) for operation in solution.operations]
-    if len(results) not in LENGTHS or min(results)[0] <= 0:
-        return False
-    for each in ranges:
-        packs, changes = (each.packs, each.each), (each.change,)
-        bounds = {form: packs if " " in form else changes for form in EVENTS} | {
-            "packed": packs,
-            "has": (each.start,),
-            "compared": (each.start, each.second),
-            "together": (each.together,),
-            "shared": (PARTS,),
-            "left": (),
-            "wants": (),
-        }
-        numbers = all(
-            least <= int(slots[slot]) <= most
-            for form, slots in found
-            for slot, (least, most) in zip("ab", bounds[form], strict=False)
-        )
-        largest = each.amount[1] + each.together[1]
-        if numbers and all(r <= (each.wanted[1] if form == "wants" else largest) for r, form in results):
-            return True
-    return False
+    numbers = [number for each in solution.operations for number in (each.left, each.right, each.result)]
+    return len(solution.operations) <= max(LENGTHS) and min(numbers) > 0 and max(numbers) <= LARGEST

@@ -20,8 +20,8 @@ from sclite.student.tokenization import TrainingSequence, decision_ids
 from sclite.train.bundle import Bundle, build_bundles, check_bundles, collate
 from sclite.train.losses import DpoLoss, Reference, reference_log_probs
 from sclite.train.sft import replay_templates, solve_rows
-from sclite.train.stage import BuildLesson, TrainingJob
-from sclite.train.trainer import Lesson, catch_out_of_memory, held_out_rows
+from sclite.train.stage import BuildTask, TrainingJob
+from sclite.train.trainer import TrainingTask, catch_out_of_memory, held_out_rows
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -41,7 +41,7 @@ def train_dpo(
     Resumes if it was interrupted. Raises DataError if no pair fits, UsageError as `train_sft` does.
     """
 
-    def prepare(job: TrainingJob, tokenizer: Tokenizer) -> BuildLesson:
+    def prepare(job: TrainingJob, tokenizer: Tokenizer) -> BuildTask:
         hint = "run `sclite train`, which builds them from the student's attempts"
         pairs = run.require("pairs.jsonl", Pair, hint)
         templates = run.require("templates.jsonl", Template, "run `sclite build-data` first")
@@ -74,19 +74,19 @@ def train_dpo(
         except (ValueError, TypeError, KeyError):
             job.warn(f"{path} is damaged: recomputing the reference from warmup/adapter")
 
-        def build_lesson(model: PeftModel, micro_batch: int) -> Lesson:
+        def build_task(model: PeftModel, micro_batch: int) -> TrainingTask:
             log_probs = dict(reference or {})
             held_out = held_out_rows(len(bundles), config.dpo.eval_share, config.seed)
-            lesson = preferences(config.dpo, bundles, log_probs, tokenizer, held_out)
-            used = [bundles[i] for i in sorted({*lesson.order(config.dpo, config.seed), *held_out})]
+            task = preference_task(config.dpo, bundles, log_probs, tokenizer, held_out)
+            used = [bundles[i] for i in sorted({*task.order(config.dpo, config.seed), *held_out})]
             if reference is None:  # the model is the adapter that DPO starts from, on a resume too
                 with catch_out_of_memory(job.stage, micro_batch):
                     log_probs |= reference_log_probs(model, used, tokenizer, micro_batch, progress)
                 signed = {"signature": signature, "digest": digest(log_probs), "log_probs": log_probs}
                 run.write_json("dpo/reference.json", signed)
-            return lesson
+            return task
 
-        return build_lesson
+        return build_task
 
     return TrainingJob("dpo", config, run, unseen, fresh, progress).train(prepare)
 
@@ -103,14 +103,14 @@ def with_replay(bundles: Sequence[Bundle], rows: Sequence[TrainingSequence], sha
     return given
 
 
-def preferences(
+def preference_task(
     settings: Dpo,
     bundles: Sequence[Bundle],
     reference: Reference,
     tokenizer: Tokenizer,
     held_out: Sequence[int] = (),
-) -> Lesson:
-    """The DPO lesson: means over the pairs of an optimizer step, and over the tokens of its solved rows."""
+) -> TrainingTask:
+    """The DPO task: means over the pairs of an optimizer step, and over the tokens of its solved rows."""
     lengths, counts = [], []
     for bundle in bundles:
         sides = [side for side in (bundle.review, bundle.rejected, bundle.replay) if side is not None]
@@ -119,7 +119,7 @@ def preferences(
         solved = sum(weight > 0 for weight in bundle.replay.weights) if bundle.replay is not None else 0
         pairs = decisions + (bundle.rejected is not None)
         counts.append({"pairs": pairs, "decisions": decisions, "replay_tokens": solved})
-    return Lesson(
+    return TrainingTask(
         phase="dpo",
         lengths=lengths,
         counts=counts,

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: stage 1 on templates, and the row checks and lesson that the warm-up shares.
+"""Supervised fine-tuning: stage 1 on templates, and the row checks and task that the warm-up shares.
 
 Only the trace and its end of turn carry loss.
 """
@@ -19,8 +19,8 @@ from sclite.student.chat_template import opens_thinking
 from sclite.student.log_probs import pad
 from sclite.student.tokenization import TrainingSequence, encode_solution, end_id
 from sclite.train.losses import negative_log_likelihood
-from sclite.train.stage import BuildLesson, TrainingJob
-from sclite.train.trainer import Lesson, held_out_rows
+from sclite.train.stage import BuildTask, TrainingJob
+from sclite.train.trainer import TrainingTask, held_out_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -46,7 +46,7 @@ def train_sft(
         check_adapter(run.path("sft/adapter"))
         return Report("sft", {"imported": 1}, skipped=True)
 
-    def prepare(job: TrainingJob, tokenizer: Tokenizer) -> BuildLesson:
+    def prepare(job: TrainingJob, tokenizer: Tokenizer) -> BuildTask:
         check_templates(run)
         templates = run.read("templates.jsonl", Template)
         rows = [row for row in templates if row.id not in unseen]
@@ -87,8 +87,8 @@ def solve_rows(tokenizer: Tokenizer, templates: Sequence[Template], folder: str)
 
 def supervised(
     job: TrainingJob, names: Sequence[str], rows: Sequence[TrainingSequence], tokenizer: Tokenizer
-) -> BuildLesson:
-    """The lesson on the rows that fit in max_length; the report gets the share of their tokens that carry loss.
+) -> BuildTask:
+    """The task on the rows that fit in max_length; the report gets the share of their tokens that carry loss.
 
     Raises DataError for rows that would teach nothing or never end: the last token, which is the end of turn, needs
     loss; the first, which is prompt, none.
@@ -111,14 +111,14 @@ def supervised(
     job.report.figures["labels"] = share
     job.report.counts["rows"] = len(fitting)
     held_out = held_out_rows(len(fitting), job.settings.eval_share, job.config.seed)
-    return lambda *_: supervised_lesson(job.stage, fitting, tokenizer.pad_token_id, held_out)
+    return lambda *_: supervised_task(job.stage, fitting, tokenizer.pad_token_id, held_out)
 
 
-def supervised_lesson(
+def supervised_task(
     phase: str, rows: Sequence[TrainingSequence], pad_id: int, held_out: Sequence[int] = ()
-) -> Lesson:
-    """A supervised lesson: the mean over all tokens with loss in an optimizer step, each by its weight."""
-    return Lesson(
+) -> TrainingTask:
+    """A supervised task: the mean over all tokens with loss in an optimizer step, each by its weight."""
+    return TrainingTask(
         phase=phase,
         lengths=[len(row.ids) for row in rows],
         counts=[{"tokens": sum(weight > 0 for weight in row.weights)} for row in rows],

@@ -34,14 +34,14 @@ from sclite.student.loader import (
 from sclite.student.origin import record_origin
 from sclite.train.checkpoints import Checkpoints, sync_folder
 from sclite.train.micro_batch import choose_micro_batch
-from sclite.train.trainer import Lesson, train_adapter
+from sclite.train.trainer import TrainingTask, train_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-BuildLesson = Callable[["PeftModel", int], Lesson]
-"""From the loaded model and the micro-batch size to the lesson."""
+BuildTask = Callable[["PeftModel", int], TrainingTask]
+"""From the loaded model and the micro-batch size to the task."""
 ROWS = {
     "sft": ("templates.jsonl",),
     "warmup": ("reviews.jsonl", "attempts.jsonl", "templates.jsonl"),
@@ -124,7 +124,7 @@ class TrainingJob:
         self.longest = max((lengths[number] for number in fitting), default=0)
         return fitting
 
-    def train(self, prepare: Callable[[TrainingJob, Tokenizer], BuildLesson]) -> Report:
+    def train(self, prepare: Callable[[TrainingJob, Tokenizer], BuildTask]) -> Report:
         """Train the stage and save its adapter as STAGE/adapter; resume if it was interrupted, skip if it is finished.
 
         `prepare` tokenizes and checks the rows before the weights are loaded, which takes a minute. With 0 epochs the
@@ -165,12 +165,12 @@ class TrainingJob:
                 name = model_name(config.student)
                 tokenizer = load_tokenizer(name)
                 check_tokenizer(tokenizer, read_config(name), name)
-                build_lesson = prepare(self, tokenizer)
+                build_task = prepare(self, tokenizer)
                 micro_batch = choose_micro_batch(config, stage, self.longest)
                 loaded, _ = load_student(config, stage, adapter, train=True)
                 model = cast("PeftModel", loaded)
                 outcome = train_adapter(
-                    model, build_lesson(model, micro_batch), self.settings, checkpoints,
+                    model, build_task(model, micro_batch), self.settings, checkpoints,
                     run.path(f"{stage}/metrics.jsonl"), seed=config.seed, micro_batch=micro_batch,
                     progress=self.progress,
                 )  # fmt: skip

@@ -1,6 +1,6 @@
 """Train an adapter: Hugging Face's trainer over rows in a fixed order, with losses that do not depend on the micro-batch.
 
-The denominators of a lesson's loss are those of the whole optimizer step, known from the order in advance, so that
+The denominators of a task's loss are those of the whole optimizer step, known from the order in advance, so that
 halving the micro-batch and doubling the accumulation leaves every gradient the same.
 """
 
@@ -37,7 +37,7 @@ EVAL_ROWS = 200  # at most; more would add little
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingTask:
     """What a stage trains on. `lengths` are tokens per row, `counts` what each row adds to the denominators, by name.
 
     `collate` makes a batch of row numbers, `losses` are computed from the model and a batch, and `held_out` are the
@@ -84,7 +84,7 @@ def held_out_rows(count: int, share: float, seed: int) -> list[int]:
 
 def train_adapter(
     model: PeftModel,
-    lesson: Lesson,
+    task: TrainingTask,
     settings: TrainingStage,
     checkpoints: Checkpoints,
     metrics: Path,
@@ -100,16 +100,16 @@ def train_adapter(
     """
     from transformers import EarlyStoppingCallback
 
-    phase, order, size = lesson.phase, lesson.order(settings, seed), settings.batch_size
-    lengths = [lesson.lengths[number] for number in order]
+    phase, order, size = task.phase, task.order(settings, seed), settings.batch_size
+    lengths = [task.lengths[number] for number in order]
     tokens = [sum(lengths[start : start + size]) for start in range(0, len(order), size)]
     step = checkpoints.step()
     logger = MetricsLogger(metrics, phase, progress, resumed_from=step, tokens=tokens)
     arguments = training_arguments(
-        model, lesson, settings, checkpoints.folder, rows=len(order), micro_batch=micro_batch, seed=seed
+        model, task, settings, checkpoints.folder, rows=len(order), micro_batch=micro_batch, seed=seed
     )
-    trainer = build_trainer(model, lesson, arguments, order, logger, checkpoints)
-    if lesson.held_out and settings.early_stopping_patience:
+    trainer = build_trainer(model, task, arguments, order, logger, checkpoints)
+    if task.held_out and settings.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
     steps = len(tokens)
     if steps < FEW_STEPS:
@@ -121,7 +121,7 @@ def train_adapter(
         trainer.train(resume_from_checkpoint=str(checkpoints.path(step)) if step else None)
     if logger.interrupted:
         raise KeyboardInterrupt
-    last, best = trainer.state.global_step, trainer.state.best_global_step if lesson.held_out else None
+    last, best = trainer.state.global_step, trainer.state.best_global_step if task.held_out else None
     if best and best != last:
         if checkpoints.path(best).is_dir():
             load_adapter(model, checkpoints.path(best))
@@ -141,7 +141,7 @@ def train_adapter(
 
 def training_arguments(
     model: PeftModel,
-    lesson: Lesson,
+    task: TrainingTask,
     settings: TrainingStage,
     out: Path,
     *,
@@ -162,7 +162,7 @@ def training_arguments(
                 "pip install tensorboard, or disable it: metrics.jsonl is written either way",
             )
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(out.with_name("tensorboard"))
-    cuda, evaluates = torch.cuda.is_available(), bool(lesson.held_out)
+    cuda, evaluates = torch.cuda.is_available(), bool(task.held_out)
     bf16_on_cpu = next(model.parameters()).dtype.itemsize == 2
     assert settings.batch_size % micro_batch == 0, f"{micro_batch} does not divide {settings.batch_size}"
     every = max(1, -(-rows // settings.batch_size) // settings.checkpoints)
@@ -222,13 +222,13 @@ def catch_out_of_memory(phase: str, micro_batch: int) -> Iterator[None]:
 
 def build_trainer(
     model: PeftModel,
-    lesson: Lesson,
+    task: TrainingTask,
     arguments: dict[str, Any],
     order: Sequence[int],
     logger: MetricsLogger,
     checkpoints: Checkpoints,
 ) -> Any:
-    """transformers' Trainer whose rows, losses and order come from a lesson.
+    """transformers' Trainer whose rows, losses and order come from a task.
 
     `order` are row numbers, those of one optimizer step after those of the other.
     """
@@ -236,7 +236,7 @@ def build_trainer(
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
-    totals = [lesson.totals(order[start : start + batch]) for start in range(0, len(order), batch)]
+    totals = [task.totals(order[start : start + batch]) for start in range(0, len(order), batch)]
 
     class AdapterTrainer(Trainer):
         def create_scheduler(self, num_training_steps, optimizer=None):
@@ -259,20 +259,20 @@ def build_trainer(
         def training_step(self, model, inputs, num_items_in_batch=None):
             model.train()
             with self.accelerator.autocast():
-                terms = lesson.losses(model, inputs["batch"])
+                terms = task.losses(model, inputs["batch"])
                 loss, figures = weighted_loss(terms, totals[self.state.global_step])
             self.accelerator.backward(loss)
-            logger.add(figures, sum(lesson.lengths[number] for number in inputs["numbers"]))
+            logger.add(figures, sum(task.lengths[number] for number in inputs["numbers"]))
             return loss.detach()
 
         def evaluate(self, *_, **__):
-            size, rows, found = self.args.per_device_train_batch_size, lesson.held_out, {"eval_loss": 0.0}
+            size, rows, found = self.args.per_device_train_batch_size, task.held_out, {"eval_loss": 0.0}
             was_training = model.training
             model.eval()
             for start in range(0, len(rows), size):
-                part = lesson.collate(rows[start : start + size])
+                part = task.collate(rows[start : start + size])
                 with torch.no_grad(), self.accelerator.autocast():
-                    loss, _ = weighted_loss(lesson.losses(model, part), lesson.totals(rows))
+                    loss, _ = weighted_loss(task.losses(model, part), task.totals(rows))
                 found["eval_loss"] += float(loss)
             model.train(was_training)
             self.log(dict(found))
@@ -288,8 +288,8 @@ def build_trainer(
         model=model,
         args=TrainingArguments(**arguments),
         train_dataset=list(order),
-        eval_dataset=list(lesson.held_out),
-        data_collator=lambda numbers: {"numbers": numbers, "batch": lesson.collate(numbers)},
+        eval_dataset=list(task.held_out),
+        data_collator=lambda numbers: {"numbers": numbers, "batch": task.collate(numbers)},
         callbacks=[_step_callback(logger, checkpoints)],
     )
     trainer.args._n_gpu = 1  # else the trainer splits every micro-batch over all GPUs it sees

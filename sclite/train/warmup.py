@@ -26,7 +26,7 @@ from sclite.run import Report, Run
 from sclite.student.tokenization import TrainingSequence, encode_pieces, encode_review, encode_solution
 from sclite.trace import Trace, all_pieces, corrected, render
 from sclite.train.sft import replay_templates, solve_rows, supervised
-from sclite.train.stage import BuildLesson, TrainingJob
+from sclite.train.stage import BuildTask, TrainingJob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -42,7 +42,7 @@ def train_warmup(
 ) -> Report:
     """Train on reviews, attempts and templates from sft/adapter, which 0 epochs copy; writes warmup/adapter."""
 
-    def prepare(job: TrainingJob, tokenizer: Tokenizer) -> BuildLesson:
+    def prepare(job: TrainingJob, tokenizer: Tokenizer) -> BuildTask:
         hint = "run `sclite build-data --only corrections` first, or skip the warm-up: --set warmup.num_train_epochs=0"
         reviews = run.require("reviews.jsonl", Review, hint)
         templates = run.require("templates.jsonl", Template, "run `sclite build-data` first")

@@ -50,7 +50,7 @@ def train(side: str, folder: str, micro: int, steps: int) -> None:
     from sclite.train.checkpoints import Checkpoints
     from sclite.train.micro_batch import choose_micro_batch
     from sclite.train.order import training_order
-    from sclite.train.sft import supervised_lesson
+    from sclite.train.sft import supervised_task
     from sclite.train.stage import quiet_libraries
     from sclite.train.trainer import train_adapter
 
@@ -75,7 +75,7 @@ def train(side: str, folder: str, micro: int, steps: int) -> None:
         path = Path(place)
         if side.startswith("sclite"):
             train_adapter(
-                model, supervised_lesson("sft", rows, tokenizer.pad_token_id), config.sft,
+                model, supervised_task("sft", rows, tokenizer.pad_token_id), config.sft,
                 Checkpoints(path / "checkpoints"), path / "metrics.jsonl", seed=0, micro_batch=chosen,
                 progress=step_done,
             )  # fmt: skip

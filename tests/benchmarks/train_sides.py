@@ -153,24 +153,24 @@ def load_ours(config: Any, case: Case) -> tuple[Any, Any]:
 def ours(model: Any, tokenizer: Any, config: Any, case: Case, turn: "Turn | None" = None) -> dict[str, Any]:
     """Our trainer, through Unsloth or on the plain path."""
     from sclite.train.checkpoints import Checkpoints
-    from sclite.train.dpo import preferences
+    from sclite.train.dpo import preference_task
     from sclite.train.losses import reference_log_probs
     from sclite.train.metrics_logger import read_metrics
-    from sclite.train.sft import supervised_lesson
+    from sclite.train.sft import supervised_task
     from sclite.train.trainer import train_adapter
 
     settings, count = case_config(config, case).stage(case.stage), case.steps * case.batch
     if case.stage == "sft":
         rows = solved_rows(count, case.full, case.length)
-        lesson = supervised_lesson("sft", rows, tokenizer.pad_token_id)
+        task = supervised_task("sft", rows, tokenizer.pad_token_id)
     else:
         pairs = bundles(count, case.full, case.length)
         reference = reference_log_probs(model, pairs, tokenizer, case.micro)
-        lesson = preferences(settings, pairs, reference, tokenizer)
+        task = preference_task(settings, pairs, reference, tokenizer)
     with TemporaryDirectory() as place:
         metrics = Path(place) / "metrics.jsonl"
         train_adapter(
-            model, lesson, settings, Checkpoints(Path(place) / "checkpoints"), metrics,
+            model, task, settings, Checkpoints(Path(place) / "checkpoints"), metrics,
             seed=0, micro_batch=case.micro,
             progress=lambda _, steps, **__: turn.step_done() if turn and steps else None,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from sclite.student.loader import load_student
 from sclite.train import metrics_logger as metrics
 from sclite.train.losses import negative_log_likelihood
 from sclite.train.metrics_logger import MetricsLogger, diagnose, read_metrics
-from sclite.train.sft import solve_rows, supervised_lesson, train_sft
+from sclite.train.sft import solve_rows, supervised_task, train_sft
 from sclite.train.trainer import held_out_rows
 from tests.toy import Said, toy_config, write_toy
 
@@ -92,9 +92,9 @@ def test_early_stopping_keeps_the_best_weights(folder, run):
     model, tokenizer = load_student(config, "sft", run.path("sft/adapter"))
     encoded = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
     held_out = held_out_rows(len(encoded), 0.34, config.seed)
-    lesson = supervised_lesson("sft", encoded, tokenizer.pad_token_id, held_out)
-    part = negative_log_likelihood(model.eval(), lesson.collate(lesson.held_out))["nll"]
-    tokens = sum(lesson.counts[i]["tokens"] for i in lesson.held_out)
+    task = supervised_task("sft", encoded, tokenizer.pad_token_id, held_out)
+    part = negative_log_likelihood(model.eval(), task.collate(task.held_out))["nll"]
+    tokens = sum(task.counts[i]["tokens"] for i in task.held_out)
     assert part.total.item() / tokens == pytest.approx(losses[best], rel=1e-4)
 
 

@@ -16,7 +16,7 @@ from sclite.student.tokenization import TrainingSequence, encode_solution, end_i
 from sclite.trace import Step, Trace, render
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.metrics_logger import MetricsLogger, read_metrics
-from sclite.train.sft import solve_rows, supervised, supervised_lesson, train_sft
+from sclite.train.sft import solve_rows, supervised, supervised_task, train_sft
 from sclite.train.stage import TrainingJob
 from sclite.train.trainer import build_trainer, train_adapter, training_arguments
 from sclite.train.warmup import train_warmup
@@ -38,10 +38,10 @@ def test_in_the_trainers_batches_the_prompt_alone_is_masked(folder, tmp_path):
     model, tokenizer = load_student(config, "sft", train=True)
     problem, trace = toy_problems(1)[0], toy_trace(0)
     rows = [encode_solution(tokenizer, prompts.solve_messages(problem.question), trace)] * 3
-    lesson = supervised_lesson("sft", rows, tokenizer.pad_token_id)
-    settings = training_arguments(model, lesson, config.sft, tmp_path, rows=3, micro_batch=2, seed=0)
+    task = supervised_task("sft", rows, tokenizer.pad_token_id)
+    settings = training_arguments(model, task, config.sft, tmp_path, rows=3, micro_batch=2, seed=0)
     logger = MetricsLogger(tmp_path / "metrics.jsonl", "sft")
-    trainer = build_trainer(model, lesson, settings, [0, 1, 2], logger, Checkpoints(tmp_path))
+    trainer = build_trainer(model, task, settings, [0, 1, 2], logger, Checkpoints(tmp_path))
     for batch in trainer.get_train_dataloader():
         for ids, weights in zip(batch["batch"].ids, batch["batch"].weights, strict=True):
             prompt = tokenizer.decode(ids[weights == 0])
@@ -112,9 +112,9 @@ def test_the_micro_batch_changes_neither_losses_nor_gradients(folder, trained, t
     found = {}
     for micro in (1, 2, 4):
         model, _ = load_student(made, "sft", train=True)
-        lesson = supervised_lesson("sft", rows, tokenizer.pad_token_id, range(4, 7))
+        task = supervised_task("sft", rows, tokenizer.pad_token_id, range(4, 7))
         metrics, checkpoints = tmp_path / f"{micro}.jsonl", Checkpoints(tmp_path / f"{micro}")
-        train_adapter(model, lesson, made.sft, checkpoints, metrics, seed=0, micro_batch=micro)
+        train_adapter(model, task, made.sft, checkpoints, metrics, seed=0, micro_batch=micro)
         found[micro] = read_metrics(metrics)
     for name in ("loss", "grad_norm", "tokens", "eval_loss"):
         one, two, four = ([row[name] for row in found[micro] if name in row] for micro in (1, 2, 4))
