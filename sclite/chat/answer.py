@@ -61,6 +61,11 @@ class Answer:
     """The question with the earlier ones before it, as the student got it."""
 
     @property
+    def complete(self) -> bool:
+        """Whether the reply is there: it did not fail, and nobody stopped it."""
+        return self.first.finish not in ("cancelled", "error")
+
+    @property
     def final(self) -> Trace:
         """The solution after the review: the first one, unless the review changed it."""
         return self.trace if self.review is None else self.review.trace or self.trace

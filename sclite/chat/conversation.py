@@ -59,7 +59,7 @@ class Chat:
         if not self.familiar(question):
             unknown = "the model was not trained on this kind of problem; expect a wrong answer"
             console.note(f"[yellow]note:[/] {unknown}")
-        earlier = [each for each in self.answers if self.history and each.first.finish != "cancelled"]
+        earlier = [each for each in self.answers if self.history and each.complete]
         settings = self.settings if temperature is None else replace(self.settings, temperature=temperature)
         view, solution = AnswerView(), ""
         with nullcontext(lambda: None) if quiet else showing(view) as draw:
@@ -72,8 +72,9 @@ class Chat:
                         view.feed(event)
                         draw()
                         solution += event if isinstance(event, str) and view.part == "solution" else ""
-                except KeyboardInterrupt:  # what came stands for the answer
-                    reply = Reply(0, solution, 0, 0, "cancelled")
+                except (KeyboardInterrupt, ScliteError) as error:  # what came stands for the answer
+                    finish = "error" if isinstance(error, ScliteError) else "cancelled"
+                    reply = Reply(0, solution, 0, 0, finish)
                     self.answers.append(Answer(question, reply, parse(solution).trace, asked=asked))
                     raise
                 answer = view.answer
@@ -82,14 +83,14 @@ class Chat:
                 if not failed or not earlier or not self.context:  # an endpoint fails for other reasons
                     break
                 earlier = earlier[1:]  # too long: the oldest go first
+        answer = replace(answer, question=question, asked=asked)
+        self.answers.append(answer)
         if failed:
             message = f"cannot answer the question: {answer.first.error}"
             if not self.context:
                 raise TeacherError(message, "ask again, or choose another model")
             larger = f"--set eval.context={2 * self.context}"
             raise DataError(message, f"shorten the question, or use {larger}, if the model allows it")
-        answer = replace(answer, question=question, asked=asked)
-        self.answers.append(answer)
         if answer.note and not quiet:
             console.note(f"[yellow]note:[/] {escape(answer.note)}")
         if not quiet and console.is_interactive():
@@ -118,11 +119,13 @@ class Chat:
         return [name.removeprefix("do_") for name in vars(cls) if name.startswith("do_")]
 
     def last(self, complete: bool = False) -> Answer:
-        """The last answer. Raises UsageError if there is none, or it must be `complete` and was stopped."""
+        """The last answer. Raises UsageError if there is none, or it must be `complete` and was stopped or failed."""
         if not self.answers:
             raise UsageError("there is no answer yet", "ask a question first")
-        if complete and self.answers[-1].first.finish == "cancelled":
-            raise UsageError("the last answer was stopped", "/retry answers the question again")
+        if complete and not self.answers[-1].complete:
+            stopped = self.answers[-1].first.finish == "cancelled"
+            message = "the last answer was stopped" if stopped else "the last question has no answer"
+            raise UsageError(message, "/retry answers the question again")
         return self.answers[-1]
 
     # -- commands --------------------------------------------------------------------------------------------------
@@ -155,7 +158,7 @@ class Chat:
         try:
             self.ask(before.question, temperature=self.settings.temperature or RETRY_TEMPERATURE)
         except ScliteError:
-            self.answers.append(before)
+            self.answers[-1] = before
             raise
 
     def do_undo(self, _: str) -> None:
@@ -204,7 +207,7 @@ class Chat:
 
     def do_compare(self, _: str) -> None:
         """the base model's answer beside the trained one's"""
-        answer = self.last()
+        answer = self.last(complete=True)
         base = next(iter(sorted(self.path.parent.glob("base-*.gguf"))), None)
         if base is None:
             message = f"there is no base-*.gguf beside {self.path.name}"

@@ -185,7 +185,7 @@ def test_oldest_questions_are_left_out_of_a_history_that_is_too_long(chat):
     chat.command("/set history on")
     with pytest.raises(DataError, match="cannot answer the question: too long"):
         chat.ask("word " * 100)
-    assert len(chat.answers) == 2
+    assert [answer.complete for answer in chat.answers] == [True, True, False]
 
 
 def test_failed_call_of_an_endpoint_is_not_repeated_with_less_history(chat):
@@ -239,6 +239,23 @@ def test_retry_samples_again_and_undo_forgets(chat):
     for command in ("/undo", "/retry", "/why", "/good", "/compare"):
         with pytest.raises(UsageError, match="no answer yet"):
             chat.command(command)
+
+
+def test_retry_after_a_failed_question_asks_that_one_again(chat):
+    chat.ask("How many?")
+    with pytest.raises(DataError):
+        chat.ask("word " * 100)
+    for command in ("/good", "/why", "/compare"):
+        with pytest.raises(UsageError, match="has no answer"):
+            chat.command(command)
+    with pytest.raises(DataError):
+        chat.command("/retry")
+    assert "word word" in chat.student.asked[-1].messages[-1]["content"]
+    chat.command("/set history on")
+    assert chat.ask("And now?").asked == "How many?\nAnswer: 6\n\nAnd now?"
+    chat.command("/undo")
+    chat.command("/undo")
+    assert [answer.question for answer in chat.answers] == ["How many?"]
 
 
 def test_what_came_before_ctrl_c_stands_for_the_answer(chat, run):

@@ -129,6 +129,26 @@ def test_litellm_reads_reasoning_and_answer(scripted, monkeypatch):
         assert "".join(getattr(part, "reasoning_content", None) or "" for part in found) == REASONING
 
 
+@pytest.mark.parametrize("options", [(), ("--no-stream",)], ids=["streamed", "whole"])
+def test_llm_holds_a_conversation(scripted, tmp_path, monkeypatch, options):
+    """Simon Willison's command line: two turns, the second one with the first before it."""
+    pytest.importorskip("llm", reason="pip install llm")
+    monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
+    named = [
+        {"model_id": name, "model_name": name, "api_base": f"{scripted[0]}/v1"} for name in ("tom", "tom:raw")
+    ]
+    (tmp_path / "extra-openai-models.yaml").write_text(json.dumps(named))  # JSON is YAML
+    for typed, text in (
+        (("-m", "tom", "How many?"), CONTENT),
+        (("-m", "tom:raw", "How many?"), WRONG),
+        (("--continue", "And now?"), WRONG),
+    ):
+        command = [sys.executable, "-m", "llm", "prompt", *options, *typed]
+        assert subprocess.check_output(command, text=True).strip() == text.strip()
+    asked = [message["content"] for message in scripted[1].student.asked[-1].messages]
+    assert asked == ["How many?", WRONG, "And now?"]
+
+
 def test_conversation_is_held_by_the_last_question_and_raw_gets_all_of_it(scripted):
     url, service = scripted
     talk = [*ASK, {"role": "assistant", "content": "7"}, {"role": "user", "content": "And with 9?"}]
