@@ -1,5 +1,7 @@
 """The documentation: the configuration reference is up to date, every link leads somewhere, and README stays short."""
 
+import ast
+import importlib.util
 import io
 import re
 import runpy
@@ -57,3 +59,18 @@ def test_the_picture_shows_the_last_screen():
     lines = runpy.run_path(str(ROOT / "docs/picture.py"))["last_screen"](sent.getvalue())
     assert [Text.from_ansi(line).plain for line in lines if line] == ["Loading", "one", "2", "Done"]
     assert any("\x1b[32m2" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*ROOT.glob("examples/**/*.py"), *ROOT.glob("docs/*.py"), *ROOT.glob("tests/benchmarks/*.py")],
+    ids=lambda path: path.name,
+)
+def test_what_scripts_import_from_sclite_exists(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "sclite":
+            module = importlib.import_module(node.module)
+            for name in (alias.name for alias in node.names):
+                assert hasattr(module, name) or importlib.util.find_spec(f"{node.module}.{name}"), (
+                    f"{node.module}.{name}"
+                )

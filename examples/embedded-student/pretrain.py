@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sclite import prompts, trace
 from sclite.evaluate.metrics import auc
 from sclite.quickstart.grammar import solve
-from sclite.quickstart.problem_sets import TEST_COUNT, THRESHOLD_COUNT, test_problems, threshold_problems
+from sclite.quickstart.problem_sets import HELD_OUT, problem_set
 from sclite.quickstart.stories import generate
 from sclite.quickstart.tutor import template
 
@@ -183,7 +183,7 @@ def main() -> None:
         torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate(step, options.steps)) for o in optimizers
     ]
     half = copy.deepcopy(model).bfloat16()
-    held_out = [*test_problems(TEST_COUNT), *threshold_problems(THRESHOLD_COUNT)]
+    held_out = [*problem_set("test", HELD_OUT), *problem_set("threshold", HELD_OUT)]
     avoid = frozenset(problem.question for problem in held_out)
     stream = token_stream(tokenizer, options.part, avoid, options.part)
     tags = tuple(tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in ("<Row", "</Row"))

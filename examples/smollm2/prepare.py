@@ -49,11 +49,11 @@ def _edit(path: Path, **values: object) -> None:
 
 def write_problems(folder: Path) -> None:
     """train.jsonl and test.jsonl, which have no question in common."""
-    from sclite.quickstart.problem_sets import TEST_SEED, TRAIN_SEED
+    from sclite.quickstart.problem_sets import SEEDS
     from sclite.quickstart.stories import TINY, generate
 
-    test = generate(TEST, TEST_SEED, ranges=[TINY])
-    train = generate(TRAIN, TRAIN_SEED, frozenset(problem.question for problem in test), ranges=[TINY])
+    test = generate(TEST, SEEDS["test"], ranges=[TINY])
+    train = generate(TRAIN, SEEDS["train"], frozenset(problem.question for problem in test), ranges=[TINY])
     for name, problems in (("train", train), ("test", test)):
         rows = (problem.model_dump(include={"question", "answer", "solution"}) for problem in problems)
         text = "".join(json.dumps(row) + "\n" for row in rows)
