@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from sclite.threads import wait_briefly
+
 BATCH = 16
 
 
@@ -162,6 +164,7 @@ def main() -> None:
     parser.add_argument("--sides", default="sclite@1,plain@1")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    wait_briefly()
     if options.side:
         train(options.side, options.model, options.micro, options.steps)
     else:

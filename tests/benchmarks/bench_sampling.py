@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from sclite.threads import wait_briefly
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -26,6 +28,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128, help="the longest answer")
     options = parser.parse_args()
+    wait_briefly()
 
     import torch
 

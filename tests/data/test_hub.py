@@ -11,7 +11,9 @@ from sclite.errors import DataError, NetworkError
 from sclite.records import Problem
 
 CHAT = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "So \\boxed{9}."}]
-HALF = {"problem": "Halve 7.", "level": "Level 2", "solution": "It is $\\boxed{\\frac{7}{2}}$."}
+HALF = {
+    "problem": "Halve 7.", "level": "Level 2", "type": "Prealgebra", "solution": "It is $\\boxed{\\frac{7}{2}}$.",
+}  # fmt: skip
 ROWS = {
     "openai/gsm8k": {
         "question": "Ann has 3 nuts and gets 4. How many?",
@@ -53,7 +55,12 @@ WANTED = {
     "zwhe99/DeepMath-103K": ("0", "It falls below any bound, so \\boxed{0}."),
     "open-r1/OpenR1-Math-220k": ("4", "Divide by 2: $x = 4$."),
 }
-SUBSETS = {"openai/gsm8k": ("main", "socratic"), "EleutherAI/hendrycks_math": ("algebra", "geometry")}
+SUBSETS = {
+    "openai/gsm8k": ("main", "socratic"),
+    "EleutherAI/hendrycks_math": ("algebra", "geometry"),
+    "DigitalLearningGmbH/MATH-lighteval": ("default", "algebra"),
+    "open-r1/OpenR1-Math-220k": ("all", "default", "extended"),
+}
 
 
 @pytest.fixture
@@ -90,7 +97,8 @@ def load(name, **more) -> list[Problem]:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_hub_datasets_are_read_by_name(hub, name):
-    more = {"subset": SUBSETS[name][0]} if name in SUBSETS else {}
+    subsets = SUBSETS.get(name, ("default",))
+    more = {} if "default" in subsets else {"subset": subsets[0]}
     (problem,) = load(name, **more, **({"split": "test"} if name.endswith("MATH-500") else {}))
     row = ROWS[name]
     assert problem.question == (row.get("question") or row.get("problem") or row.get("query"))
