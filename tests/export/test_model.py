@@ -289,7 +289,7 @@ def test_fault_in_the_second_file_fails_the_export_of_both(base, run, instead, f
 )
 def test_figure_that_is_no_number_is_a_violation(figure):
     full = {"mean_abs_logprob_diff": 0.0, "top1_agreement": 1.0, "adapter_share": 1.0, "adapter_effect": 1.0}
-    file = {"quantization": "q8_0", "kl": 0.0, "top1_up_to_ties": 1.0, "changed": None}
+    file = {"quantization": "q8_0", "kl": 0.0, "top1_agreement": 1.0, "top1_up_to_ties": 1.0, "changed": None}
     result = {"tokens_equal": 9, "tokens_compared": 9, "end_of_turn": "</s>", "skipped": None}
     result |= {"unquantized": full, "greedy": {"largest_gap": 0.0}, "files": {"sft-q8_0.gguf": file}}
     assert parity.find_violations(result, Export()) == []
