@@ -10,36 +10,16 @@ of the second side to the first with 95 % intervals.
 """
 
 import argparse
-import json
-import os
-import random
 import resource
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from sclite.threads import wait_briefly
+from tests.benchmarks.turns import Turn, median_ratio, take_turns
 
 BATCH = 16
-
-
-class Turns:
-    """A side's part in taking turns: prints what a step took, then waits for a line on stdin."""
-
-    def __init__(self):
-        self.steps = 0
-        self.began = time.monotonic(), time.process_time()
-
-    def step_done(self, tokens: int) -> None:
-        seconds, cpu = time.monotonic() - self.began[0], time.process_time() - self.began[1]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        row = {"seconds": seconds, "cpu": cpu, "tokens": tokens, "peak_gb": peak}
-        print(json.dumps(row), flush=True)
-        sys.stdin.readline()
-        self.began = time.monotonic(), time.process_time()
 
 
 def train(side: str, folder: str, micro: int, steps: int) -> None:
@@ -67,11 +47,12 @@ def train(side: str, folder: str, micro: int, steps: int) -> None:
     model, tokenizer = load_student(config, "sft", train=True)
     order = training_order([len(row.ids) for row in rows], BATCH, 1, 0)
     sizes = [sum(len(rows[i].ids) for i in order[s : s + BATCH]) for s in range(0, len(order), BATCH)]
-    turns = Turns()
+    turn = Turn()
 
     def step_done(step: int, total: int, **_) -> None:
         if total:
-            turns.step_done(sizes[step - 1])
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+            turn.step_done(tokens=sizes[step - 1], peak_gb=peak)
 
     with TemporaryDirectory() as place:
         path = Path(place)
@@ -113,45 +94,20 @@ def plain(model, tokenizer, rows, micro: int, path: Path, step_done) -> None:
 def compare(options: argparse.Namespace) -> None:
     """Let both sides take their steps in turn, and print the table."""
     sides = options.sides.split(",")
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     command = [sys.executable, "-m", "tests.benchmarks.bench_cpu_train", *sys.argv[1:], "--side"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    running = {}
-    for side in sides:
-        environment = os.environ | {"OMP_NUM_THREADS": side.partition("@")[2]}
-        running[side] = subprocess.Popen([*command, side], **pipes, env=environment)
-
-    def next_step(side: str) -> None:
-        for line in running[side].stdout:
-            if line.startswith('{"seconds"'):
-                found[side].append(json.loads(line))
-                return
-
-    for side in sides:
-        next_step(side)
-    for number in range(1, options.steps):
-        for side in sides[:: 1 if number % 2 else -1]:
-            running[side].stdin.write("\n")
-            running[side].stdin.flush()
-            next_step(side)
-        print({side: round(rows[-1]["seconds"], 1) for side, rows in found.items()}, file=sys.stderr)
-    for process in running.values():
-        process.communicate("\n")
+    threads = {side: f"OMP_NUM_THREADS={side.partition('@')[2]}" for side in sides}
+    found, _ = take_turns({side: ["env", threads[side], *command, side] for side in sides}, options.steps - 1)
     for side, rows in found.items():
-        timed = rows[1:]  # the first step shares the machine with the other side's loading
+        timed = rows[1:]
         seconds, cpu = (statistics.median(row[key] for row in timed) for key in ("seconds", "cpu"))
         speed = statistics.median(row["tokens"] / row["seconds"] for row in timed)
         print(
             f"{side:8} {seconds:6.1f} s, {cpu:6.1f} s of CPU a step, {speed:5.0f} tokens/s, "
             f"peak {max(row['peak_gb'] for row in rows):.2f} GB"
         )
-    draw = random.Random(0)
     for key in ("seconds", "cpu"):
-        pairs = zip(*(found[side][1:] for side in sides), strict=True)
-        ratios = [theirs[key] / ours[key] for ours, theirs in pairs]
-        drawn = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
-        interval = f"[{drawn[50]:.2f}, {drawn[1949]:.2f}]"
-        print(f"{sides[1]} over {sides[0]}, {key}: {statistics.median(ratios):.2f} {interval}")
+        ours, theirs = ([row[key] for row in found[side][1:]] for side in sides)
+        print(f"{sides[1]} over {sides[0]}, {key}: {median_ratio(theirs, ours)}")
 
 
 def main() -> None:

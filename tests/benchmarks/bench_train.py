@@ -11,18 +11,17 @@ alike.
 
 import argparse
 import json
-import random
 import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from tests.benchmarks.train_sides import CAP_BYTES, FREE, RANK, TURN_LINE, Case, peak
+from tests.benchmarks.train_sides import CAP_BYTES, FREE, RANK, Case, peak
+from tests.benchmarks.turns import median_ratio, take_turns
 
 FIRST, SECOND = "qwen2.5-math-7b", "llama-3.1-8b"
 MEMORY = {
@@ -36,11 +35,7 @@ MEMORY = {
 }
 """(geometry, backend): peaks beside the memory model."""
 SPEED = {
-    "sft": {
-        "ours": Case("ours", "sft", 4),
-        "script": Case("script", "sft", 4),
-        "plain": Case("plain", "sft", 4),
-    },
+    "sft": {side: Case(side, "sft", 4) for side in ("ours", "script", "plain")},
     "dpo": {"ours": Case("ours", "dpo", 2), "plain": Case("plain", "dpo", 2)},
 }
 """By stage: those that take turns."""
@@ -63,16 +58,8 @@ def model_folder(models: Path, name: str) -> Path:
 
 def side_command(models: Path, geometry: str, backend: str, cases: Sequence[Case]) -> list[str]:
     """The process that measures these cases; its model is written where it is missing."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.benchmarks.train_sides",
-        "--geometry",
-        geometry,
-        "--backend",
-        backend,
-    ]
-    command += ["--model", str(model_folder(models, geometry))]
+    command = [sys.executable, "-m", "tests.benchmarks.train_sides", "--geometry", geometry]
+    command += ["--backend", backend, "--model", str(model_folder(models, geometry))]
     return [*command, "--cases", json.dumps([asdict(case) for case in cases])]
 
 
@@ -98,62 +85,26 @@ def run_session(models: Path, geometry: str, backend: str, cases: Sequence[Case]
 def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Each stage's sides, a step each in turn."""
     rows = []
-    for stage, sides in SPEED.items():
-        if stage == (options.stage or stage):
-            given = {"steps": options.steps, "full": options.full}
-            asked = {name: replace(case, **given) for name, case in sides.items()}
-            if options.sides:
-                asked = {name: case for name, case in asked.items() if name in options.sides.split(",")}
-            if asked:
-                rows += in_turns(options.models, options.geometry or FIRST, asked)
-                show_turns(rows[-len(asked) :])
+    for sides in SPEED.values():
+        cases = {name: replace(case, steps=options.steps, full=options.full) for name, case in sides.items()}
+        rows += in_turns(options.models, FIRST, cases)
+        show_turns(rows[-len(cases) :])
     return rows
 
 
 def in_turns(models: Path, geometry: str, sides: Mapping[str, Case]) -> list[dict[str, Any]]:
-    """The figures of each side, with the seconds of each of its steps as `turns`. One that dies takes no further part."""
-    found = {name: {"side": name, **asdict(case), "turns": []} for name, case in sides.items()}
-    processes: dict[str, Any] = {}
-    try:
-        for name, case in sides.items():
-            command = side_command(models, geometry, "plain" if name == "plain" else "unsloth", [case])
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-            processes[name] = subprocess.Popen([*command, "--turns"], **pipes)
-        alive = [name for name in sides if next_turn(processes[name], found[name], go=False)]
-        for number in range(min(case.steps for case in sides.values()) - FREE):
-            for name in alive[:: 1 if number % 2 else -1]:
-                if not next_turn(processes[name], found[name]):
-                    alive.remove(name)
-            print(json.dumps({name: found[name]["turns"][-1] for name in alive}), file=sys.stderr)
-        for name in alive:
-            next_turn(processes[name], found[name])  # to the end
-    finally:
-        for name, process in processes.items():
-            with suppress(OSError):
-                process.stdin.close()
-            if "geometry" not in found[name]:
-                process.kill()
-                found[name].setdefault("error", f"ended with {process.wait()}")
-            process.wait()
-    return list(found.values())
-
-
-def next_turn(process: Any, figures: dict[str, Any], go: bool = True) -> bool:
-    """Let a side take its step, which it has taken already without `go`; False where it ended instead.
-
-    The step's seconds, or the side's last figures, are put into `figures`.
-    """
-    with suppress(OSError):
-        if go:
-            process.stdin.write("\n")
-        for line in process.stdout:
-            if line.startswith('{"geometry"'):
-                figures |= json.loads(line)
-            if line.startswith(TURN_LINE):
-                if go:
-                    figures["turns"].append(float(line.removeprefix(TURN_LINE)))
-                return True
-    return False
+    """The figures of each side, with the seconds of each of its steps as `turns`."""
+    commands = {
+        name: [*side_command(models, geometry, "plain" if name == "plain" else "unsloth", [case]), "--turns"]
+        for name, case in sides.items()
+    }
+    taken, others = take_turns(commands, min(case.steps for case in sides.values()) - FREE)
+    rows = []
+    for name, case in sides.items():
+        figures = others[name][-1] if others[name] else {"error": "it ended before its last step"}
+        turns = [turn["seconds"] for turn in taken[name][1:]]
+        rows.append({**asdict(case), **figures, "side": name, "turns": turns})
+    return rows
 
 
 def show_turns(rows: Sequence[dict[str, Any]]) -> None:
@@ -168,12 +119,8 @@ def show_turns(rows: Sequence[dict[str, Any]]) -> None:
     for name, speeds in rates.items():
         line = f"{rows[0]['stage']}, {name}: {statistics.median(speeds):,.0f} tokens/s, median of {len(speeds)} steps"
         if name != "ours" and "ours" in rates:
-            ratios = [mine / other for mine, other in zip(rates["ours"], speeds, strict=True)]
-            draw = random.Random(0)
-            boot = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
             whole = statistics.median(rates["ours"]) / statistics.median(speeds)
-            line += f"; ours over it {whole:.3f}, step by step {statistics.median(ratios):.3f} "
-            line += f"[{boot[50]:.3f}, {boot[1949]:.3f}]"
+            line += f"; ours over it {whole:.3f}, step by step {median_ratio(rates['ours'], speeds)}"
         print(line, flush=True)
     for row in rows:
         if "first_dpo_loss" in row:
@@ -181,12 +128,9 @@ def show_turns(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Peaks of every session, or of those that `--geometry` and `--backend` leave."""
-    rows = []
-    for (geometry, backend), cases in MEMORY.items():
-        if geometry == (options.geometry or geometry) and backend == (options.backend or backend):
-            rows += run_session(options.models, geometry, backend, cases)
-    return rows
+    """Peaks of every session."""
+    sessions = (run_session(options.models, *key, cases) for key, cases in MEMORY.items())
+    return [row for rows in sessions for row in rows]
 
 
 def longest(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -197,8 +141,6 @@ def longest(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     rows = []
     for name, stage in LONGEST:
-        if stage != (options.stage or stage):
-            continue
         length = largest_length(
             recipe_architecture(name), Setting(stage, 1, 2048, RANK, backend="unsloth"), int(CAP_BYTES)
         )
@@ -212,19 +154,7 @@ def longest(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def show_memory(rows: Sequence[dict[str, Any]]) -> None:
     """Peaks, and what the allocator held, beside the memory model."""
-    names = (
-        "geometry",
-        "stage",
-        "side",
-        "micro",
-        "length",
-        "peak GB",
-        "held GB",
-        "model GB",
-        "off by",
-        "longest",
-    )
-    print("{:<18}{:<6}{:<7}{:>6}{:>8}{:>9}{:>9}{:>10}{:>8}{:>9}".format(*names))
+    print("geometry          stage side    micro  length  peak GB  held GB  model GB  off by  longest")
     for row in rows:
         start = f"{row['geometry']:<18}{row['stage']:<6}{row['side']:<7}{row['micro']:>6}{row['length']:>8}"
         if "error" in row:
@@ -244,19 +174,11 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--out", type=Path, help="also write every figure there, as JSON")
     parser.add_argument("--only", choices=("speed", "memory", "longest"))
-    parser.add_argument("--stage", choices=("sft", "dpo"), help="of speeds and longest rows this one alone")
     parser.add_argument("--steps", type=int, default=40, help="of the speeds, for each side")
     parser.add_argument("--full", action="store_true", help="of the speeds, every row of 2,048 tokens")
-    parser.add_argument("--sides", help="of the speeds, of ours,script,plain")
-    parser.add_argument(
-        "--geometry", help=f"of the memory table's sessions this one alone; for speed {FIRST}"
-    )
-    parser.add_argument("--backend", choices=("unsloth", "plain"), help="of the memory table")
     options = parser.parse_args()
     if options.steps <= FREE:
         parser.error(f"--steps {options.steps}: the first {FREE} are not timed")
-    if unknown := set((options.sides or "ours").split(",")) - set(SPEED["sft"]):
-        parser.error(f"--sides: {', '.join(sorted(unknown))} is none of {', '.join(SPEED['sft'])}")
     found = []
     if options.only in (None, "speed"):
         found += speed(options)

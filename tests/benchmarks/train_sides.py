@@ -10,7 +10,6 @@ import importlib
 import json
 import random
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -19,8 +18,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tests.benchmarks.turns import Turn
+
 CAP_BYTES = 24e9
 RANK, LONGEST = 32, 2048
+FREE = 4
+"""Steps before the first turn: kernels are compiled and tried there."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def bundles(count: int, full: bool, longest: int) -> list[Any]:
 
 
 def session(
-    folder: Path, geometry: str, backend: str, cases: Sequence[Case], turn: "Turn | None" = None
+    folder: Path, geometry: str, backend: str, cases: Sequence[Case], turn: Turn | None = None
 ) -> Iterator[dict[str, Any]]:
     """The figures of each case, one after the other."""
     import torch
@@ -132,14 +135,9 @@ def case_config(config: Any, case: Case) -> Any:
     """The configuration with the settings of a case."""
     from sclite.config import Config
 
-    stage = {
-        "batch_size": case.batch,
-        "max_length": case.length,
-        "eval_share": 0,
-        "checkpoints": 1,
-        "learning_rate": 1e-5,
-    }
-    tree = config.model_dump() | {"lora": {"r": RANK}, case.stage: {**stage, "num_train_epochs": 1}}
+    stage = {"batch_size": case.batch, "max_length": case.length, "eval_share": 0, "checkpoints": 1}
+    stage |= {"learning_rate": 1e-5, "num_train_epochs": 1}
+    tree = config.model_dump() | {"lora": {"r": RANK}, case.stage: stage}
     return Config.model_validate(tree)
 
 
@@ -150,7 +148,7 @@ def load_ours(config: Any, case: Case) -> tuple[Any, Any]:
     return load_student(case_config(config, case), case.stage, train=True)
 
 
-def ours(model: Any, tokenizer: Any, config: Any, case: Case, turn: "Turn | None" = None) -> dict[str, Any]:
+def ours(model: Any, tokenizer: Any, config: Any, case: Case, turn: Turn | None = None) -> dict[str, Any]:
     """Our trainer, through Unsloth or on the plain path."""
     from sclite.train.checkpoints import Checkpoints
     from sclite.train.dpo import preference_task
@@ -202,7 +200,7 @@ def load_by_script(folder: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def script(model: Any, tokenizer: Any, _: Any, case: Case, turn: "Turn | None" = None) -> dict[str, Any]:
+def script(model: Any, tokenizer: Any, _: Any, case: Case, turn: Turn | None = None) -> dict[str, Any]:
     """What a careful notebook does: TRL's SFTTrainer on tokenized rows, the same in the same order."""
     import datasets
     import torch
@@ -273,36 +271,6 @@ def in_the_model(geometry_name: str, backend: str, case: Case) -> dict[str, Any]
     }
 
 
-# -- step by step, in turns -------------------------------------------------------------------------------------------
-
-FREE = 4
-"""Steps before the first turn: kernels are compiled and tried there."""
-TURN_LINE = "turn "
-"""What begins the line with a step's seconds."""
-
-
-class Turn:
-    """A side's part in taking turns with others: a step when a line comes on stdin, its seconds on stdout.
-
-    A step is timed from one end of a step to the next, without the wait; the GPU is done before the clock is read.
-    """
-
-    def __init__(self):
-        self.steps, self._began = 0, time.monotonic()
-
-    def step_done(self) -> None:
-        """Print the step's seconds, and wait."""
-        import torch
-
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.steps += 1
-        if self.steps >= FREE:
-            print(f"{TURN_LINE}{time.monotonic() - self._began}", flush=True)
-            sys.stdin.readline()
-        self._began = time.monotonic()
-
-
 # -- as a process ----------------------------------------------------------------------------------------------------
 
 
@@ -319,7 +287,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     cases = [Case(**given) for given in options.cases]
-    turn = Turn() if options.turns else None
+    turn = Turn(FREE - 1) if options.turns else None
     for row in session(options.model, options.geometry, options.backend, cases, turn):
         print(json.dumps(row), flush=True)
 
