@@ -209,45 +209,47 @@ def known_with(monkeypatch, run, gguf):
 @pytest.mark.parametrize(
     ("review", "confidence", "weight"),
     [
-        # the last answer is wrong: its score must be the highest
-        ([1.0, 2.0, 3.0], [9.0, 2.0, 3.0], 0.0),  # of equal weights, the first
-        ([4.0, 2.0, 1.0], [1.0, 2.0, 5.0], 0.5),  # 2.5, 2.0, 3.0; 3.25, 2.0, 2.0 at 0.25
-        ([9.0, 2.0, 1.0], [1.0, 2.0, 3.0], 1.0),
+        ([1.0, 2.0, 3.0, 9.0], [9.0, 2.0, 3.0, 1.0], 0.0),
+        ([4.0, 2.0, 1.0, 9.0], [1.0, 2.0, 5.0, 1.0], 0.5),  # 2.5, 2.0, 3.0
+        ([1.0, 2.0, 3.0, 0.0], [1.0, 2.0, 3.0, 0.0], 0.0),  # of equal weights, the first
     ],
 )
-def test_weight_of_the_confidence_is_the_one_that_ranks_wrong_answers_highest(review, confidence, weight):
-    trials = [scored(right, (), ()) for right in (True, True, False)]
+def test_weight_of_the_confidence_ranks_fixed_answers_above_spoiled_ones(review, confidence, weight):
+    """Correcting the second step spoils two answers, fixes one and leaves one as it is. First steps score lower."""
+    results = [(True, False), (True, False), (False, True), (False, False)]
+    trials = [scored(right, (), (None, result)) for right, result in results]
     odds = [((-9.0, r), (-9.0, c)) for r, c in zip(review, confidence, strict=True)]
     assert threshold.choose_weight(trials, odds) == weight
-    unknown = [scored(None, (), ()), scored(False, (), ()), scored(True, (), ())]
-    assert (
-        threshold.choose_weight(unknown, [odds[0], odds[2], ((), ())]) == 0.0
-    )  # no right answer with scores
+    unknown = [
+        scored(None, (), (None, True)),
+        scored(True, (), ()),
+        scored(True, (), (None, None)),
+        trials[2],
+    ]
+    assert threshold.choose_weight(unknown, [*odds[:2], ((), ()), odds[2]]) == 0.0  # nothing is spoiled
 
 
 @pytest.mark.parametrize("given", [None, 0.25])
 def test_a_fit_chooses_the_weight_of_the_confidence_unless_it_is_set(known_with, monkeypatch, given):
-    """The review says the opposite of the confidence, which is right: 0.75 is the first weight that ranks as it does."""
+    """The review says the opposite of the confidence, which is right."""
     known, asked = known_with(5.0), []
 
     def both_odds(question, work, folder, weights):
         asked.append(weights)
         confidence = known.scores[known.number(question)]
-        return tuple(-score for score in confidence), confidence
+        return tuple(-score for score in confidence), tuple(3 * score for score in confidence)
 
     monkeypatch.setattr(threshold, "both_odds", both_odds)
     config = Config.model_validate({"review": {"confidence_weight": given}})
     fitted = ensure_threshold(config, known.run, known.gguf, known, MANY, None)
     assert set(asked) == {threshold.WEIGHTS if given is None else (given,)}
     assert threshold.is_current(config, fitted, 200)
-    assert not threshold.is_current(
-        Config.model_validate({"review": {"confidence_weight": 0.5}}), fitted, 200
-    )
+    assert not threshold.is_current(Config.model_validate({"review": {"confidence_weight": 1}}), fitted, 200)
     if given is None:
-        expected = Cutoff(known.by_trying_everything(0.005).threshold / 2, 0.75)
+        expected = Cutoff(known.by_trying_everything(0.005).threshold, 0.5)
         assert fitted.cutoff == pytest.approx(expected)
         assert fitted.summary.startswith(
-            f"{expected.threshold:.2f}, confidence weight 0.75, fitted on 200 problems"
+            f"{expected.threshold:.2f}, confidence weight 0.5, fitted on 200 problems"
         )
     else:
         assert (fitted.cutoff, fitted.confidence_weight) == (None, given)
