@@ -251,7 +251,8 @@ MAX_KL = {
 MIN_TOP1 = {
     "f32": 0.995, "f16": 0.995, "bf16": 0.99, "q8": 0.98, "q6": 0.95, "q5": 0.85, "q4": 0.7, "iq4": 0.7, "": 0.4,
 }  # fmt: skip
-"""The quickstart's student: q8_0 1.000, q4_k_m 0.998, q3_k_m 0.993; a tiny model of random weights: 1.00, 0.83, 0.55."""
+"""The quickstart's student: q8_0 1.000, q4_k_m 0.998, q3_k_m 0.993; SmolLM2 after thirty steps: q8_0 0.998, q4_k_m
+0.945, iq4_xs 0.906; a tiny model of random weights: q8_0 1.00, q4_k_m 0.83, q3_k_m 0.55."""
 
 
 class Export(Section):
