@@ -301,6 +301,11 @@ def tag_name(written: str) -> str:
     return "answer" if written.endswith("answer") else written
 
 
+def corrected_steps(trace: Trace) -> set[int]:
+    """The numbers, from 1, of the steps with a correction."""
+    return {n for n, step in enumerate(trace.steps, 1) if step.correction is not None}
+
+
 def first_corrected(trace: Trace) -> int | None:
     """The number (from 1) of the first step with a cause or a correction; None if there is none."""
     noted = (n for n, step in enumerate(trace.steps, 1) if (step.cause, step.correction) != (None, None))

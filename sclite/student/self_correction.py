@@ -22,6 +22,7 @@ from sclite.trace import (
     Step,
     Trace,
     corrected,
+    corrected_steps,
     first_corrected,
     open_piece,
     parse,
@@ -229,45 +230,50 @@ def _odds(request: ScoreRequest) -> Script[Odds]:
 
 
 def both_odds(
-    question: str, work: Trace, folder: str = "", weights: Sequence[float] = (0.0, 1.0)
+    question: str,
+    attempt: Trace,
+    folder: str = "",
+    weights: Sequence[float] = (0.0, 1.0),
+    rewritten: Collection[int] | None = None,
 ) -> Script[tuple[Odds, Odds]]:
-    """What review and confidence say of each step; zeros for the one that has no weight in any of `weights`."""
-    unread = (0.0,) * len(work.steps)
-    review = (yield from review_odds(question, work, folder)) if min(weights) < 1 else unread
-    confidence = (yield from confidence_odds(question, work, folder)) if any(weights) else unread
-    return review, confidence
+    """What review and confidence say of the steps of an attempt; zeros for the one that has no weight in any of `weights`.
 
-
-def pool(review: Odds, confidence: Odds, weight: float, rewritten: Collection[int] = ()) -> Odds:
-    """The weighted mean of two log-odds for each step (a logarithmic opinion pool); empty if either is.
-
-    The review alone decides about `rewritten` steps: a correction is not what a student writes as it solves.
+    A correction is not what a student writes as it solves. So the review speaks for the confidence of steps that are
+    `rewritten` (default: those that the attempt corrects).
     """
+    work, unread = corrected(attempt), (0.0,) * len(attempt.steps)
+    rewritten = corrected_steps(attempt) if rewritten is None else rewritten
+    decides = min(weights) < 1 or rewritten
+    review = (yield from review_odds(question, work, folder)) if decides else unread
+    confidence = (yield from confidence_odds(question, work, folder)) if any(weights) else unread
     pairs = enumerate(zip(review, confidence, strict=False), 1)
-    return tuple(r if n in rewritten else (1 - weight) * r + weight * c for n, (r, c) in pairs)
+    return review, tuple(r if n in rewritten else c for n, (r, c) in pairs)
+
+
+def pool(review: Odds, confidence: Odds, weight: float) -> Odds:
+    """The weighted mean of two log-odds for each step (a logarithmic opinion pool); empty if either is."""
+    return tuple((1 - weight) * r + weight * c for r, c in zip(review, confidence, strict=False))
 
 
 def guided(question: str, attempt: Trace, settings: ReviewSettings) -> Script[Reviewed]:
     """Guided review of an attempt, in at most `settings.rounds` rounds."""
-    work, weight = corrected(attempt), settings.confidence_weight
-    result = Reviewed(note="" if work.steps else NO_STEPS)
-    rewritten: set[int] = set()
-    for round_number in range(settings.rounds if work.steps else 0):
-        weights = (weight, 0.0) if rewritten else (weight,)
-        review, confidence = yield from both_odds(question, work, settings.prompt_folder, weights)
-        odds = pool(review, confidence, weight, rewritten)
+    weight, result = settings.confidence_weight, Reviewed(note="" if attempt.steps else NO_STEPS)
+    rewritten = corrected_steps(attempt)
+    for round_number in range(settings.rounds if attempt.steps else 0):
+        both = yield from both_odds(question, attempt, settings.prompt_folder, (weight,), rewritten)
+        odds = pool(*both, weight)
         if round_number == 0:
             result = replace(result, scores=odds, note="" if odds else "too long to review")
         step = next((n for n, value in enumerate(odds, 1) if value > settings.threshold), None)
         yield StepsScored(odds, step)
         if step is None:
             break
-        outcome = yield from correct_step(question, work, step, settings)
+        outcome = yield from correct_step(question, corrected(attempt), step, settings)
         tokens = result.tokens + outcome.tokens
         if outcome.trace is None:  # the solution of the round before stands
             return replace(result, tokens=tokens, note=outcome.note)
-        work = corrected(outcome.trace)
-        rewritten = {each for each in rewritten if each < step} | {step}
+        attempt = outcome.trace
+        rewritten = {each for each in rewritten if each < step} | {step} | corrected_steps(attempt)
         result = replace(outcome, scores=result.scores, tokens=tokens)
     return result
 

@@ -135,6 +135,16 @@ def test_a_correction_is_not_accused_because_the_student_would_not_have_written_
     assert (got.trace, got.accused, got.note, len(student.requests)) == (RIGHT, 2, "", 2)
 
 
+@pytest.mark.parametrize(("weight", "scores"), [(0.5, (-5.0, -4.0, -4.0)), (1.0, (-6.0, -4.0, -4.0))])
+def test_a_correction_made_while_solving_has_no_confidence_of_its_own(weight, scores):
+    step = Step("72 / 2 = 38", None, "72 is not twice 38.", "72 / 2 = 36")
+    student = Scripted(odds=lambda _: (-4.0,) * 3, confidence=UNSURE)
+    (got,) = review(
+        student, Trace((FIRST, step, Step("36 + 5 = 41")), ADVICE, "41"), confidence_weight=weight
+    )
+    assert (got.scores, got.accused) == (scores, None)
+
+
 @pytest.mark.parametrize("unread", ["review", "confidence"])
 def test_work_that_one_of_the_two_cannot_score_is_too_long(unread):
     class Short(Scripted):
