@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_serve.py MODEL.gguf [CLIENTS] [TOKENS]
 
 Prints, as medians of alternating pairs, in wall time and in CPU time (which a busy machine does not distort): CLIENTS
-requests at once over one at a time; tokens/s of one streamed sequence and the time to its first text against
+requests at once over one at a time, and what llama.cpp alone gains by decoding as many at once; tokens/s of one streamed sequence and the time to its first text against
 `Llama.create_chat_completion(stream=True)`.
 """
 
@@ -46,7 +46,7 @@ def measure_server(model: str, clients: int, tokens: int) -> None:
         def ask(question: str) -> None:
             messages = [{"role": "user", "content": question}]
             body = {"model": f"{served['model']}:raw", "messages": messages, "max_tokens": tokens}
-            httpx.post(f"{served['url']}/chat/completions", json=body, timeout=600).raise_for_status()
+            http.post(f"{served['url']}/chat/completions", json=body).raise_for_status()
 
         def answer(workers: int) -> tuple[float, float]:
             wall, cpu = time.monotonic(), cpu_seconds()
@@ -54,11 +54,41 @@ def measure_server(model: str, clients: int, tokens: int) -> None:
                 list(pool.map(ask, [problem.question for problem in problem_set("test", 2 * clients)]))
             return time.monotonic() - wall, cpu_seconds() - cpu
 
-        answer(clients)
-        pairs = [(answer(1), answer(clients)) for _ in range(PAIRS)]
+        with httpx.Client(timeout=600) as http:
+            answer(clients)
+            pairs = [(answer(1), answer(clients)) for _ in range(PAIRS)]
         process.terminate()
     wall, cpu = ([one[i] / many[i] for one, many in pairs] for i in (0, 1))
     print_medians(f"{clients} clients over one at a time", wall, cpu)
+
+
+def measure_decoding(model: str, clients: int, prefix: int = 128) -> None:
+    """Tokens/s of llama.cpp's batches over those of single tokens: what a server can gain without its prompts."""
+    with Engine(model, parallel=clients, context=512) as engine:
+        scheduler, marks = engine.scheduler, list[tuple[float, float]]()  # its thread is idle
+
+        def decode(count: int, place: int, sequence: int | None = None) -> tuple[float, float]:
+            """Wall and CPU seconds per token of one token in each of `count` sequences, or as many in one `sequence`."""
+            one = sequence is not None
+            scheduler.tokens[:count] = range(100, 100 + count)
+            scheduler.positions[:count] = range(place, place + count) if one else place
+            scheduler.owners[:count] = sequence if one else range(count)
+            scheduler.outputs[:count] = not one
+            scheduler.batch.n_tokens = count
+            wall, cpu = time.monotonic(), time.process_time()
+            assert scheduler.api.llama_decode(scheduler.context, scheduler.batch) == 0
+            return (time.monotonic() - wall) / count, (time.process_time() - cpu) / count
+
+        for sequence in range(clients):
+            decode(prefix, 0, sequence)
+        for place in range(prefix, prefix + 64, 2):  # one sequence, which is then ahead by a token, and all
+            single = decode(1, place)
+            scheduler.api.llama_memory_seq_rm(scheduler.memory, 0, place, -1)
+            many = decode(clients, place)
+            decode(clients, place + 1)
+            marks.append((single[0] / many[0], single[1] / many[1]))
+    wall, cpu = (list(column) for column in zip(*marks, strict=True))
+    print_medians(f"llama.cpp alone, {clients} tokens at once over one", wall, cpu)
 
 
 def measure_stream(model: str, tokens: int) -> None:
@@ -100,6 +130,7 @@ def main() -> None:
     """Measure and print."""
     model, clients, tokens = (*sys.argv[1:], *("", "16", "24")[len(sys.argv) - 1 :])
     measure_stream(model, int(tokens))
+    measure_decoding(model, int(clients))
     measure_server(str(Path(model).resolve()), int(clients), int(tokens))
 
 
