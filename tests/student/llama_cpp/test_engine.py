@@ -250,7 +250,7 @@ def test_sampling_depends_on_the_seed_not_on_the_batch(gguf):
     with Engine(gguf, parallel=8, context=512) as engine:
         found = replies(engine, [sampled(seed) for seed in range(8)])
     together = [found[seed].text for seed in range(8)]
-    with Engine(gguf, parallel=1, context=512) as engine:
+    with Engine(gguf, parallel=4, context=512) as engine:  # fewer have another attention
         alone = [next(engine.generate([sampled(seed)])).text for seed in range(8)]
     # rounding differs between batches, so a draw at the boundary of two tokens may flip
     assert sum(one == other for one, other in zip(alone, together, strict=True)) >= 6
