@@ -1,63 +1,45 @@
 """build-data, train and chat, in that order and with nothing between them, are a whole run; `sclite run` is the same in one."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import tomlkit
 from transformers import AutoModelForCausalLM
 
-from sclite.quickstart.flow import DEFAULTS
-from sclite.quickstart.problem_sets import problem_set
-from tests.toy import write_rows
-
-QUESTION = "Tom has 20 nuts. He buys 11 more. He sells 12 nuts. How many nuts does Tom have now?"
-
-
-def sclite(folder: Path, *arguments: str, text: str = "") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "sclite", *arguments]
-    done = subprocess.run(command, cwd=folder, input=text, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done
+from tests.nuts import QUESTION, nuts_project, sclite
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A folder in which build-data and train have run on a file of problems."""
+def trained(tmp_path_factory):
+    """A folder in which build-data and train have run."""
     folder = tmp_path_factory.mktemp("project")
-    rows = [problem.model_dump(exclude={"id"}) for problem in problem_set("train", 220)]
-    write_rows(folder / "train.jsonl", rows)
-    chosen = {name: value for name, value in DEFAULTS.items() if name not in ("run", "problems")}
-    (folder / "sclite.toml").write_text(tomlkit.dumps(chosen))
-    sclite(folder, "build-data", "train.jsonl")
-    sclite(folder, "train")
-    return folder
+    with nuts_project(folder):
+        sclite(folder, "build-data")
+        sclite(folder, "train")
+        yield folder
 
 
-def test_train_fits_the_threshold_on_untrained_problems_and_chat_uses_it(trained):
-    run = trained / "runs/default"
-    (fitted,) = json.loads((run / "export/threshold.json").read_text()).values()
-    assert fitted["problems"] == 50
-    assert (fitted["threshold"] is None) == bool(fitted["off"])
-    taught = [json.loads(line)["id"] for line in (run / "templates.jsonl").read_text().splitlines()]
-    tried = [json.loads(line)["id"] for line in (run / "attempts.jsonl").read_text().splitlines()]
-    assert len({*taught, *tried}) <= 170
-    done = sclite(trained, "chat", "--self-correct", "--json", QUESTION)
-    answer = json.loads(done.stdout)
-    (fitted,) = json.loads((trained / "runs/default/export/threshold.json").read_text()).values()
-    assert answer["answer"]
-    assert ("step_scores" in answer) == (fitted["threshold"] is not None)
-    assert ("review is off" in answer["note"]) == (fitted["threshold"] is None)
+def test_three_commands_end_in_a_chat_that_reviews(trained):
+    (found,) = json.loads((trained / "runs/default/export/threshold.json").read_text()).values()
+    assert found["problems"] == 50
+    assert found["acc_t2"] > found["acc_t1"]
+    asked = "\n".join(QUESTION.format(n) for n in range(12, 210, 4))
+    lines = sclite(trained, "chat", "--self-correct", "--json", text=asked).splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert all(answer["step_scores"] for answer in answers)
+    assert any(f"<Answer>{answer['answer']}</Answer>" not in answer["first"] for answer in answers)
+
+
+def test_nothing_was_trained_on_the_problems_of_the_threshold(trained):
+    names = ("templates.jsonl", "attempts.jsonl")
+    lines = [line for name in names for line in (trained / "runs/default" / name).read_text().splitlines()]
+    assert len({json.loads(line)["id"] for line in lines}) == 150
 
 
 def test_afterwards_all_is_done_and_train_repairs_what_is_missing(trained):
-    status = json.loads(sclite(trained, "status", "--json").stdout)
+    status = json.loads(sclite(trained, "status", "--json"))
     assert {name for name, stage in status["stages"].items() if stage["state"] != "done"} == {"eval"}
     assert status["next"].startswith("sclite chat")
-    done = sclite(trained, "run", "train.jsonl", "--yes", "--json")
-    stages = json.loads(done.stdout)
+    stages = json.loads(sclite(trained, "run", "--yes", "--json"))
     assert {"templates", "sft", "warmup", "dpo", "export-dpo", "threshold"} <= set(stages)
     assert all(stage["skipped"] for name, stage in stages.items() if name != "problems")
     (gguf,) = (trained / "runs/default/export").glob("dpo-*.gguf")
@@ -67,8 +49,7 @@ def test_afterwards_all_is_done_and_train_repairs_what_is_missing(trained):
 
 
 def test_the_merged_folder_is_a_hugging_face_model(trained):
-    done = sclite(trained, "export", "--format", "merged", "--json")
-    folder = trained / json.loads(done.stdout)["merged"]
+    folder = trained / json.loads(sclite(trained, "export", "--format", "merged", "--json"))["merged"]
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.config.vocab_size == 1024
     assert (folder / "chat_template.jinja").is_file()
