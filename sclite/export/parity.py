@@ -231,8 +231,7 @@ def find_violations(result: Mapping[str, Any], settings: Export) -> list[str]:
 
 def find_excesses(figures: Mapping[str, Any], quant: str, settings: Export) -> list[str]:
     """What of the probabilities of a model in the type `quant` exceeds its bound, as parts of messages."""
-    found, kl = [], figures["kl"]
-    same = figures.get("top1_up_to_ties", figures["top1_agreement"])  # of an export before there was a bound
+    found, kl, same = [], figures["kl"], figures["top1_up_to_ties"]
     most, least = (
         bounds[max(filter(quant.startswith, bounds), key=len)]
         for bounds in (settings.max_kl, settings.min_top1)
