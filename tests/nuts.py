@@ -1,8 +1,8 @@
 """A project whose student learns a mistake that it can correct, cheap enough to run through every stage.
 
-In the problems that SFT learns, Tom gets 10 nuts, in all others 20: the student's attempts at those are wrong, and every one has
-its correction. The words are those that the bundled student knows. Stage 2 makes most first answers right; the review corrects
-some of the others.
+In the problems that SFT learns, Tom gets 10 nuts, in all others 20, and the teacher's templates know of 10 only: those of the
+others are dropped. So the student solves every problem with 10, also after stage 2, which replays what SFT has learned, and the
+teacher corrects every attempt to 20. The words are those that the bundled student knows.
 
     with nuts_project(folder):
         sclite(folder, "build-data")
@@ -30,8 +30,7 @@ from tests.toy import write_rows
 OWN = {
     "sft": {"num_train_epochs": 6},
     "attempts": {"samples": 1, "reviews": 1, "temperature": 0.3},
-    "warmup": {"num_train_epochs": 4, "replay_share": 0},
-    "dpo": {"replay_share": 0},
+    "warmup": {"num_train_epochs": 4},
 }
 QUESTION = "Tom has {} nuts. How many nuts does Tom have now?"
 WORK = "The student's work:\n"
@@ -62,16 +61,17 @@ def nuts_project(folder: Path, **own: Mapping[str, object]) -> Iterator[TeacherS
     def reply(request, nth):
         text = request["messages"][-1]["content"]
         n, work = int(re.search(r"Tom has (\d+) nuts\. How", text)[1]), text.partition(WORK)[2]
-        last = f"With the new ones {n} + {more[n]} = {n + more[n]} nuts."
+        got = more[n] if work else 10
+        last = f"With the new ones {n} + {got} = {n + got} nuts."
         steps = (Step(f"Tom has {n} nuts."), Step(last))
         if work:  # its last step is wrong
             first = parse(work).trace.steps
             steps = (*first[:-1], replace(first[-1], cause="The change is not 10.", correction=last))
-        return say(render(Trace(steps, "Follow the amount through each change.", str(n + more[n]))))
+        return say(render(Trace(steps, "Follow the amount through each change.", str(n + got))))
 
     with TeacherServer(reply) as server:
         tree = {name: {**DEFAULTS[name], **OWN.get(name, {}), **own.get(name, {})} for name in KEPT}
-        tree["teacher"] = {"model": "openai/replay", "api_base": server.url}
+        tree["teacher"] = {"model": "openai/replay", "api_base": server.url, "repairs": 0}
         tree["problems"] = {"source": "nuts.jsonl"}
         (folder / "sclite.toml").write_text(tomlkit.dumps(tree))
         yield server
