@@ -166,7 +166,7 @@ def run_checks(config: Config) -> Iterator[Check]:
 
     llama = _version("llama-cpp-python")
     fix = "pip install --force-reinstall --no-cache-dir llama-cpp-python"
-    if gpus:
+    if gpus and torch["cuda"]:
         fix += f" --no-deps --index-url {CUDA_INDEX}/{cuda_wheel(torch['cuda'])}"
     if isinstance(offload, str):
         yield Check("llama.cpp", False, offload, fix, required=True)

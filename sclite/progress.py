@@ -198,7 +198,7 @@ class ProgressDisplay:
             def render(self, task: rich.Task) -> Text:
                 used = len(text) + bar_width + len(task.fields["count"]) + len("⠋     0:00:00 ")
                 shown = visible(figures())
-                while len(shown) > terminal.width - used:
+                while shown and len(shown) > terminal.width - used:
                     shown = shown.rpartition(", ")[0]
                 return Text(shown, "dim", no_wrap=True)
 

@@ -204,6 +204,15 @@ def test_a_narrow_terminal_drops_the_least_important_figures(columns, shown, mon
     assert len(line) <= columns
 
 
+def test_a_terminal_that_is_too_narrow_for_any_figure_shows_none(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "20")
+    with progress.ProgressDisplay().stage("dpo", "dpo: the student prefers right reviews") as report:
+        report(7, 1500, note=NOTE)
+        time.sleep(0.3)
+    assert "loss" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("seconds", "warns", "headed"), [(0, False, False), (0, True, True), (0.2, False, True)]
 )

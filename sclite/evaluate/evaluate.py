@@ -162,7 +162,7 @@ def evaluate_model(
     figures |= {
         "signature": "" if version and failed else signature,
         "gguf": identity,
-        "threshold": None if at.threshold == NEVER else at.threshold,
+        "threshold": config.review.threshold if fitted is None else fitted.threshold,
         "fitted": fitted and fitted.model_dump(),
         "off": off,
         "correction_rate_given_location": located_correction_rate(student, rows, first, config, grader),

@@ -63,7 +63,7 @@ class Trial:
 class Fitted(BaseModel):
     """A fitted threshold, or the reason why review stays off, with what it does on the n graded fitting problems.
 
-    It holds for step scores in which the confidence has the weight `confidence_weight`.
+    It holds for step scores in which the confidence has the weight `confidence_weight`, chosen from `weights`.
 
     Accuracies, wrong_to_right and right_to_wrong are shares of n. `assumed` counts accused steps whose correction was
     not tried. `best_*` describe the most accurate threshold without the bound on harm: what the bound gives up.
@@ -72,6 +72,7 @@ class Fitted(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     threshold: float | None
     confidence_weight: float = 0.0
+    weights: list[float] = []
     off: str = ""
     problems: int
     n: int = 0
@@ -86,6 +87,10 @@ class Fitted(BaseModel):
     best_right_to_wrong: float = 0.0
     max_harm: float
     prompts: str = ""
+
+    def is_for(self, config: Config) -> bool:
+        """Whether the prompts and the weights to choose from are those of the fit."""
+        return self.prompts == prompts_digest(config) and self.weights == weights_to_try(config)
 
     @property
     def cutoff(self) -> Cutoff | None:
@@ -197,14 +202,14 @@ def fit_threshold(trials: Sequence[Trial], max_harm: float) -> Fitted:
 def choose_weight(
     trials: Sequence[Trial], odds: Sequence[tuple[Odds, Odds]], weights: Sequence[float] = WEIGHTS
 ) -> float:
-    """The weight of the confidence with which the highest step score of an answer tells best what its correction does.
+    """The weight of the confidence that best ranks the answers which a correction fixes above those which it spoils.
 
-    That is the AUC of the answers that are fixed against those that are spoiled, where that was tried. `odds` are what
-    review and confidence say of the steps of each trial. Of equal weights, the first.
+    Answers are ranked by their highest step score (AUC), where its correction was tried. `odds` are the log-odds of
+    review and confidence of the steps of each trial. Of equal weights, the first.
 
-    Over 100 to 200 random halves of 500 problems of SmolLM2 (and of the quickstart), one for the fit, the other one gained
-    2.5 (4.8) points with this choice, 1.7 (4.5) with the review alone and 2.7 (4.9) at a weight of 0.5. A choice of five
-    weights gained 2.4 (4.4), that of the one which tells wrong answers from right ones best 2.5 (4.4).
+    Measured on 500 problems each of SmolLM2 and of the quickstart, by 100 to 200 random splits into problems to fit on and
+    others: gains of 2.5 and 4.8 points with this choice, 1.7 and 4.5 with the review alone, 2.7 and 4.9 at a weight of 0.5. A
+    choice of five weights gained 2.4 and 4.4. The weight with the best AUC of wrong answers gained 2.5 and 4.4.
     """
 
     def quality(weight: float) -> float:
@@ -260,20 +265,26 @@ def prompts_digest(config: Config) -> str:
     return prompts.digest_prompts(*used, folder=config.prompts.folder)
 
 
+def weights_to_try(config: Config) -> list[float]:
+    """The weights of the confidence that a fit chooses from: the configured one, or WEIGHTS."""
+    given = config.review.confidence_weight
+    return list(WEIGHTS) if given is None else [given]
+
+
 def load_threshold(config: Config, run: Run, gguf: Path) -> Fitted | None:
-    """What was fitted on this very file with these prompts, in this run or beside the file; None if nothing was."""
+    """What was fitted on this very file with these prompts and weights, in this run or beside the file; None if nothing was."""
     beside = gguf.parent / Path(FILE).name
     for name in dict.fromkeys((str(run.path(FILE).resolve()), str(beside.resolve()))):
         known = run.read_json(name, dict[str, Fitted]) or {}
         fitted = known.get(run.file_digest(str(gguf.resolve()))) if known else None
-        if fitted is not None and fitted.prompts == prompts_digest(config):
+        if fitted is not None and fitted.is_for(config):
             return fitted
     return None
 
 
 def store_threshold(config: Config, run: Run, gguf: Path, fitted: Fitted) -> Fitted:
     """Store what was fitted on a file for chat, eval and the server, in place of an earlier fit."""
-    fitted = fitted.model_copy(update={"prompts": prompts_digest(config)})
+    fitted = fitted.model_copy(update={"prompts": prompts_digest(config), "weights": weights_to_try(config)})
     known = run.read_json(FILE, dict[str, Fitted]) or {}
     known[run.file_digest(str(gguf.resolve()))] = fitted
     run.write_json(FILE, {digest: each.model_dump() for digest, each in known.items()})
@@ -281,11 +292,10 @@ def store_threshold(config: Config, run: Run, gguf: Path, fitted: Fitted) -> Fit
 
 
 def is_current(config: Config, fitted: Fitted | None, count: int) -> bool:
-    """Whether a stored fit is of as many problems and the same settings; too few problems replace none."""
+    """Whether a stored fit is of as many problems and the same max_harm; too few problems replace none."""
     if fitted is None or count < MIN_PROBLEMS:
         return fitted is not None
-    same_weight = config.review.confidence_weight in (None, fitted.confidence_weight)
-    return fitted.problems >= count and fitted.max_harm == config.review.max_harm and same_weight
+    return fitted.problems >= count and fitted.max_harm == config.review.max_harm
 
 
 def ensure_threshold(
@@ -303,8 +313,7 @@ def ensure_threshold(
     if total < MIN_PROBLEMS or student is None:
         fitted.off = f"{total} problems are too few to fit its threshold, {MIN_PROBLEMS} are needed"
         return store_threshold(config, run, gguf, fitted)
-    given = config.review.confidence_weight
-    weights = WEIGHTS if given is None else (given,)
+    weights = weights_to_try(config)
     trials: list[Trial] = []
     odds: list[tuple[Odds, Odds]] = []
     for part in (problems[::2], problems[1::2]) if total >= MANY_PROBLEMS else (problems,):

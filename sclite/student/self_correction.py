@@ -44,8 +44,8 @@ NEVER = 1e6  # as a threshold: no log-odds exceed it, so nothing is accused; JSO
 class Reviewed:
     """The result of reviewing one attempt.
 
-    `trace` is the new solution (None: the attempt stands). `scores` are the log-odds (nats) that each step is wrong,
-    of review and confidence.
+    `trace` is the new solution (None: the attempt stands). `scores` are the log-odds (nats) that each step is wrong: the
+    weighted mean of those of review and confidence.
     `accused` is the step that cause and correction belong to, also if its correction changes nothing (SAME_RESULT).
     `note` says why a review was abandoned; `tokens` counts what the review generated, `fed` the tokens of
     its prompts that were not in the cache.
@@ -212,9 +212,9 @@ def review_odds(question: str, work: Trace, folder: str = "") -> Script[Odds]:
 
 
 def confidence_odds(question: str, work: Trace, folder: str = "") -> Script[Odds]:
-    """How much less likely than any other text each step is where the student solves, from one prefill.
+    """The log-odds that the student, solving, would write anything else than each step, from one prefill.
 
-    A student that is well calibrated is wrong as often as it would write something else.
+    A well calibrated student is wrong as often as it would write something else.
     """
     pieces = tuple(step_pieces(work.steps))
     options = tuple((text, None) for text in pieces[::2])
@@ -236,10 +236,10 @@ def both_odds(
     weights: Sequence[float] = (0.0, 1.0),
     rewritten: Collection[int] | None = None,
 ) -> Script[tuple[Odds, Odds]]:
-    """What review and confidence say of the steps of an attempt; zeros for the one that has no weight in any of `weights`.
+    """The log-odds of review and confidence of the steps of an attempt; zeros for one that none of `weights` uses.
 
-    A correction is not what a student writes as it solves. So the review speaks for the confidence of steps that are
-    `rewritten` (default: those that the attempt corrects).
+    A correction is not what a student writes as it solves. So steps that are `rewritten` (default: those that the attempt
+    corrects) have the review's log-odds in both.
     """
     work, unread = corrected(attempt), (0.0,) * len(attempt.steps)
     rewritten = corrected_steps(attempt) if rewritten is None else rewritten

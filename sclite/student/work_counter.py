@@ -34,11 +34,8 @@ class WorkCounter(Student):
 
     def _count(self) -> None:
         scored = max(self.scored.values())
-        texts, scores, later = (
-            min(self.texts, self.written),
-            min(self.scores, scored),
-            CORRECTIONS * self.scores,
-        )
+        texts, scores = min(self.texts, self.written), min(self.scores, scored)
+        later = CORRECTIONS * self.scores
         done = texts + scores + min(later, self.written - texts)
         note = f"{self.written} texts written" + (f", {scored} reviewed" if scored else "")
         self.report(texts, done / (self.texts + self.scores + later), note)

@@ -188,7 +188,7 @@ class Known:
         self.run.path(FILE).unlink(missing_ok=True)
         config = Config.model_validate({"review": {"max_harm": max_harm}})
         fitted = ensure_threshold(config, self.run, self.gguf, self, problems, None)
-        return fitted.model_copy(update={"prompts": ""})
+        return fitted.model_copy(update={"prompts": "", "weights": []})
 
     def by_trying_everything(self, max_harm: float) -> Fitted:
         results = [tuple(self.fixes(i, step) for step in (1, 2, 3)) for i in range(len(MANY))]
@@ -242,9 +242,13 @@ def test_a_fit_chooses_the_weight_of_the_confidence_unless_it_is_set(known_with,
     monkeypatch.setattr(threshold, "both_odds", both_odds)
     config = Config.model_validate({"review": {"confidence_weight": given}})
     fitted = ensure_threshold(config, known.run, known.gguf, known, MANY, None)
-    assert set(asked) == {threshold.WEIGHTS if given is None else (given,)}
-    assert threshold.is_current(config, fitted, 200)
-    assert not threshold.is_current(Config.model_validate({"review": {"confidence_weight": 1}}), fitted, 200)
+    weights = [0.0, 0.5] if given is None else [given]
+    assert asked == [weights] * 200
+    assert threshold.load_threshold(config, known.run, known.gguf) == fitted
+    for other in ({"confidence_weight": 0.5}, {"confidence_weight": None if given else 0}):
+        assert (
+            threshold.load_threshold(Config.model_validate({"review": other}), known.run, known.gguf) is None
+        )
     if given is None:
         expected = Cutoff(known.by_trying_everything(0.005).threshold, 0.5)
         assert fitted.cutoff == pytest.approx(expected)

@@ -28,7 +28,9 @@ _kept: list[object] = []
 OWN_CACHES = 8
 """Sequences that must fit with caches of their own; with fewer, a shared cache decodes more at once."""
 FEW = 4
-"""With fewer sequences, as in a chat, one at a time counts."""
+"""With fewer sequences, as in a chat, the speed of a single one matters."""
+SHORT = 8192
+"""The longest context without flash attention, which would need 0.5 GB for 32 heads."""
 SMALL = 20_000_000
 """Parameters below which the weights stay in a CPU's cache: more threads or sequences then cost more than they gain."""
 
@@ -156,7 +158,7 @@ class Engine:
         parameters.swa_full = True  # a cache pruned to the window cannot be shared
         # On a CPU flash attention slows one sequence down from about 150 tokens on (135M model: 1.10 times the CPU time per
         # token at 250, 1.40 at 500), but a batch of 16 only from about 300 on.
-        if exact or (parallel < FEW and not self.offloaded):
+        if exact or (parallel < FEW and self.context <= SHORT and not self.offloaded):
             parameters.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if exact:
             parameters.type_k = parameters.type_v = api.GGML_TYPE_F32

@@ -24,6 +24,10 @@ WORTH_SHARING = 16
 """A shorter common prefix, in tokens, is recomputed."""
 
 
+MOST_READ = 256
+"""Logits read from a batch, one row of the vocabulary each: 0.16 GB for 152k tokens."""
+
+
 @dataclass(eq=False)
 class _Slot:
     number: int
@@ -169,19 +173,26 @@ class Scheduler:
         In order of slots: llama.cpp computes consecutive slots together, others one at a time.
         """
         self._admit()
-        count, spans = 0, list[tuple[_Slot, int, list[int]]]()  # slot, fed up to, positions read
+        count, room, spans = (
+            0,
+            MOST_READ,
+            list[tuple[_Slot, int, list[int]]](),
+        )  # slot, fed up to, positions read
         prompts_last = sorted(self.active.items(), key=lambda e: (len(e[1].ids) - e[1].fed > 1, e[0].number))
         for slot, sequence in prompts_last:
             start = sequence.fed
             stop = min(len(sequence.ids), start + self.size - count)
+            wanted = sequence.wanted(start, stop)
+            if len(wanted) > room:
+                stop, wanted = wanted[room], wanted[:room]
             if stop == start:
                 break
+            room -= len(wanted)
             end = count + stop - start
             self.tokens[count:end] = sequence.ids[start:stop]
             self.positions[count:end] = range(start, stop)
             self.owners[count:end] = slot.number
             self.outputs[count:end] = 0
-            wanted = sequence.wanted(start, stop)
             for position in wanted:
                 self.outputs[count + position - start] = 1
             spans.append((slot, stop, wanted))

@@ -109,7 +109,7 @@ class TokenSequence:
 
 
 SMALLEST = 1e-9
-"""The rounding of float32 logits: less is not told apart from 0."""
+"""The smallest probability of any other text: log-odds are at most 20.7."""
 Option = tuple[TokenSequence, list[tuple[int, int]]]
 """A sequence, and the (position, token) pairs in it whose log-probabilities add up to that of an option."""
 

@@ -146,6 +146,14 @@ def test_a_single_option_is_compared_with_any_other_text(engine, trained):
         assert found == pytest.approx(np.log(likely / (1 - likely)), abs=1e-3)
 
 
+def test_more_logits_than_one_batch_may_read_are_read_in_several(engine, trained, monkeypatch):
+    ids, before = ids_of(trained[1], chat("3 + 4?"), PIECES), engine.scheduler.steps
+    monkeypatch.setattr("sclite.student.llama_cpp.scheduler.MOST_READ", 10)
+    found = engine.log_probabilities(ids)
+    assert engine.scheduler.steps - before == -(-len(ids) // 10)
+    assert np.abs(found - log_probabilities(trained[0], ids)).max() < 1e-3
+
+
 def test_log_probabilities_match_transformers_and_a_fast_cache_nearly(engine, gguf, trained):
     ids = ids_of(trained[1], chat("3 + 4?"), PIECES)
     expected = log_probabilities(trained[0], ids)
