@@ -60,14 +60,15 @@ def test_an_error_with_json_is_one_object(tmp_path, thrown, code, said):
     assert "Traceback" not in done.stderr
 
 
-def test_unreadable_rows_leave_no_partial_json_object(capsys):
-    def rows():
-        yield {"id": "a"}
-        raise DataError("line 2 is damaged")
-
-    with pytest.raises(DataError):
-        console.print_json({"what": "drops"}, rows())
-    assert capsys.readouterr().out == ""
+def test_unreadable_rows_leave_no_partial_json_object(tmp_path):
+    run = tmp_path / "runs/default"
+    run.mkdir(parents=True)
+    row = Template(id="a", question="1 + 1?", answer="2", trace="<Answer>2</Answer>").model_dump_json()
+    (run / "templates.jsonl").write_text(f"{row}\nno row\n{row}\n")
+    done = sclite(tmp_path, "show", "templates", "--json")
+    found = json.loads(done.stdout)
+    assert "templates.jsonl, line 2" in found["error"]
+    assert done.returncode == found["exit_code"] == 3
 
 
 def test_no_arguments_print_the_help_in_80_columns_and_are_a_usage_error(tmp_path):
