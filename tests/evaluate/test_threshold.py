@@ -188,7 +188,7 @@ class Known:
         self.run.path(FILE).unlink(missing_ok=True)
         config = Config.model_validate({"review": {"max_harm": max_harm}})
         fitted = ensure_threshold(config, self.run, self.gguf, self, problems, None)
-        return fitted.model_copy(update={"prompts": "", "weights": []})
+        return fitted.model_copy(update={"prompts": "", "weights": [], "confidence_weight": 0.0})
 
     def by_trying_everything(self, max_harm: float) -> Fitted:
         results = [tuple(self.fixes(i, step) for step in (1, 2, 3)) for i in range(len(MANY))]
@@ -211,7 +211,7 @@ def known_with(monkeypatch, run, gguf):
     [
         ([1.0, 2.0, 3.0, 9.0], [9.0, 2.0, 3.0, 1.0], 0.0),
         ([4.0, 2.0, 1.0, 9.0], [1.0, 2.0, 5.0, 1.0], 0.5),  # 2.5, 2.0, 3.0
-        ([1.0, 2.0, 3.0, 0.0], [1.0, 2.0, 3.0, 0.0], 0.0),  # of equal weights, the first
+        ([1.0, 2.0, 3.0, 0.0], [1.0, 2.0, 3.0, 0.0], 0.5),  # no worse than the review alone
     ],
 )
 def test_weight_of_the_confidence_ranks_fixed_answers_above_spoiled_ones(review, confidence, weight):
@@ -226,7 +226,7 @@ def test_weight_of_the_confidence_ranks_fixed_answers_above_spoiled_ones(review,
         scored(True, (), (None, None)),
         trials[2],
     ]
-    assert threshold.choose_weight(unknown, [*odds[:2], ((), ()), odds[2]]) == 0.0  # nothing is spoiled
+    assert threshold.choose_weight(unknown, [*odds[:2], ((), ()), odds[2]]) == 0.5  # nothing is spoiled
 
 
 @pytest.mark.parametrize("given", [None, 0.25])
