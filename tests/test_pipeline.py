@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sclite import exports, forecast, pipeline, prompts
+from sclite import evaluation, exports, forecast, pipeline, prompts
 from sclite.context import Context
 from sclite.errors import DataError
 from sclite.progress import ProgressDisplay
@@ -261,3 +261,20 @@ def test_adapter_as_a_gguf_is_no_model_to_chat_with(run, monkeypatch):
 
     monkeypatch.setattr(exports, "export", export)
     assert exports.for_chat(context, None, False)[0] == made
+
+
+def test_evaluation_on_other_problems_leaves_those_of_the_run(run):
+    """Two of the evaluated questions were trained on: the evaluation skips them, the run keeps them."""
+    problems(220)
+    world = world_of(run, "http://unused")
+    fit = pipeline.divided_problems(world).fit
+    before = {name: run.path(name).read_bytes() for name in ("problems.jsonl", "done/problems.json")}
+    rows = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(219, 240)]
+    write_rows("measured.jsonl", rows)
+    measured = world_of(run, "http://unused", **{"eval.source": "measured.jsonl"})
+    untrained = pipeline.untrained_problems(measured)
+    assert untrained == fit
+    assert {name: run.path(name).read_bytes() for name in before} == before
+    held_out = evaluation.held_out(measured, untrained)
+    assert held_out.dropped == {"overlaps_training": 2}
+    assert (len(held_out.problems), list(held_out.fitting)) == (19, fit)

@@ -74,12 +74,18 @@ def load_problems(
 
 
 def gather_problems(
-    config: Config, run: Run, report: Report | None = None, *, reread: bool = True, keep: bool = True
+    config: Config,
+    run: Run,
+    report: Report | None = None,
+    *,
+    reread: bool = True,
+    as_trained: bool = False,
+    keep: bool = True,
 ) -> list[Problem]:
     """All problems of the run, from problems.source or an imported problems.jsonl, that overlap no question to avoid.
 
-    What was gathered from the same source is read from the run if that is gone or `reread` is false. Nothing is written
-    unless `keep`.
+    What was gathered from the same source is read from the run if that is gone or `reread` is false; `as_trained` also if
+    other questions were to be avoided then. Nothing is written unless `keep`.
     """
     chosen, report = config.problems, report or Report("problems")
     drops: list[Drop] = []
@@ -88,6 +94,8 @@ def gather_problems(
     inputs = {"source": digest(next(sources)), "avoid": digest([next(sources), chosen.avoid])}
     gone = is_local_source(chosen.source) and not Path(chosen.source).expanduser().exists()
     gathered = {**inputs, "problems": run.file_digest("problems.jsonl")}
+    if as_trained and (before := run.manifest("problems")):
+        gathered["avoid"] = before["inputs"]["avoid"]
     if (not reread or gone) and (manifest := run.done("problems", gathered)):
         problems = [row for row in run.rows("problems.jsonl", Problem) if not from_feedback(row)]
         if not chosen.source:  # an imported problems.jsonl still holds the overlapping rows
