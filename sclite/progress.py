@@ -40,6 +40,7 @@ class Rate:
         self.points: list[tuple[float, int, float, float]] = []
         self.begin: int | None = None  # rows done before
         self.window = 0  # the point from which the rate is measured
+        self.advanced = 0.0  # when a row was done last
         self.total, self.note = 0, ""  # rows, and current figures such as the loss
 
     def update(self, done: int, share: float, spent_usd: float | None) -> None:
@@ -49,6 +50,8 @@ class Rate:
         elif self.points[0][1] == self.begin:  # loading a library may come before the first row
             self.points.clear()
         points = self.points
+        if not points or done != points[-1][1]:
+            self.advanced = time.monotonic()
         points.append((time.monotonic(), done, share, spent_usd or 0.0))
         seconds, rows = points[-1][:2]
         # the later half: a rate that changes shows soon, one slow row does not count much
@@ -74,16 +77,19 @@ class Rate:
         return found and (1 - self.points[-1][2]) * found[0] / found[2]
 
     def line(self) -> str:
-        """$0.12 of about $1.40, 3.2/s (or 29 s each); no rate if all rows are done and only other work is left."""
+        """$0.12 of about $1.40, 3.2/s (or 29 s each); no rate while other work is done than rows."""
         found = self.measured()
         if found is None:
             return ""
         seconds, rows, _, dollars = found
         _, done, _, spent = self.points[-1]
         speed = f"{rows / seconds:.1f}/s" if rows > seconds / 2 else f"{format_duration(seconds / rows)} each"
+        idle = self.points[-1][0] - self.advanced
+        if idle > max(MEASURED_SECONDS, 3 * (seconds - idle) / rows):
+            speed = ""
         in_total = spent + dollars / rows * (self.total - done)
         cost = f"${spent:.4f} of about ${in_total:.2f}" if spent else ""
-        return ", ".join(filter(None, (cost, "" if done == self.total else speed)))
+        return ", ".join(filter(None, (cost, speed)))
 
 
 class Countdown:
