@@ -17,12 +17,15 @@ class WorkCounter(Student):
 
     def __init__(self, student: Student, texts: int, scores: int, report: Callable[[int, float, str], None]):
         self.student, self.texts, self.scores, self.report = student, texts, scores, report
-        self.written = 0
+        self.written = self.corrections = 0
         self.scored = {True: 0, False: 0}  # by review, by confidence
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Reply]:
         for reply in self.student.generate(requests):
-            self.written += 1
+            if requests[reply.index].pieces:  # it continues a work
+                self.corrections += 1
+            else:
+                self.written += 1
             self._count()
             yield reply
 
@@ -36,6 +39,6 @@ class WorkCounter(Student):
         scored = max(self.scored.values())
         texts, scores = min(self.texts, self.written), min(self.scores, scored)
         later = CORRECTIONS * self.scores
-        done = texts + scores + min(later, self.written - texts)
-        note = f"{self.written} texts written" + (f", {scored} reviewed" if scored else "")
+        done = texts + scores + min(later, self.corrections)
+        note = f"{self.written + self.corrections} texts written" + (f", {scored} reviewed" if scored else "")
         self.report(texts, done / (self.texts + self.scores + later), note)

@@ -1,5 +1,7 @@
 """The count of a student's work."""
 
+from dataclasses import replace
+
 from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
 from sclite.student.work_counter import WorkCounter
 
@@ -25,5 +27,7 @@ def test_replies_and_scores_pass_unchanged_and_are_counted():
     assert [found.index for found in student.score([unsure])] == [0]  # of the same text: it counts once
     assert seen[:2] == [(1, 0.2, "1 texts written"), (2, 0.4, "2 texts written")]
     assert seen[2:] == [(2, 0.6, "2 texts written, 1 reviewed")] * 2
-    list(student.generate(requests[:1]))  # a correction: a quarter of the texts and scores is expected on top
+    list(
+        student.generate([replace(requests[0], pieces=("<Step1>1 + 1 = 2\n",))])
+    )  # a correction: a quarter of the texts and scores is expected on top
     assert seen[-1] == (2, 0.8, "3 texts written, 1 reviewed")
