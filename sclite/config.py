@@ -264,7 +264,7 @@ class Export(Section):
         MAX_KL, "largest KL divergence from the trained model in nats, by the start of a type's name"
     )
     min_top1: Bounds = setting(
-        MIN_TOP1, "smallest share of places with the trained model's next token, up to near ties, by the same"
+        MIN_TOP1, "smallest share of positions with the trained model's next token or a near tie, by the same"
     )
     ollama: str = setting("", "model name for `ollama create`")
     push: str = setting("", "repository on the Hub, OWNER/NAME, for the files and their card")
@@ -310,7 +310,7 @@ class Review(Section):
     )
     confidence_weight: float | None = setting(
         None,
-        "weight of the confidence in solving a step against the review's decision (default: fitted with the threshold, 0 without)",
+        "share of the confidence in a step's score, the rest is the review's (default: chosen with the threshold)",
         ge=0,
         le=1,
     )

@@ -11,7 +11,7 @@ from sclite.export.model import ADAPTER, gguf_path
 from sclite.records import Problem
 from sclite.run import Report
 from sclite.student.adapters import STUDENTS, adapter_weights
-from sclite.student.self_correction import Cutoff
+from sclite.student.step_scores import Cutoff
 
 REVIEW_OFF = "review is off; turn it on with --self-correct"
 

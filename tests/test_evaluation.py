@@ -14,7 +14,7 @@ from sclite.evaluate.threshold import Fitted, store_threshold
 from sclite.progress import ProgressDisplay
 from sclite.records import Problem
 from sclite.run import Run
-from sclite.student.self_correction import Cutoff
+from sclite.student.step_scores import Cutoff
 from tests.toy import ScriptedStudent
 
 

@@ -12,7 +12,8 @@ from sclite.config import Config
 from sclite.student.base import Reply, Request
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.probe import check_gguf
-from sclite.student.self_correction import Cutoff, Reviewed, ReviewSettings, Script, Writing, review
+from sclite.student.self_correction import Reviewed, ReviewSettings, Script, Writing, review
+from sclite.student.step_scores import Cutoff
 from sclite.trace import Trace, parse, render
 
 
@@ -31,13 +32,13 @@ class Settings:
     prompt_folder: str = ""
 
     @classmethod
-    def of(cls, config: Config, at: Cutoff | None, off: str) -> "Settings":
-        """The settings of a configuration that corrects steps `at` a cutoff; without review if `off` says why."""
-        at = at or Cutoff()
+    def of(cls, config: Config, cutoff: Cutoff | None, off: str) -> "Settings":
+        """The settings of a configuration that corrects steps by a cutoff; without review if `off` says why."""
+        cutoff = cutoff or Cutoff()
         return cls(
             mode="" if off else config.review.mode,
-            threshold=at.threshold,
-            confidence_weight=at.confidence_weight,
+            threshold=cutoff.threshold,
+            confidence_weight=cutoff.confidence_weight,
             rounds=max(1, config.review.rounds),
             max_tokens=config.eval.max_tokens,
             seed=config.seed,

@@ -16,7 +16,7 @@ from sclite.console import escape
 from sclite.errors import ScliteError
 from sclite.run import Run
 from sclite.student.base import Student
-from sclite.student.self_correction import Cutoff
+from sclite.student.step_scores import Cutoff
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -28,7 +28,7 @@ ALIASES = {"exit": "/bye", "quit": "/bye", "bye": "/bye", "?": "/help", "help": 
 def run_chat(
     path: Path,
     config: Config,
-    at: Cutoff | None,
+    cutoff: Cutoff | None,
     run: Run,
     *,
     off: str = "",
@@ -44,7 +44,7 @@ def run_chat(
     reviews are free. A student of one kind of problem has an `example`, and a note where a question is not `familiar`.
     """
     interactive = question is None and console.is_interactive()
-    settings = Settings.of(config, at, off)
+    settings = Settings.of(config, cutoff, off)
     with ExitStack() as stack:
         if endpoint is not None:
             student, context, about = endpoint, 0, ""

@@ -27,7 +27,7 @@ from sclite.chat.answer import Settings, open_gguf
 from sclite.chat.service import RAW, ApiError, Completion, End, Piece, Service
 from sclite.config import Config
 from sclite.errors import UsageError
-from sclite.student.self_correction import Cutoff
+from sclite.student.step_scores import Cutoff
 
 KEY = "SCLITE_API_KEY"
 MOST_BYTES = 1_000_000
@@ -205,7 +205,7 @@ def usage(items: Sequence[Piece | End]) -> dict[str, Any]:
 def run_server(
     path: Path,
     config: Config,
-    at: Cutoff | None,
+    cutoff: Cutoff | None,
     *,
     off: str,
     name: str,
@@ -225,7 +225,7 @@ def run_server(
         message = f"cannot listen on {host}:{port}: {error.strerror}"
         raise UsageError(message, "choose another --port") from None
     with listener, open_gguf(path, config, parallel) as engine:
-        service = Service(engine, name, Settings.of(config, at, off), engine.parallel)
+        service = Service(engine, name, Settings.of(config, cutoff, off), engine.parallel)
         shown = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         served = f"{console.escape(path.name)} at {shown}/v1 as [bold]{console.escape(name)}[/]"
         console.note(f"{served}; chat at {shown}/")

@@ -198,7 +198,7 @@ def chat(
         example, familiar = problem_set("test", 1)[0].question, is_story
     with ExitStack() as stack:
         if model is not None and remote:
-            path, at, off = model, None, exports.REVIEW_OFF if self_correct is False else ""
+            path, cutoff, off = model, None, exports.REVIEW_OFF if self_correct is False else ""
             payer = context
             if not context.run.is_begun():  # nothing is written where there is no run
                 payer = replace(context, run=Run(stack.enter_context(TemporaryDirectory())))
@@ -206,11 +206,11 @@ def chat(
             settings = context.config.attempts.model_copy(update={"student": str(model)})
             endpoint = stack.enter_context(payer.endpoint(settings, "chat"))
         else:
-            path, at, off = exports.for_chat(context, model, self_correct)
+            path, cutoff, off = exports.for_chat(context, model, self_correct)
         answered = run_chat(
             path,
             context.config,
-            at,
+            cutoff,
             context.run,
             off=off,
             endpoint=endpoint,
@@ -257,11 +257,11 @@ def serve(
     except ImportError as error:
         raise UsageError(f"{error.name} is not installed", "pip install -e '.[serve]'") from None
     context = common.of_existing_run().context()
-    path, at, off = exports.for_chat(context, model, None)
+    path, cutoff, off = exports.for_chat(context, model, None)
     run_server(
         path,
         context.config,
-        at,
+        cutoff,
         off=off,
         name=name or path.stem,
         host=host,

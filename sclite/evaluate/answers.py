@@ -9,10 +9,9 @@ from sclite.grading.extract import answer_of
 from sclite.grading.grader import Grader
 from sclite.records import Problem
 from sclite.student.base import Reply, Request, Student
-from sclite.student.self_correction import Cutoff, ReviewSettings
+from sclite.student.self_correction import ReviewSettings
+from sclite.student.step_scores import Cutoff
 from sclite.trace import ParsedTrace, parse
-
-AT_ZERO = Cutoff()
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,8 @@ def grade(grader: Grader, answers: Iterable[str | None], problems: Sequence[Prob
     return grader.equal_many(zip(answers, (problem.answer for problem in problems), strict=True))
 
 
-def review_settings(config: Config, at: Cutoff = AT_ZERO) -> ReviewSettings:
+def review_settings(config: Config, cutoff: Cutoff | None = None) -> ReviewSettings:
+    """How a configuration reviews; without a cutoff for corrections of given steps only."""
+    cutoff = cutoff or Cutoff()
     limits = config.review.rounds, config.eval.max_tokens, config.prompts.folder
-    return ReviewSettings(at.threshold, *limits, confidence_weight=at.confidence_weight)
+    return ReviewSettings(cutoff.threshold, *limits, confidence_weight=cutoff.confidence_weight)

@@ -18,7 +18,8 @@ from sclite.records import Problem
 from sclite.run import Run
 from sclite.signature import digest
 from sclite.student.base import Student
-from sclite.student.self_correction import NEVER, NO_REPLY, Cutoff, correct_steps, review, run_together
+from sclite.student.self_correction import NEVER, NO_REPLY, correct_steps, review, run_together
+from sclite.student.step_scores import Cutoff
 from sclite.trace import Trace, render
 
 NO_STEPS = "its answers have no steps"
@@ -46,11 +47,11 @@ def review_answers(
     first: FirstAnswers,
     config: Config,
     grader: Grader,
-    at: Cutoff,
+    cutoff: Cutoff,
     judge: Judge | None,
 ) -> list[Outcome]:
     """Turn 2: review each first answer and grade the result."""
-    settings, mode = review_settings(config, at), config.review.mode
+    settings, mode = review_settings(config, cutoff), config.review.mode
     asked = zip(first.problems, first.parsed, strict=True)
     scripts = [review(problem.question, parsed.trace, settings, mode) for problem, parsed in asked]
     reviewed = run_together(student, scripts)
@@ -141,20 +142,16 @@ def evaluate_model(
     reviewable, fitted = any(parsed.trace.steps for parsed in first.parsed), None
     if fits and reviewable:
         fitted = ensure_threshold(config, run, gguf, student, held_out.fitting, grader)
-    at = Cutoff.of(config.review)
+    cutoff = Cutoff.of(config.review)
     if fits:
-        at = (
-            fitted.cutoff
-            if fitted and fitted.cutoff
-            else Cutoff(NEVER, fitted.confidence_weight if fitted else 0.0)
-        )
+        cutoff = (fitted and fitted.cutoff) or Cutoff(NEVER, fitted.confidence_weight if fitted else 0.0)
     off = fitted.off if fitted else ""
     if not reviewable:
         off = NO_STEPS
     elif config.review.mode == "guided" and config.review.rounds == 0:
         off = "review.rounds is 0"
     reviewing = time.monotonic()
-    rows = review_answers(student, first, config, grader, at, judge)
+    rows = review_answers(student, first, config, grader, cutoff, judge)
     ended = time.monotonic()
     figures = compute_metrics(rows, seed=config.seed)
     # calls that failed, unlike prompts that are too long, are sent again by the next evaluation

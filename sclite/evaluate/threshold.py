@@ -17,7 +17,8 @@ from sclite.grading.grader import Grader
 from sclite.records import Problem
 from sclite.run import Run
 from sclite.student.base import Student
-from sclite.student.self_correction import NEVER, Cutoff, Odds, both_odds, correct_steps, pool, run_together
+from sclite.student.self_correction import NEVER, correct_steps, run_together
+from sclite.student.step_scores import Cutoff, Odds, pool, read_odds
 from sclite.trace import Trace
 
 FILE = "export/threshold.json"
@@ -38,14 +39,22 @@ MANY_PROBLEMS = 200
 class Trial:
     """One problem to fit the threshold on: is the first answer right, and the log-odds of an error in each step.
 
+    The step scores give the `confidence` a `weight`, the `review` the rest.
     `results`: is the final answer right after correcting a step (from 1), for those that were tried. None is unknown.
     """
 
     problem: Problem
     trace: Trace
     correct: bool | None
-    scores: Sequence[float] = ()
+    review: Odds
+    confidence: Odds
+    weight: float = 0.0
     results: dict[int, bool | None] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> Odds:
+        """The score of each step."""
+        return pool(self.review, self.confidence, self.weight)
 
     def accusable_steps(self, floor: float = -math.inf) -> list[tuple[int, float, float]]:
         """(step, lowest, upper bound) of the thresholds of at least `floor` that accuse a step; for each such step.
@@ -199,13 +208,11 @@ def fit_threshold(trials: Sequence[Trial], max_harm: float) -> Fitted:
     return fitted.model_copy(update={**found, "off": off + bound})
 
 
-def choose_weight(
-    trials: Sequence[Trial], odds: Sequence[tuple[Odds, Odds]], weights: Sequence[float] = WEIGHTS
-) -> float:
+def choose_weight(trials: Sequence[Trial], weights: Sequence[float] = WEIGHTS) -> float:
     """The weight of the confidence that best ranks the answers which a correction fixes above those which it spoils.
 
-    Answers are ranked by their highest step score (AUC), where its correction was tried. `odds` are the log-odds of
-    review and confidence of the steps of each trial. It is the last weight unless another one is better by MARGIN.
+    Answers are ranked by their highest step score (AUC), where its correction was tried. It is the last weight unless
+    another one is better by MARGIN.
 
     Measured on 500 problems each of SmolLM2 and of the quickstart, by 60 to 200 random splits into problems to fit on and
     others: gains of 2.6 and 4.8 points with this choice, 1.7 and 4.4 with the review alone. Without the margin a fit on 238
@@ -215,8 +222,8 @@ def choose_weight(
 
     def quality(weight: float) -> float:
         fixed, ranked = list[bool](), list[float]()
-        for trial, each in zip(trials, odds, strict=True):
-            scores = pool(*each, weight)
+        for trial in trials:
+            scores = pool(trial.review, trial.confidence, weight)
             result = trial.results.get(scores.index(max(scores)) + 1) if scores else None
             if None not in (result, trial.correct) and result != trial.correct:
                 fixed.append(bool(result))
@@ -317,23 +324,21 @@ def ensure_threshold(
         return store_threshold(config, run, gguf, fitted)
     weights = weights_to_try(config)
     trials: list[Trial] = []
-    odds: list[tuple[Odds, Odds]] = []
     for part in (problems[::2], problems[1::2]) if total >= MANY_PROBLEMS else (problems,):
         first = solve_problems(student, part, config, grader)
-        asked = zip(part, first.parsed, strict=True)
-        folder = config.prompts.folder
-        scripts = [both_odds(problem.question, parsed.trace, folder, weights) for problem, parsed in asked]
-        odds += run_together(student, scripts)
-        trials += map(Trial, part, [parsed.work for parsed in first.parsed], first.correct)
+        asked, folder = zip(part, first.parsed, strict=True), config.prompts.folder
+        scripts = [read_odds(problem.question, parsed.trace, folder, weights) for problem, parsed in asked]
+        found = zip(part, first.parsed, first.correct, run_together(student, scripts), strict=True)
+        trials += [Trial(problem, parsed.work, correct, *odds) for problem, parsed, correct, odds in found]
         for weight in weights:
-            for trial, each in zip(trials, odds, strict=True):
-                trial.scores = pool(*each, weight)
+            for trial in trials:
+                trial.weight = weight
             try_corrections(student, trials, config, grader)
         if not any(trial.correct is False and True in trial.results.values() for trial in trials):
             break
-    fitted.confidence_weight = weight = choose_weight(trials, odds, weights)
-    for trial, each in zip(trials, odds, strict=True):
-        trial.scores = pool(*each, weight)
+    fitted.confidence_weight = weight = choose_weight(trials, weights)
+    for trial in trials:
+        trial.weight = weight
     graded = sum(trial.correct is not None for trial in trials)
     if not any(trial.scores for trial in trials):
         fitted.off = "its answers have no steps"

@@ -22,7 +22,8 @@ from sclite import prompts
 from sclite.evaluate.metrics import Outcome, auc
 from sclite.student.base import ScoreRequest
 from sclite.student.llama_cpp.engine import Engine
-from sclite.student.self_correction import Odds, both_odds, pool, review_odds, run_together
+from sclite.student.self_correction import run_together
+from sclite.student.step_scores import Odds, pool, read_odds, review_odds
 from sclite.trace import Trace, render
 
 RESAMPLES = 1000
@@ -82,7 +83,7 @@ def main(evaluated: str, *files: str) -> None:
             continue
         with Engine(file, context=2048) as engine:
             if "--weights" in files:
-                odds = run_together(engine, [both_odds(each.question, each.work) for each in outcomes])
+                odds = run_together(engine, [read_odds(each.question, each.work) for each in outcomes])
                 sides += [(f"confidence weight {w:g}", [pool(*each, w) for each in odds]) for w in WEIGHTS]
                 continue
             for shown in SHOWN if "--prompts" in files else ["whole work"]:

@@ -16,7 +16,8 @@ from sclite.evaluate.answers import FirstAnswers
 from sclite.evaluate.threshold import FILE, MIN_PROBLEMS, Fitted, ensure_threshold, fit_threshold
 from sclite.records import Problem
 from sclite.run import Run
-from sclite.student.self_correction import NEVER, SAME_RESULT, Cutoff, Reviewed
+from sclite.student.self_correction import NEVER, SAME_RESULT, Reviewed
+from sclite.student.step_scores import Cutoff
 from sclite.trace import Trace, parse
 from tests.toy import SameVerdict, ScriptedStudent
 
@@ -26,7 +27,7 @@ VERDICTS = st.sampled_from([True, False, None])
 def scored(correct, scores, corrected, number=0):
     """A trial; `corrected` has the result of each step, None if it is unknown."""
     problem = Problem(id=f"p{number}", question="1 + 1?", answer="2")
-    return threshold.Trial(problem, Trace(), correct, scores, dict(enumerate(corrected, 1)))
+    return threshold.Trial(problem, Trace(), correct, scores, scores, results=dict(enumerate(corrected, 1)))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ class Known:
         self.solved = 0
         monkeypatch.setattr(threshold, "solve_problems", self.solve)
         monkeypatch.setattr(
-            threshold, "both_odds", lambda question, *_: (self.scores[self.number(question)],) * 2
+            threshold, "read_odds", lambda question, *_: (self.scores[self.number(question)],) * 2
         )
         monkeypatch.setattr(threshold, "run_together", lambda _, scripts: scripts)
         monkeypatch.setattr(threshold, "correct_steps", self.correct_steps)
@@ -218,15 +219,11 @@ def test_weight_of_the_confidence_ranks_fixed_answers_above_spoiled_ones(review,
     """Correcting the second step spoils two answers, fixes one and leaves one as it is. First steps score lower."""
     results = [(True, False), (True, False), (False, True), (False, False)]
     trials = [scored(right, (), (None, result)) for right, result in results]
-    odds = [((-9.0, r), (-9.0, c)) for r, c in zip(review, confidence, strict=True)]
-    assert threshold.choose_weight(trials, odds) == weight
-    unknown = [
-        scored(None, (), (None, True)),
-        scored(True, (), ()),
-        scored(True, (), (None, None)),
-        trials[2],
-    ]
-    assert threshold.choose_weight(unknown, [*odds[:2], ((), ()), odds[2]]) == 0.5  # nothing is spoiled
+    for trial, *last in zip(trials, review, confidence, strict=True):
+        trial.review, trial.confidence = ((-9.0, score) for score in last)
+    assert threshold.choose_weight(trials) == weight
+    unknown = [scored(None, (1.0,), (True,)), scored(True, (), ()), scored(True, (1.0,), (None,)), trials[2]]
+    assert threshold.choose_weight(unknown) == 0.5  # nothing is spoiled
 
 
 @pytest.mark.parametrize("given", [None, 0.25])
@@ -234,12 +231,12 @@ def test_a_fit_chooses_the_weight_of_the_confidence_unless_it_is_set(known_with,
     """The review says the opposite of the confidence, which is right."""
     known, asked = known_with(5.0), []
 
-    def both_odds(question, work, folder, weights):
+    def read_odds(question, work, folder, weights):
         asked.append(weights)
         confidence = known.scores[known.number(question)]
         return tuple(-score for score in confidence), tuple(3 * score for score in confidence)
 
-    monkeypatch.setattr(threshold, "both_odds", both_odds)
+    monkeypatch.setattr(threshold, "read_odds", read_odds)
     config = Config.model_validate({"review": {"confidence_weight": given}})
     fitted = ensure_threshold(config, known.run, known.gguf, known, MANY, None)
     weights = [0.0, 0.5] if given is None else [given]

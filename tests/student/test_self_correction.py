@@ -10,15 +10,8 @@ import pytest
 from sclite.prompts import solve_messages
 from sclite.student import self_correction
 from sclite.student.base import Reply, Request, ScoreRequest, Scores
-from sclite.student.self_correction import (
-    SAME_RESULT,
-    ReviewSettings,
-    confidence_odds,
-    correct_steps,
-    free,
-    guided,
-    review_odds,
-)
+from sclite.student.self_correction import SAME_RESULT, ReviewSettings, correct_steps, free, guided
+from sclite.student.step_scores import confidence_odds, review_odds
 from sclite.trace import CAUSE, Step, Trace, open_piece, parse, render, step_pieces
 
 QUESTION = "Anna has 48 apples, buys 24, gives half away and finds 5. How many?"

@@ -11,7 +11,7 @@ from sclite.run import Run
 from sclite.student import tokenization
 from sclite.student.loader import load_student, load_tokenizer
 from sclite.student.log_probs import pad
-from sclite.student.self_correction import review_odds
+from sclite.student.step_scores import review_odds
 from sclite.student.tokenization import TrainingSequence, decision_ids, piece_ids, prompt_ids
 from sclite.trace import open_piece, parse, render
 from sclite.train.bundle import build_bundles, collate

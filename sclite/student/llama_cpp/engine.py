@@ -295,9 +295,8 @@ class Engine:
             missing[index] -= 1
             fed[index] += done.computed
             if not missing[index]:
-                yield Scores(
-                    index, tuple(log_odds(*pair) for pair in marks.pop(index)), lengths[index], fed[index]
-                )
+                odds = tuple(log_odds(*pair) for pair in marks.pop(index))
+                yield Scores(index, odds, lengths[index], fed[index])
 
     def log_probabilities(self, ids: Sequence[int]) -> np.ndarray:
         """log p of every token after each of the ids: float64 (len(ids), vocabulary_size)."""

@@ -173,11 +173,8 @@ class Scheduler:
         In order of slots: llama.cpp computes consecutive slots together, others one at a time.
         """
         self._admit()
-        count, room, spans = (
-            0,
-            MOST_READ,
-            list[tuple[_Slot, int, list[int]]](),
-        )  # slot, fed up to, positions read
+        count, room = 0, MOST_READ
+        spans: list[tuple[_Slot, int, list[int]]] = []  # slot, fed up to, positions read
         prompts_last = sorted(self.active.items(), key=lambda e: (len(e[1].ids) - e[1].fed > 1, e[0].number))
         for slot, sequence in prompts_last:
             start = sequence.fed
