@@ -131,7 +131,7 @@ class Stepper(ScriptedStudent):
 
 @pytest.mark.parametrize("mode", ["guided", "free"])
 def test_progress_of_an_evaluation_is_the_share_of_its_texts_and_scores(tmp_path, monkeypatch, mode):
-    """Guided: 10 answers and 60 for the threshold, as many scores, 35 corrections, then 2 samples each for the majority."""
+    """Guided: 10 answers and 60 for the threshold, as many scores and corrections of 36, then 2 samples each for the majority."""
     monkeypatch.setattr(evaluation, "Engine", Stepper)
     monkeypatch.setattr(evaluation, "source_digest", lambda *_: "")
     seen = []
@@ -150,6 +150,11 @@ def test_progress_of_an_evaluation_is_the_share_of_its_texts_and_scores(tmp_path
     *shares, last = (share for _, _, share in seen)
     assert last is None  # the end
     assert shares == sorted(shares)
-    assert len({*shares}) == 1 + (140 + 35 if mode == "guided" else 20) + 20
-    assert (shares[-22], shares[-1]) == (0.5, 1.0)
+    done = 140 + 36 if mode == "guided" else 20
+    assert (
+        len({*shares}) == 1 + done + (1 if mode == "guided" else 0) + 20
+    )  # a correction for each score was expected
+    assert shares[-22:] == pytest.approx(
+        [done / (210 if mode == "guided" else 20) / 2, 0.5, *(0.5 + n / 40 for n in range(1, 21))]
+    )
     assert seen[-1][:2] == (10, 10)

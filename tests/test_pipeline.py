@@ -55,7 +55,7 @@ def settings(url, **more):
     return [f"{key}={value}" for key, value in chosen.items()]
 
 
-def world_of(run, url, **more):
+def context_of(run, url, **more):
     config = load(None, [f"run={run.folder}", *settings(url, **more)], {}, own_file=False)
     return Context(config, run, ProgressDisplay(quiet=True))
 
@@ -92,7 +92,7 @@ def test_another_endpoint_asks_anew_and_the_teacher_only_about_new_attempts(run)
     with TeacherServer(model) as server:
         for name in ("student", "other"):
             own = {"attempts.student": f"openai/{name}", "attempts.api_base": server.url}
-            context = world_of(run, server.url, **own)
+            context = context_of(run, server.url, **own)
             pipeline.build_corrections(context, alone=True)
             assert context.reports[-1].stage == "pairs"
         asked = [body["model"] for body in server.requests]
@@ -136,7 +136,7 @@ def gguf(tmp_path_factory):
 def test_a_gguf_gives_attempts_and_its_own_corrections_of_them(run, gguf):
     problems(4)
     with TeacherServer(model) as server:
-        context = world_of(run, server.url, **{"attempts.student": gguf, "attempts.temperature": 0})
+        context = context_of(run, server.url, **{"attempts.student": gguf, "attempts.temperature": 0})
         pipeline.build_corrections(context)
         report = pipeline.build_pairs(context)
         assert {body["model"] for body in server.requests} == {"teacher"}
@@ -163,7 +163,7 @@ def test_plan_of_a_run_has_the_cost_of_templates_and_corrections(run, folder, ca
         "student.model": folder,
         "student.backend": "plain",
     }
-    context = world_of(run, "http://127.0.0.1:9/v1", **own)
+    context = context_of(run, "http://127.0.0.1:9/v1", **own)
     context.display = ProgressDisplay()
     forecast.report_plan(context, forecast.plan_run(context))
     planned = re.search(
@@ -196,7 +196,7 @@ def test_run_with_plan_shows_it_and_starts_nothing(run, folder, sclite):
 
 def test_a_missing_gguf_is_named(run):
     problems(4)
-    context = world_of(run, "http://127.0.0.1:9/v1", **{"attempts.student": "none.gguf"})
+    context = context_of(run, "http://127.0.0.1:9/v1", **{"attempts.student": "none.gguf"})
     with pytest.raises(DataError, match=r"attempts\.student: none\.gguf does not exist"):
         pipeline.build_corrections(context)
 
@@ -209,7 +209,7 @@ def test_where_a_student_is_trained_the_pairs_wait_for_its_warm_up(run, more):
     row = {"id": "p1", "sample": 0, "trace": attempt("2")}
     write_rows(run.path("attempts.jsonl"), [{**row, "answer": "2", "correct": True}])
     write_rows(run.path("reviews.jsonl"), [{**row, "step": None}])
-    context = world_of(run, "http://x", **more)
+    context = context_of(run, "http://x", **more)
     pipeline.build_corrections(context, alone=True)
     assert [report.stage for report in context.reports] == ["problems", "corrections"]
 
@@ -219,7 +219,7 @@ def test_attempts_brought_along_become_decisions_without_any_student(run):
     work = {"steps": list(STEPS), "answer": "80", "first_error_step": 2}
     write_rows("tries.jsonl", [{"question": f"What is {n} + {n}?", **work} for n in range(1, 5)])
     with TeacherServer(model) as server:
-        context = world_of(run, server.url, **{"attempts.source": "tries.jsonl"})
+        context = context_of(run, server.url, **{"attempts.source": "tries.jsonl"})
         pipeline.build_corrections(context, alone=True)
     report = context.reports[-1]
     pairs = run.read("pairs.jsonl", Pair)
@@ -233,7 +233,7 @@ def test_a_student_that_writes_no_steps_is_named_not_its_training(run):
     with TeacherServer(lambda body, nth: say("I would say 80.")) as server:
         own = {"attempts.student": "openai/student", "attempts.api_base": server.url}
         with pytest.raises(DataError, match=r"attempt not readable") as error:
-            pipeline.build_corrections(world_of(run, server.url, **own))
+            pipeline.build_corrections(context_of(run, server.url, **own))
     assert "attempts.student" in error.value.hint
 
 
@@ -253,7 +253,7 @@ def test_adapter_as_a_gguf_is_no_model_to_chat_with(run, monkeypatch):
     for name in ("sft/adapter/adapter_model.safetensors", "export/sft-lora.gguf"):
         run.path(name).parent.mkdir(parents=True)
         run.path(name).write_bytes(b"GGUF")
-    context, made = world_of(run, "http://x"), run.path("export/sft-q4_k_m.gguf")
+    context, made = context_of(run, "http://x"), run.path("export/sft-q4_k_m.gguf")
 
     def export(_):
         made.write_bytes(b"GGUF")
@@ -266,12 +266,12 @@ def test_adapter_as_a_gguf_is_no_model_to_chat_with(run, monkeypatch):
 def test_evaluation_on_other_problems_leaves_those_of_the_run(run):
     """Two of the evaluated questions were trained on: the evaluation skips them, the run keeps them."""
     problems(220)
-    world = world_of(run, "http://unused")
-    fit = pipeline.divided_problems(world).fit
+    context = context_of(run, "http://unused")
+    fit = pipeline.divided_problems(context).fit
     before = {name: run.path(name).read_bytes() for name in ("problems.jsonl", "done/problems.json")}
     rows = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(219, 240)]
     write_rows("measured.jsonl", rows)
-    measured = world_of(run, "http://unused", **{"eval.source": "measured.jsonl"})
+    measured = context_of(run, "http://unused", **{"eval.source": "measured.jsonl"})
     untrained = pipeline.untrained_problems(measured)
     assert untrained == fit
     assert {name: run.path(name).read_bytes() for name in before} == before

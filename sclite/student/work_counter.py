@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
 
-CORRECTIONS = 0.5
-"""Texts that corrections are expected to take for each scored one; only how many there are afterwards is known."""
+CORRECTIONS = 1.0
+"""Texts of corrections that are expected for each scored one: rather too many, so that the time left does not reach 0 early."""
 
 
 class WorkCounter(Student):

@@ -82,7 +82,7 @@ def test_failed_calls_of_a_model_behind_an_api_are_made_again(run, grader):
 def test_solved_problems_are_shown_and_truncated_answers_counted(evaluate_student):
     seen = []
     evaluate_student(WorkCounter(ScriptedStudent(PLAIN), 20, 20, lambda *report: seen.append(report)), True)
-    assert seen == [(n, n / 50, f"{n} texts written") for n in range(1, 21)]
+    assert seen == [(n, n / 60, f"{n} texts written") for n in range(1, 21)]
     rambling = ScriptedStudent("the answer is", finishes=("length", "stop", "stop", "stop"))
     figures = evaluate_student(rambling, False, folder="eval/b")
     assert (figures["n"], figures["cut"]) == (20, 5)

@@ -25,9 +25,9 @@ def test_replies_and_scores_pass_unchanged_and_are_counted():
     assert [found.index for found in student.score([asked])] == [0]
     unsure = ScoreRequest([], ("",), (-1,), (("a", None),))
     assert [found.index for found in student.score([unsure])] == [0]  # of the same text: it counts once
-    assert seen[:2] == [(1, 0.2, "1 texts written"), (2, 0.4, "2 texts written")]
-    assert seen[2:] == [(2, 0.6, "2 texts written, 1 reviewed")] * 2
+    assert seen[:2] == [(1, 1 / 6, "1 texts written"), (2, 2 / 6, "2 texts written")]
+    assert seen[2:] == [(2, 0.5, "2 texts written, 1 reviewed")] * 2
     list(
         student.generate([replace(requests[0], pieces=("<Step1>1 + 1 = 2\n",))])
-    )  # a correction: a quarter of the texts and scores is expected on top
-    assert seen[-1] == (2, 0.8, "3 texts written, 1 reviewed")
+    )  # a correction: as many as scores are expected
+    assert seen[-1] == (2, 4 / 6, "3 texts written, 1 reviewed")
