@@ -366,3 +366,14 @@ def test_commands_that_read_a_run_find_the_quickstarts(sclite, command):
     for folder in ("runs/quickstart", "runs/default"):
         Run(folder).append("problems.jsonl", [Problem(id="p", question="1 + 1?", answer="2")])
         assert folder in sclite(command).out
+
+
+def test_the_quickstart_does_not_replace_the_problems_of_another_run(sclite):
+    write_rows("mine.jsonl", PROBLEMS)
+    run = Run("runs/default")
+    with run.recording(load(None, ["problems.source=mine.jsonl"], {}, own_file=False)):
+        run.replace("problems.jsonl", [Problem(id="a", question="1 + 1?", answer="2")])
+    ended = sclite("quickstart", "--run", "runs/default")
+    assert (ended.code, ended.error) == (2, "error: the run runs/default has the problems of mine.jsonl")
+    assert "--run" in ended.hint
+    assert [row.id for row in run.read("problems.jsonl", Problem)] == ["a"]

@@ -32,6 +32,10 @@ def quickstart(
     from sclite.run import Run
 
     loaded = common.load({"problems.limit": problems}, flow.DEFAULTS)
+    if source := loaded.problems.source:
+        raise UsageError(
+            f"the run {loaded.run} has the problems of {source}", "choose another folder with --run"
+        )
     run = Run(loaded.run)
     with run.recording(loaded):
         summary = flow.quickstart(loaded, fresh=fresh)
