@@ -97,7 +97,7 @@ class Chat:
             rate = answer.tokens / max(answer.seconds, 1e-3)
             cost = f"{answer.tokens} tokens in {answer.seconds:.1f} s, {rate:.0f} tokens/s"
             if answer.review is not None:
-                cost += f"; review {answer.review_seconds:.1f} s, {answer.review.fed} fed"
+                cost += f"; review {answer.review_seconds:.1f} s, {answer.review.fed} prompt tokens"
             if self.context:
                 cost += f"; context {answer.first.prompt_tokens + answer.first.tokens}/{self.context}"
             console.note(f"  [dim]{cost}[/]")

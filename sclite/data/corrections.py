@@ -111,7 +111,7 @@ def write_corrections(
         report.warn(progress, f"{why}; add easier problems, or raise attempts.samples")
     # duplicates of another wrong attempt at the same problem, sent to the teacher once
     if repeated := sum(a.correct is not True for a in every) - sum(a.correct is not True for a in attempts):
-        report.counts["wrong_in_the_same_words"] = repeated
+        report.counts["duplicate_attempts"] = repeated
     signed = with_unanswered(inputs, count_unanswered(report.dropped))
     run.sign("corrections", signed, report, {"reviews.jsonl": len(rows)})
     return report

@@ -34,6 +34,8 @@ from sclite.trace import CAUSE, Trace, close_piece, open_piece, parse, render, s
 Own = tuple[str, bool | None]
 """A student's own cause and correction, as a continuation of `<Cause>`, and whether it leads to the gold answer."""
 _UNREADABLE, _UNANSWERED = "student_review_not_readable", "student_did_not_reply"
+_ALREADY_RIGHT = "student_review_already_right"
+"""No content pair is needed: the student's corrections are right."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,10 @@ def write_pairs(
     report.counts |= Counter(pair.kind for pair in pairs)
     report.counts["own_corrections_chosen"] = sum(pair.origin == "student" for pair in pairs)
     report.dropped = dict(Counter(drop.reason for drop in drops))
-    if student is not None and 2 * len(drops) > len(cases):
-        reason = max(report.dropped, key=report.dropped.__getitem__).replace("_", " ")
-        why = f"{len(drops)} of {len(cases)} content pairs were dropped, most often: {reason}"
+    lost = report.dropped | {_ALREADY_RIGHT: 0}
+    if student is not None and 2 * sum(lost.values()) > len(cases):
+        reason = max(lost, key=lost.__getitem__).replace("_", " ")
+        why = f"{sum(lost.values())} of {len(cases)} content pairs were dropped, most often: {reason}"
         remedy = "raise attempts.reviews, or inspect them with `sclite show drops --kind pairs`"
         report.warn(progress, f"{why}; {remedy}")
     unanswered = 0
@@ -232,7 +235,7 @@ def make_pairs(
         )
         return [*pairs, content], None
     reason = Counter(reasons or [_UNREADABLE]).most_common(1)[0][0]
-    reason = "both_sides_alike" if wrong else "student_review_already_right" if right else reason
+    reason = "chosen_equals_rejected" if wrong else _ALREADY_RIGHT if right else reason
     raw = own[0][0] if own else ""
     return pairs, Drop(stage="pairs", id=review.id, sample=review.sample, reason=reason, raw=raw)
 

@@ -161,7 +161,7 @@ def print_results(summary: Mapping[str, Any]) -> None:
     console.print_table(f"{summary['n']} held-out problems", HEADER, rows)
     for name, figures in summary["models"].items():
         if figures["tokens"]:
-            cost = "{:.0f} tokens written, {:.0f} fed, {:.2f} s"
+            cost = "{:.0f} tokens generated, {:.0f} prompt tokens, {:.2f} s"
             keys = ("tokens", "fed", "seconds")
             first = [figures[f"{key}_first"] for key in keys]
             review = [max(0, figures[key] - spent) for key, spent in zip(keys, first, strict=True)]

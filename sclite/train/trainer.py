@@ -32,7 +32,7 @@ from sclite.train.order import training_order
 if TYPE_CHECKING:
     from peft import PeftModel
 
-FEW_STEPS = 20
+FEW_STEPS = 10
 EVAL_ROWS = 200  # at most; more would add little
 
 

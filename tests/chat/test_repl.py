@@ -457,7 +457,7 @@ def test_a_session_takes_pastes_and_survives_errors_and_ctrl_c(terminal, leave, 
     terminal.send("still here?\r")
     terminal.wait("4 + 1 = 5")
     terminal.wait("tokens/s; review")
-    terminal.wait(" s, 3 fed; context 25/512")
+    terminal.wait(" s, 3 prompt tokens; context 25/512")
     terminal.wait(CLEARED)
     terminal.send(leave)
     terminal.wait("left")

@@ -62,8 +62,8 @@ def test_students_right_correction_else_the_teachers_is_chosen_over_a_wrong_one(
         ([(RIGHT, True), (RIGHT, None)], "student_review_already_right"),
         ([], "student_review_not_readable"),
         ([(WRONG, None)], "student_review_not_readable"),
-        ([(TEACHERS, False)], "both_sides_alike"),
-        ([(RIGHT, True), (RIGHT, False)], "both_sides_alike"),
+        ([(TEACHERS, False)], "chosen_equals_rejected"),
+        ([(RIGHT, True), (RIGHT, False)], "chosen_equals_rejected"),
     ],
 )
 def test_review_without_a_content_pair_is_dropped_with_a_reason(own, reason):
@@ -163,6 +163,14 @@ def test_warning_if_most_content_pairs_were_dropped(run, grader, warnings, dropp
     assert report.figures.get("warnings", []) == warnings
     start = "3 of 4 content pairs were dropped, most often: student review not readable; raise"
     assert [said.startswith(start) for said in warnings] == [True] * warned
+
+
+def test_no_warning_if_the_student_already_corrects_most_attempts(run, grader, warnings):
+    fill(run, 4)
+    right = {f"p{i}": [RIGHT] * 2 for i in range(3)}
+    report, _, _ = build(run, grader, right | {"p3": [WRONG] * 2}, progress=warnings)
+    assert report.dropped == {"student_review_already_right": 3}
+    assert warnings == []
 
 
 def test_without_a_student_there_are_only_decisions_and_finished_pairs_stay(run, grader):

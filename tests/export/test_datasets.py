@@ -156,7 +156,7 @@ def test_card_lists_sources_counts_and_cost_and_the_hub_reads_it(run, report):
         "- Teacher prompts for corrections: unknown",
         f"- Prompt student_review: {prompts.digest_prompts('student_review')}",
         "| templates | wrong answer | 3 |",
-        "| pairs | both sides alike | 1 |",
+        "| pairs | chosen equals rejected | 1 |",
         "- 2 requests, 110 prompt tokens, 44 completion tokens",
         "- 0.250000 USD; 1 requests have no known price",
     ):

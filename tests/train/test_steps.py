@@ -45,7 +45,7 @@ def test_the_learning_rate_warms_up_from_step_1_then_follows_cosine(run, folder)
     assert min(rates) > 0
 
 
-def test_fewer_than_twenty_steps_give_a_warning_with_the_settings_to_change(run, folder):
+def test_fewer_than_ten_steps_give_a_warning_with_the_settings_to_change(run, folder):
     said = Said()
     write_toy(run)
     report = train_sft(toy_config(folder, sft={"num_train_epochs": 4}), run, progress=said)
@@ -53,9 +53,9 @@ def test_fewer_than_twenty_steps_give_a_warning_with_the_settings_to_change(run,
     assert said == report.figures["warnings"]
     assert "only 6 optimizer steps" in report.figures["warnings"][0]
     assert "raise sft.num_train_epochs, lower sft.batch_size" in report.figures["warnings"][0]
-    twenty = {"num_train_epochs": 10, "batch_size": 3, "per_device_train_batch_size": 3}
-    report = train_sft(toy_config(folder, sft=twenty), run, fresh=True)
-    assert (report.counts["steps"], report.figures["warnings"]) == (20, [])
+    ten = {"num_train_epochs": 5, "batch_size": 3, "per_device_train_batch_size": 3}
+    report = train_sft(toy_config(folder, sft=ten), run, fresh=True)
+    assert (report.counts["steps"], report.figures["warnings"]) == (10, [])
 
 
 @pytest.mark.parametrize(
