@@ -16,6 +16,7 @@ def main() -> None:
 
     wait_briefly()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no two lines for each retry
     import typer
 
     from sclite import console

@@ -142,7 +142,7 @@ def export(
         fitted = not context.config.review.needs_fit
         if not (fitted or common.json or compared):  # reads the whole GGUF
             fitted = load_threshold(context.config, context.run, gguf) is not None
-        summaries.print_export(context, report, compared, fitted, common.json)
+        summaries.print_export(context, report, quant, compared, fitted, common.json)
 
 
 @common_options

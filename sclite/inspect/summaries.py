@@ -76,11 +76,17 @@ def print_train(
 
 
 def print_export(
-    context: "Context", report: Report, compared: Mapping[str, Any] | None, fitted: bool, json: bool
+    context: "Context",
+    report: Report,
+    quant: str | None,
+    compared: Mapping[str, Any] | None,
+    fitted: bool,
+    json: bool,
 ) -> None:
     """Print the GGUF, and the next command.
 
-    `compared` is what the model created in Ollama says, None without one; `fitted` whether a threshold is known.
+    `quant` is what the command line asks for; `compared` is what the model created in Ollama says, None without one;
+    `fitted` whether a threshold is known.
     """
     from sclite.export.parity import summarize
 
@@ -99,22 +105,14 @@ def print_export(
     for warning in figures.get("warnings", []):
         console.note(f"[yellow]warning:[/] {escape(warning)}")
     run = quote(str(context.run.folder))
-    bundled = context.config.teacher.embedded and not context.config.problems.source
     if compared is not None:
         console.print(escape(compared["summary"]))
         _print_command("Next", f"ollama run {quote(ollama)}")
     elif fitted:
         _print_command("Next", f"sclite chat --self-correct --run {run}")
-    elif bundled or context.config.eval.source:
-        command = "quickstart" if bundled else "eval"
-        _print_command("Next", f"sclite {command} --run {run}", " (fits the review threshold)")
     else:
-        _print_command("Next", f"sclite chat --run {run}")
-        console.print(
-            f"For --self-correct, fit the review threshold with `sclite train --run {run}`, "
-            f"or on held-out problems with `sclite eval PROBLEMS --run {run}`.",
-            wrap=False,
-        )
+        same = f" --set export.quant={quote(quant)}" if quant else ""
+        _print_command("Next", f"sclite train --run {run}{same}", " (fits the review threshold)")
 
 
 def print_files(what: str, report: Report, license: str, json: bool) -> None:
