@@ -10,7 +10,7 @@ from sclite.config import Config
 from sclite.context import Context
 from sclite.errors import DataError
 from sclite.evaluate.evaluate import HeldOut, summary_notes
-from sclite.evaluate.threshold import Fitted, store_threshold
+from sclite.evaluate.threshold import FittedThreshold, store_threshold
 from sclite.progress import ProgressDisplay
 from sclite.records import Problem
 from sclite.run import Run
@@ -31,7 +31,9 @@ def test_notes_name_truncated_answers_earlier_thresholds_and_disabled_reviews():
     assert notes_on(cut=3) == []
     (note,) = notes_on(cut=4)
     assert note == "truncated first answers: sft 4 of 300; raise eval.max_tokens (320) or eval.context"
-    fitted = Fitted(threshold=1.0, problems=60, n=60, acc_t1=0.5, acc_t2=0.6, max_harm=0.005).model_dump()
+    fitted = FittedThreshold(
+        threshold=1.0, problems=60, n=60, acc_t1=0.5, acc_t2=0.6, max_harm=0.005
+    ).model_dump()
     assert notes_on(fitted=fitted) == []
     (note,) = notes_on(fitting=59, fitted=fitted)
     assert note == "review threshold of sft: 1.00 fitted on 60 problems: 50.0 → 60.0 % right, 0.0 % spoiled"
@@ -87,7 +89,7 @@ def test_the_largest_measured_file_stands_in_for_one_without_threshold(tmp_path)
                 home.config,
                 home.run,
                 path,
-                Fitted(threshold=1.0, confidence_weight=0.5, problems=60, max_harm=0.005),
+                FittedThreshold(threshold=1.0, confidence_weight=0.5, problems=60, max_harm=0.005),
             )
     config = Config.model_validate({"export": {"quant": "q2_k"}})
     context = Context(config, home.run, ProgressDisplay(quiet=True))
@@ -107,7 +109,7 @@ def test_chat_says_why_review_is_off_and_what_turns_it_on(tmp_path):
     with pytest.raises(DataError, match="has not been fitted") as error:
         exports.for_chat(context, None, self_correct=True)
     assert "sclite train" in error.value.hint
-    fitted = Fitted(threshold=None, off="too few", problems=9, max_harm=0.1)
+    fitted = FittedThreshold(threshold=None, off="too few", problems=9, max_harm=0.1)
     store_threshold(context.config, context.run, gguf, fitted)
     assert exports.for_chat(context, None, self_correct=True) == (gguf, None, "review is off: too few")
     never = context_of(tmp_path, rounds=0)

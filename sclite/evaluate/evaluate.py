@@ -12,7 +12,7 @@ from typing import Any
 from sclite.config import Config
 from sclite.evaluate.answers import FirstAnswers, grade, review_settings, solve_problems
 from sclite.evaluate.metrics import Outcome, compute_metrics
-from sclite.evaluate.threshold import Fitted, ensure_threshold, load_threshold, prompts_digest
+from sclite.evaluate.threshold import FittedThreshold, ensure_threshold, load_threshold, prompts_digest
 from sclite.grading.grader import Grader
 from sclite.records import Problem
 from sclite.run import Run
@@ -189,7 +189,7 @@ def summary_notes(figures: Mapping[str, Any], held_out: HeldOut, max_tokens: int
         hint = f"raise eval.max_tokens ({max_tokens}) or eval.context"
         notes.append(f"truncated first answers: {counts}; {hint}")
     for name, each in figures.items():
-        fitted = Fitted.model_validate(each["fitted"]) if each["fitted"] else None
+        fitted = FittedThreshold.model_validate(each["fitted"]) if each["fitted"] else None
         earlier = fitted is not None and fitted.problems > len(held_out.fitting)
         if fitted and fitted.threshold is not None and (earlier or fitted.given_up):
             notes.append(f"review threshold of {name}: {fitted.summary}")

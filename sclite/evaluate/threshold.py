@@ -69,7 +69,7 @@ class Trial:
         return found
 
 
-class Fitted(BaseModel):
+class FittedThreshold(BaseModel):
     """A fitted threshold, or the reason why review stays off, with what it does on the n graded fitting problems.
 
     It holds for step scores in which the confidence has the weight `confidence_weight`, chosen from `weights`.
@@ -147,7 +147,7 @@ def most_spoiled(n: int, max_harm: float) -> int:
     return count - 1
 
 
-def fit_threshold(trials: Sequence[Trial], max_harm: float) -> Fitted:
+def fit_threshold(trials: Sequence[Trial], max_harm: float) -> FittedThreshold:
     """The middle of the log-odds thresholds that are as good as the best one which does not spoil too many answers.
 
     The first step whose log-odds exceed the threshold is accused; if none does, the first answer stands. Candidates are
@@ -163,7 +163,7 @@ def fit_threshold(trials: Sequence[Trial], max_harm: float) -> Fitted:
     """
     known = [trial for trial in trials if trial.correct is not None]
     n, right = len(known), sum(bool(trial.correct) for trial in known)
-    fitted = Fitted(threshold=None, problems=len(trials), n=n, max_harm=max_harm)
+    fitted = FittedThreshold(threshold=None, problems=len(trials), n=n, max_harm=max_harm)
     if not n:
         return fitted.model_copy(update={"off": "no fitting problem has a known outcome"})
     values = np.unique(np.array([score for trial in known for score in trial.scores], float))
@@ -280,27 +280,27 @@ def weights_to_try(config: Config) -> list[float]:
     return list(WEIGHTS) if given is None else [given]
 
 
-def load_threshold(config: Config, run: Run, gguf: Path) -> Fitted | None:
+def load_threshold(config: Config, run: Run, gguf: Path) -> FittedThreshold | None:
     """What was fitted on this very file with these prompts and weights, in this run or beside the file; None if nothing was."""
     beside = gguf.parent / Path(FILE).name
     for name in dict.fromkeys((str(run.path(FILE).resolve()), str(beside.resolve()))):
-        known = run.read_json(name, dict[str, Fitted]) or {}
+        known = run.read_json(name, dict[str, FittedThreshold]) or {}
         fitted = known.get(run.file_digest(str(gguf.resolve()))) if known else None
         if fitted is not None and fitted.is_for(config):
             return fitted
     return None
 
 
-def store_threshold(config: Config, run: Run, gguf: Path, fitted: Fitted) -> Fitted:
+def store_threshold(config: Config, run: Run, gguf: Path, fitted: FittedThreshold) -> FittedThreshold:
     """Store what was fitted on a file for chat, eval and the server, in place of an earlier fit."""
     fitted = fitted.model_copy(update={"prompts": prompts_digest(config), "weights": weights_to_try(config)})
-    known = run.read_json(FILE, dict[str, Fitted]) or {}
+    known = run.read_json(FILE, dict[str, FittedThreshold]) or {}
     known[run.file_digest(str(gguf.resolve()))] = fitted
     run.write_json(FILE, {digest: each.model_dump() for digest, each in known.items()})
     return fitted
 
 
-def is_current(config: Config, fitted: Fitted | None, count: int) -> bool:
+def is_current(config: Config, fitted: FittedThreshold | None, count: int) -> bool:
     """Whether a stored fit is of as many problems and the same max_harm; too few problems replace none."""
     if fitted is None or count < MIN_PROBLEMS:
         return fitted is not None
@@ -309,7 +309,7 @@ def is_current(config: Config, fitted: Fitted | None, count: int) -> bool:
 
 def ensure_threshold(
     config: Config, run: Run, gguf: Path, student: Student | None, problems: Sequence[Problem], grader: Grader
-) -> Fitted:
+) -> FittedThreshold:
     """The threshold of a GGUF, which `student` runs: the stored one if it is current, else fitted now and stored.
 
     The problems are used nowhere else. Of many, every other one is used first, and the rest only if a correction fixed
@@ -318,7 +318,7 @@ def ensure_threshold(
     stored, total = load_threshold(config, run, gguf), len(problems)
     if stored is not None and is_current(config, stored, total):
         return stored
-    fitted = Fitted(threshold=None, problems=total, max_harm=config.review.max_harm)
+    fitted = FittedThreshold(threshold=None, problems=total, max_harm=config.review.max_harm)
     if total < MIN_PROBLEMS or student is None:
         fitted.off = f"{total} problems are too few to fit its threshold, {MIN_PROBLEMS} are needed"
         return store_threshold(config, run, gguf, fitted)

@@ -21,7 +21,7 @@ from sclite.data.sources import is_local_source
 from sclite.errors import DataError, ScliteError
 from sclite.evaluate.results import summaries
 from sclite.evaluate.threshold import FILE as THRESHOLDS
-from sclite.evaluate.threshold import Fitted
+from sclite.evaluate.threshold import FittedThreshold
 from sclite.export import model as export
 from sclite.inspect.rows import require_run
 from sclite.records import Drop, Problem
@@ -209,7 +209,7 @@ def _read_model_stages(config: Config, run: Run) -> dict[str, Stage]:
         found["export"] = Stage()
 
     if config.review.needs_fit:
-        fits = run.read_json(THRESHOLDS, dict[str, Fitted]) or {}
+        fits = run.read_json(THRESHOLDS, dict[str, FittedThreshold]) or {}
         for name, manifest in made.items():
             digests = [file["sha256"] for file in manifest["figures"].get("files", {}).values()]
             fitted = next((fits[digest] for digest in digests if digest in fits), None)

@@ -8,7 +8,7 @@ from sclite.config import Config
 from sclite.evaluate.answers import solve_problems
 from sclite.evaluate.evaluate import HeldOut, evaluate_model
 from sclite.evaluate.metrics import Outcome, compute_metrics
-from sclite.evaluate.threshold import Fitted, store_threshold
+from sclite.evaluate.threshold import FittedThreshold, store_threshold
 from sclite.inspect.summaries import print_example, print_results
 from sclite.records import Problem
 from sclite.student.work_counter import WorkCounter
@@ -90,7 +90,7 @@ def test_solved_problems_are_shown_and_truncated_answers_counted(evaluate_studen
 
 def test_a_threshold_fitted_on_more_problems_replaces_older_figures(evaluate_student, run, gguf):
     evaluate_student(ScriptedStudent(STEP), False, fitting=PROBLEMS[20:60])
-    store_threshold(Config(), run, gguf, Fitted(threshold=0.5, problems=400, max_harm=0.005))
+    store_threshold(Config(), run, gguf, FittedThreshold(threshold=0.5, problems=400, max_harm=0.005))
     figures = evaluate_student(ScriptedStudent(STEP), False, fitting=PROBLEMS[20:60])
     assert (figures["threshold"], figures["fitted"]["problems"], figures["off"]) == (0.5, 400, "")
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sclite.config import Config
 from sclite.evaluate import threshold
 from sclite.evaluate.answers import FirstAnswers
-from sclite.evaluate.threshold import FILE, MIN_PROBLEMS, Fitted, ensure_threshold, fit_threshold
+from sclite.evaluate.threshold import FILE, MIN_PROBLEMS, FittedThreshold, ensure_threshold, fit_threshold
 from sclite.records import Problem
 from sclite.run import Run
 from sclite.student.self_correction import NEVER, SAME_RESULT, Reviewed
@@ -185,13 +185,13 @@ class Known:
             found.append(Reviewed(Trace(answer=answer), accused=step))
         return found
 
-    def fit(self, max_harm=0.005, problems=MANY) -> Fitted:
+    def fit(self, max_harm=0.005, problems=MANY) -> FittedThreshold:
         self.run.path(FILE).unlink(missing_ok=True)
         config = Config.model_validate({"review": {"max_harm": max_harm}})
         fitted = ensure_threshold(config, self.run, self.gguf, self, problems, None)
         return fitted.model_copy(update={"prompts": "", "weights": [], "confidence_weight": 0.0})
 
-    def by_trying_everything(self, max_harm: float) -> Fitted:
+    def by_trying_everything(self, max_harm: float) -> FittedThreshold:
         results = [tuple(self.fixes(i, step) for step in (1, 2, 3)) for i in range(len(MANY))]
         rows = zip(self.correct, self.scores, results, strict=True)
         return fit_threshold([scored(*row, number=i) for i, row in enumerate(rows)], max_harm)
@@ -325,7 +325,7 @@ def test_answers_without_steps_have_no_threshold(run, gguf, grader):
 
 
 def fitted_on(problems, at=1.0, max_harm=0.005):
-    return Fitted(threshold=at, problems=problems, max_harm=max_harm)
+    return FittedThreshold(threshold=at, problems=problems, max_harm=max_harm)
 
 
 @pytest.mark.parametrize(

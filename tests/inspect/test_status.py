@@ -10,7 +10,7 @@ from sclite import prompts
 from sclite.data import attempts, corrections, templates
 from sclite.data.problems import split_for_stages
 from sclite.errors import DataError
-from sclite.evaluate.threshold import Fitted, store_threshold
+from sclite.evaluate.threshold import FittedThreshold, store_threshold
 from sclite.export import model as export
 from sclite.inspect.status import OUTPUTS, Stage, next_command, read_status
 from sclite.records import Attempt, Drop, Problem, Review, Template
@@ -329,10 +329,10 @@ def test_the_thresholds_of_all_exported_students_are_found(built):
         built.sign(f"export-{name}", export.inputs_of(made, built, name), report)
         if name == "sft":
             assert "threshold" not in states(built)  # train fits that of DPO's student
-            store_threshold(made, built, gguf, Fitted(threshold=2.0, problems=70, max_harm=0.005))
+            store_threshold(made, built, gguf, FittedThreshold(threshold=2.0, problems=70, max_harm=0.005))
             assert read(built)["stages"]["threshold"]["counts"] == {"problems": 70, "fitted": 1}
     assert (states(built)["threshold"], states(built)["threshold-sft"]) == ("not_begun", "done")
-    store_threshold(made, built, gguf, Fitted(threshold=1.0, problems=60, max_harm=0.005))
+    store_threshold(made, built, gguf, FittedThreshold(threshold=1.0, problems=60, max_harm=0.005))
     stage = read(built)["stages"]["threshold"]
     assert (stage["state"], stage["counts"]) == ("done", {"problems": 60, "fitted": 1})
 
