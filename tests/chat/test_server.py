@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import openai
@@ -330,6 +331,32 @@ def test_no_body_is_an_internal_error(scripted, examples):
             body = json.dumps({"model": "tom", "messages": ASK} | change)
             reply = http.post(f"{scripted[0]}/v1/chat/completions", content=body)
             assert reply.status_code in (200, 400, 404)
+
+        check()
+
+
+@pytest.mark.parametrize("examples", [150, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_no_request_to_any_address_is_an_internal_error(scripted, examples):
+    known = st.sampled_from(["", "v1/models", "v1/chat/completions", "health", "metrics", "v1/models/tom"])
+    header = st.sampled_from(
+        ["authorization", "content-type", "accept", "origin", "range", "content-encoding"]
+    )
+    with httpx.Client(timeout=60) as http:
+
+        @settings(max_examples=examples, deadline=None, database=None)
+        @given(
+            method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"]),
+            path=known | st.text(max_size=20).map(quote),
+            query=st.text(max_size=10).map(quote),
+            headers=st.dictionaries(
+                header, st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20)
+            ),
+            body=st.binary(max_size=40),
+        )
+        def check(method, path, query, headers, body):
+            url = f"{scripted[0]}/{path}?{query}"
+            reply = http.request(method, url, headers=headers, content=body)
+            assert reply.status_code < 500
 
         check()
 
