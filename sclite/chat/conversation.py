@@ -95,7 +95,7 @@ class Chat:
             console.note(f"[yellow]note:[/] {escape(answer.note)}")
         if not quiet and console.is_interactive():
             rate = answer.tokens / max(answer.seconds, 1e-3)
-            cost = f"{answer.tokens} tokens in {answer.seconds:.1f} s, {rate:.0f} tokens/s"
+            cost = f"{answer.tokens} tokens, {rate:.0f} tokens/s"
             if answer.review is not None:
                 cost += f"; review {answer.review_seconds:.1f} s, {answer.review.fed} prompt tokens"
             if self.context:

@@ -1,7 +1,7 @@
 """Chat sessions in a real terminal, tmux: at 80 and 120 columns, in colors, with NO_COLOR, and with TERM=dumb.
 
 SCLITE_RECORDINGS=FOLDER keeps the screens, with their colors; SCLITE_RECORDED_RUN=RUN chats with the student of a
-quickstart run instead of a scripted one. A story that it solves wrongly is in docs/chat.svg.
+quickstart run instead of a scripted one. docs/picture.py makes the README's picture of one of these screens.
 """
 
 import os
@@ -45,7 +45,10 @@ answer.Engine = lambda *_, **__: Slow(**CORRECTING)
 conversation.Engine = lambda *_, **__: Scripted(text="It is 9.")
 repl.run_chat(Path("dpo-q8_0.gguf"), Config(), None, Run("run"))
 """
-STORY = "Fatima has 24 nuts. She loses 3 nuts. She finds 11 nuts. She gives 9 nuts away. How many nuts does she have?"
+STORY = (
+    "Emma has 24 nuts. She loses 3 of them. She finds 11 nuts at home. She gives 9 nuts to Rosa. "
+    "How many nuts does Emma have now?"
+)
 QUESTION = os.environ.get("SCLITE_RECORDED_QUESTION", STORY)
 PASTED = "Tom has 20 nuts.\n\ntouch reached\n\nHe buys 11 more nuts.\n; touch reached\n\nHow many nuts does Tom have now?\n"
 
@@ -60,6 +63,7 @@ class Screen:
         self.record = Path(record) / name if record else None
         clean = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "TMUX", "CI")}
         clean |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+        clean["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), clean["PATH"]])
         clean |= {"XDG_STATE_HOME": str(folder), "LC_ALL": "C.UTF-8", "TERM": "xterm-256color"}
         setting = [f"{key}={value}" for key, value in environment.items()]
         shell = ["env", "-u", "COLUMNS", "PS1=shell$ ", *setting, "bash", "--norc", "--noprofile"]
@@ -115,7 +119,7 @@ def test_a_session_shows_the_correction_and_keeps_what_is_pasted_from_the_shell(
     dumb, colors = (screen.environment.get("TERM") == "dumb"), not screen.environment
     if RUN:
         shutil.copytree(RUN, tmp_path / "run")
-        command = f"{sys.executable} -m sclite chat --run run"
+        command = "sclite chat --self-correct --run run"
     else:
         (tmp_path / "session.py").write_text(SCRIPTED)
         command = f"{sys.executable} session.py"
