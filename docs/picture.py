@@ -17,12 +17,17 @@ PICTURE = Path(__file__).with_name("chat.svg")
 WIDTH = 80
 
 
-def main() -> None:
-    recorded = re.sub(r"\n{3,}", "\n\n", Path(sys.argv[1]).read_text(encoding="utf-8").rstrip())
+def draw(recorded: str) -> str:
+    """The screen as SVG, without the empty lines in the middle."""
     screen = Console(record=True, width=WIDTH, file=open(os.devnull, "w"))  # noqa: SIM115
-    for line in recorded.split("\n"):
+    for line in re.sub(r"\n{3,}", "\n\n", recorded.rstrip()).split("\n"):
         screen.print(Text.from_ansi(line), overflow="crop", no_wrap=True)
-    PICTURE.write_text(screen.export_svg(title="sclite chat"), encoding="utf-8")
+    return screen.export_svg(title="sclite chat")
+
+
+def main() -> None:
+    recorded = Path(sys.argv[1]).read_text(encoding="utf-8")
+    PICTURE.write_text(draw(recorded), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -34,8 +34,7 @@ from sclite.trace import CAUSE, Trace, close_piece, open_piece, parse, render, s
 Own = tuple[str, bool | None]
 """A student's own cause and correction, as a continuation of `<Cause>`, and whether it leads to the gold answer."""
 _UNREADABLE, _UNANSWERED = "student_review_not_readable", "student_did_not_reply"
-_ALREADY_RIGHT = "student_review_already_right"
-"""No content pair is needed: the student's corrections are right."""
+_ALREADY_RIGHT = "student_review_already_right"  # needs no content pair
 
 
 @dataclass(frozen=True)
