@@ -26,7 +26,7 @@ MARKS = {
     "warmup": "warmup/metrics.jsonl",
     "pairs": "pairs.jsonl",
     "dpo": "dpo/metrics.jsonl",
-    "export": "export/",
+    "export": "export/unfinished/",
     "threshold": "done/export-dpo.json",
     "eval": "export/threshold.json",
 }
