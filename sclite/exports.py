@@ -26,7 +26,7 @@ def check_chat_template(context: Context) -> None:
 
 
 def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
-    """GGUF files of the named students (default: the last one trained); the Modelfile is for the last one."""
+    """GGUF files of the named students (default: the last one trained); Modelfile and model card are that one's."""
     from sclite.export.model import describe_sizes, export_model
     from sclite.export.ollama import write_modelfile
     from sclite.train.stage import quiet_libraries
@@ -43,8 +43,9 @@ def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
         for number, name in enumerate(chosen, 1):
             made.append(export_model(context.config, context.run, name))
             progress(number, len(chosen))
-        path, warnings = write_modelfile(context.run, context.config, chosen[-1])
-        made[-1].figures |= {"modelfile": str(path), "warnings": list(warnings)}
+        if chosen[-1] == context.students()[-1]:
+            path, warnings = write_modelfile(context.run, context.config, chosen[-1])
+            made[-1].figures |= {"modelfile": str(path), "warnings": list(warnings)}
     sizes = [f"{file['megabytes']:g} MB" for report in made for file in report.figures["files"].values()]
     context.reports += made
     skipped = all(report.skipped for report in made)

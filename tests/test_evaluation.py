@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from sclite import evaluation, exports
+from sclite import evaluation, exports, pipeline
 from sclite.config import Config
 from sclite.context import Context
 from sclite.errors import DataError
@@ -116,6 +116,20 @@ def test_chat_says_why_review_is_off_and_what_turns_it_on(tmp_path):
     assert exports.for_chat(never, None, None)[1:] == (None, "review is off: review.rounds is 0")
     free = context_of(tmp_path, mode="free")
     assert exports.for_chat(free, None, self_correct=True) == (gguf, Cutoff(), "")
+
+
+def test_models_are_evaluated_in_the_order_of_training_whatever_the_order_of_their_names(sclite, monkeypatch):
+    """The last of them is the one of which the majority vote is taken."""
+    seen = []
+
+    def evaluate(_, names):
+        seen.append(names)
+        raise DataError("enough", "")
+
+    monkeypatch.setattr(pipeline, "evaluate_students", evaluate)
+    for models in ("dpo,base", " ollama/b, dpo,ollama/a,base,dpo"):
+        assert sclite("eval", "p.jsonl", "--models", models).code == 3
+    assert seen == [["base", "dpo"], ["base", "dpo", "ollama/b", "ollama/a"]]
 
 
 class Stepper(ScriptedStudent):

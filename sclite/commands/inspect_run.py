@@ -177,8 +177,8 @@ def runs(
             row["error"] = error.message
         if evaluated := summaries(Run(path)):
             models = evaluated[0]["models"]
-            last = models[max(models, key=lambda name: STUDENTS.index(name) if name in STUDENTS else -1)]
-            row |= {name: last.get(name) for name in ("acc_t1", "acc_t2", "n")}
+            last = max(models, key=lambda name: STUDENTS.index(name) if name in STUDENTS else -1, default="")
+            row |= {name: models.get(last, {}).get(name) for name in ("acc_t1", "acc_t2", "n")}
         found.append(row)
     if not found:
         hint = "name the folder that holds your runs, as in `sclite runs FOLDER`"

@@ -40,11 +40,15 @@ def evaluate(
     from sclite.student.adapters import STUDENTS
 
     context = common.context({"eval.source": problems, "eval.limit": limit})
-    names = [name.strip() for name in models.split(",") if name.strip()] if models else context.students()
-    unknown = [name for name in names if name not in STUDENTS and not name.startswith("ollama/")]
-    if unknown:
-        hint = f"use any of {', '.join(STUDENTS)}, or ollama/NAME"
-        raise UsageError(f"invalid value for --models: {','.join(unknown)}", hint)
+    names = context.students()
+    if models is not None:
+        given = list(dict.fromkeys(filter(None, map(str.strip, models.split(",")))))
+        names = [name for name in STUDENTS if name in given]
+        names += [name for name in given if name.startswith("ollama/")]
+        if not given or len(names) < len(given):
+            unknown = ",".join(name for name in given if name not in names) or repr(models)
+            hint = f"use any of {', '.join(STUDENTS)}, or ollama/NAME"
+            raise UsageError(f"invalid value for --models: {unknown}", hint)
     with context.run.lock():
         summary = pipeline.evaluate_students(context, names)
     if common.json:

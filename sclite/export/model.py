@@ -24,7 +24,7 @@ from sclite.export.samples import Sample, read_samples, solve_chats, split_sampl
 from sclite.files import sync, write_text
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
-from sclite.student.adapters import adapter_weights
+from sclite.student.adapters import STUDENTS, adapter_weights
 from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.loader import check_tokenizer, fetch_model, load_tokenizer, model_name, read_config
 from sclite.student.origin import FILE as RECORD_OF_ORIGIN
@@ -93,7 +93,9 @@ def export_model(config: Config, run: Run, name: str) -> Report:
             chats = solve_chats(config, run, parity.GREEDY)
             result = parity.compare_export(student, full, made, samples, chats) | {"importance": importance}
             run.write_json("export/parity.json", result)
-            for file in (*names, "Modelfile", "README.md"):  # those of an earlier export
+            later = (run.path(adapter_weights(each)) for each in STUDENTS[STUDENTS.index(name) + 1 :])
+            described = not any(path.is_file() for path in later)
+            for file in (*names, *(("Modelfile", "README.md") if described else ())):  # of an earlier export
                 (folder / file).unlink(missing_ok=True)
             _check_bounds(config, run, names, result)
             for file in names:

@@ -19,7 +19,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sclite import exports
 from sclite.config import Config, Export
+from sclite.context import Context
 from sclite.errors import DATA, FAILED, DataError, ScliteError
 from sclite.export import model as export
 from sclite.export import ollama, parity, reference
@@ -27,6 +29,7 @@ from sclite.export.cards import build_model_card
 from sclite.export.gguf import run_converter
 from sclite.export.merge import BaseWeights
 from sclite.export.samples import Sample, split_samples
+from sclite.progress import ProgressDisplay
 from sclite.records import Template
 from sclite.run import Report, Run
 from sclite.student.llama_cpp.engine import Engine
@@ -485,6 +488,25 @@ def test_bounds_come_from_the_configuration_also_after_the_export(base, run):
     with pytest.raises(ScliteError, match=message):
         export.export_model(config, run, "sft")
     assert [path.name for path in run.path("export").iterdir()] == ["parity.json"]
+
+
+def test_modelfile_and_card_stay_those_of_the_student_that_was_trained_last(base, run):
+    """Whatever else is exported, as `sclite eval --models base` does."""
+    context = Context(config_of(base), run, ProgressDisplay(quiet=True))
+    exports.export(context)
+    for earlier in (["base"], ["sft"]):
+        if earlier == ["sft"]:
+            shutil.copytree(run.path("sft/adapter"), run.path("dpo/adapter"))
+            exports.export(context)
+        last = context.students()[-1]
+        described = {name: run.path(f"export/{name}").read_text() for name in ("Modelfile", "README.md")}
+        assert described["Modelfile"].startswith(f"FROM ./{last}-q8_0.gguf\n")
+        assert f"\n# {base.name}-{last}\n" in described["README.md"]
+        run.path(f"export/{earlier[0]}-q8_0.gguf").unlink(missing_ok=True)
+        (report,) = exports.export(context, earlier)
+        assert not report.skipped
+        assert run.path(f"export/{earlier[0]}-q8_0.gguf").is_file()
+        assert {name: run.path(f"export/{name}").read_text() for name in described} == described
 
 
 def test_export_that_fails_leaves_no_comparison_of_an_earlier_one(base, run):
