@@ -33,17 +33,17 @@ TRAINING = {
 # -- problems ------------------------------------------------------------------------------------------------------
 
 
-def divided_problems(context: Context, reread: bool = False, as_trained: bool = False) -> "Split":
+def divided_problems(context: Context, reread: bool = False, fresh: bool = False) -> "Split":
     """The run's problems by their use; their source is read if the run has none of it yet, or with `reread`.
 
-    With `as_trained` they are those of the run, also if eval.source is another one now.
+    With both, those that were trained on are left out too if they overlap eval.source now.
     """
     if context.problems is None:
         from sclite.data.problems import gather_problems, split_problems
 
         report, settings = Report("problems"), context.config.problems
         with context.display.wait("reading the problems"):
-            how = {"reread": reread, "as_trained": as_trained, "keep": not context.dry}
+            how = {"reread": reread, "fresh": fresh, "keep": not context.dry}
             found = gather_problems(context.config, context.run, report, **how)
         if report.figures.get("gone"):
             origin = f" in the run ({settings.source} does not exist any more)"
@@ -293,7 +293,7 @@ def untrained_problems(context: Context) -> list[Problem]:
         return []
     # imported attempts may be at any problem of the run
     corrected = {row.id for row in context.run.rows("reviews.jsonl", Review)}
-    return [each for each in divided_problems(context, as_trained=True).fit if each.id not in corrected]
+    return [each for each in divided_problems(context).fit if each.id not in corrected]
 
 
 def create_in_ollama(context: Context, gguf: Path) -> dict[str, Any]:

@@ -278,3 +278,23 @@ def test_evaluation_on_other_problems_leaves_those_of_the_run(run):
     held_out = evaluation.held_out(measured, untrained)
     assert held_out.dropped == {"overlaps_training": 2}
     assert (len(held_out.problems), list(held_out.fitting)) == (19, fit)
+
+
+def test_new_evaluation_set_pays_for_nothing_and_reads_no_more_problems(run, sclite, monkeypatch):
+    """The limit of the first command is not saved; the second pays for no attempt and no correction."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123456")  # which the fixture sclite removes
+    problems(60)
+    write_rows(
+        "measured.jsonl", [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(1, 30)]
+    )
+    with TeacherServer(model) as server:
+        own = {"attempts.student": "openai/student", "attempts.api_base": server.url}
+        chosen = [word for setting in settings(server.url, **own) for word in ("--set", setting)]
+        command = ("build-data", "--only", "corrections", "--run", run.folder, *chosen)
+        assert sclite(*command, "--limit", "12").code == 0
+        asked, names = len(server.requests), ("problems.jsonl", "attempts.jsonl", "reviews.jsonl")
+        before = {name: run.path(name).read_bytes() for name in names}
+        assert sclite(*command, "--set", "eval.source=measured.jsonl").code == 0
+        assert len(server.requests) == asked
+    assert before["problems.jsonl"].count(b"\n") == 12
+    assert {name: run.path(name).read_bytes() for name in names} == before

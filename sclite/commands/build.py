@@ -152,7 +152,7 @@ def run(
     context.ask_before_paying = not yes
     with context.run.recording(context.config):
         if pipeline.has_problems(context):
-            pipeline.divided_problems(context, reread=True)
+            pipeline.divided_problems(context, reread=True, fresh=fresh)
         pipeline.build_templates(context, fresh)
         pipeline.train(context, fresh=fresh)
         summary = None

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -27,13 +27,14 @@ def load_problems(
     drops: list[Drop] | None = None,
     avoid: Mapping[int, str] | None = None,
     key: str = "problems.source",
+    trained: Container[Question] = (),
 ) -> list[Problem]:
     """The first `limit` distinct problems of a local file or a Hub dataset, named by `key` in the configuration.
 
-    A row goes to `drops` if it is unusable, repeats an id or a question, or overlaps the index `avoid` (`build_index`).
-    Raises DataError if no row is usable.
+    A row goes to `drops` if it is unusable, repeats an id or a question, or, unless it is among the `trained`, overlaps
+    the index `avoid` (`build_index`). Raises DataError if no row is usable.
     """
-    name, columns = source.source, source.columns()
+    name, columns, avoid = source.source, source.columns(), avoid or {}
     if not name:
         hint = f"set it, as in --set {key}=train.jsonl, to a file with {FORMS}"
         raise UsageError(f"{key} is not set", hint)
@@ -51,10 +52,10 @@ def load_problems(
             detail = f"{where}: {bad.message}{f' ({bad.hint})' if bad.hint else ''}"
             drops.append(Drop(stage="problems", id=place, reason=bad.reason, detail=detail, raw=bad.raw))
             continue
-        normalized = hash(normalize_question(problem.question))
+        question, normalized = (problem.id, problem.question), hash(normalize_question(problem.question))
         if normalized in questions:
             reason, detail = "duplicate_question", f"{where}: same question as {questions[normalized]}"
-        elif overlap := find_overlap(problem.question, avoid or {}):
+        elif question not in trained and (overlap := find_overlap(problem.question, avoid)):
             reason, detail = OVERLAPS, _OVERLAP.format(where, overlap)
         elif problem.id in ids:
             reason = "duplicate_id"
@@ -79,13 +80,14 @@ def gather_problems(
     report: Report | None = None,
     *,
     reread: bool = True,
-    as_trained: bool = False,
+    fresh: bool = False,
     keep: bool = True,
 ) -> list[Problem]:
     """All problems of the run, from problems.source or an imported problems.jsonl, that overlap no question to avoid.
 
-    What was gathered from the same source is read from the run if that is gone or `reread` is false; `as_trained` also if
-    other questions were to be avoided then. Nothing is written unless `keep`.
+    What was gathered from the same source is read from the run if that is gone or `reread` is false, also if other
+    questions are to be avoided now. Once SFT has begun, a new check removes none of it, except with `fresh`: the evaluation
+    skips what was trained on. Nothing is written unless `keep`.
     """
     chosen, report = config.problems, report or Report("problems")
     drops: list[Drop] = []
@@ -93,31 +95,37 @@ def gather_problems(
     sources = ((each.source, each.subset, each.split, each.columns()) for each in (chosen, config.eval))
     inputs = {"source": digest(next(sources)), "avoid": digest([next(sources), chosen.avoid])}
     gone = is_local_source(chosen.source) and not Path(chosen.source).expanduser().exists()
-    gathered = {**inputs, "problems": run.file_digest("problems.jsonl")}
-    if as_trained and (before := run.manifest("problems")):
-        gathered["avoid"] = before["inputs"]["avoid"]
-    if (not reread or gone) and (manifest := run.done("problems", gathered)):
-        problems = [row for row in run.rows("problems.jsonl", Problem) if not from_feedback(row)]
-        if not chosen.source:  # an imported problems.jsonl still holds the overlapping rows
-            found = (drop for drop in run.rows("dropped.jsonl", Drop) if drop.stage == "problems")
-            overlapping = {drop.id for drop in found if drop.reason == OVERLAPS}
-            problems = [problem for problem in problems if problem.id not in overlapping]
-        if gone and chosen.limit is not None and chosen.limit < len(problems):
-            why = f"the run's {len(problems)} problems cannot be limited"
+    own, trained, has_begun = list[Problem](), set[Question](), run.path("sft").exists()
+    manifest, now = run.manifest("problems"), {**inputs, "problems": run.file_digest("problems.jsonl")}
+    if manifest is not None and {**manifest["inputs"], "avoid": now["avoid"]} == now:
+        found = (drop for drop in run.rows("dropped.jsonl", Drop) if drop.stage == "problems")
+        # an imported problems.jsonl still holds the overlapping rows
+        overlapping = {(drop.id, drop.raw) for drop in found if drop.reason == OVERLAPS}
+        rows = [row for row in run.rows("problems.jsonl", Problem) if not from_feedback(row)]
+        own = [row for row in rows if (row.id, row.question) not in overlapping]
+        trained = {(row.id, row.question) for row in own} if has_begun and not fresh else trained
+    if manifest is not None and own and (gone or not reread):
+        if manifest["inputs"]["avoid"] != inputs["avoid"] and not has_begun:
+            hint = "`sclite build-data PROBLEMS`, with the same --limit, drops those that overlap"
+            run.warn(f"eval.source or problems.avoid has changed since the problems were read: {hint}")
+        if gone and chosen.limit is not None and chosen.limit < len(own):
+            why = f"the run's {len(own)} problems cannot be limited"
             raise UsageError(f"{chosen.source} does not exist, and {why}", "remove --limit (problems.limit)")
         report.counts, report.dropped = manifest["counts"], manifest["dropped"]
         report.skipped, report.figures["gone"] = True, gone
-        return problems
+        return own
     with timed(report):
         if chosen.source:
-            problems = load_problems(chosen, chosen.limit, drops, build_index(questions_to_avoid(config)))
+            avoid = build_index(questions_to_avoid(config))
+            problems = load_problems(chosen, chosen.limit, drops, avoid, trained=trained)
         else:
             path = run.path("problems.jsonl")
             hint = f"set problems.source, as in --set problems.source=train.jsonl, to a file with {FORMS}"
             rows = [row for row in run.require("problems.jsonl", Problem, hint) if not from_feedback(row)]
             if repeated := [id for id, count in Counter(row.id for row in rows).items() if count > 1]:
                 raise DataError(f"{path}: the id {repeated[0]} occurs twice", "make ids unique")
-            overlaps = find_contaminated(rows, questions_to_avoid(config))
+            checked = [row for row in rows if (row.id, row.question) not in trained]
+            overlaps = find_contaminated(checked, questions_to_avoid(config))
             problems = [row for row in rows if row.id not in overlaps]
             for number, row in enumerate(rows, 1):
                 if row.id in overlaps:

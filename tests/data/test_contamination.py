@@ -1,5 +1,7 @@
 """Overlap of questions in training and evaluation: 13 words in a row, or a whole shorter question."""
 
+import os
+
 import datasets
 import pytest
 
@@ -131,3 +133,38 @@ def test_problems_skipped_in_training_can_be_evaluated(write, run):
     chosen = settings(f"eval.source={write('e.jsonl', *rows)}")
     assert len(gather_problems(chosen, run)) == 1
     assert held_out(Context(chosen, run, ProgressDisplay(quiet=True))).dropped == {}
+
+
+def test_problems_that_were_trained_on_stay_and_new_ones_are_checked(write, run):
+    old, new = [plain(f"What is {n} + {n}?") for n in range(3)], plain("Why?")
+    source = f"problems.source={write('p.jsonl', *old)}"
+    before = gather_problems(settings(source), run)
+    run.path("sft").mkdir()
+    write("p.jsonl", *old, new)
+    chosen = settings(source, f"eval.source={write('e.jsonl', old[1], new)}")
+    assert gather_problems(chosen, run) == before
+    assert [(d.reason, d.raw) for d in run.read("dropped.jsonl", Drop)] == [("overlaps_evaluation", "Why?")]
+    retrained = gather_problems(chosen, run, fresh=True)
+    assert [p.question for p in retrained] == ["What is 0 + 0?", "What is 2 + 2?"]
+
+
+def test_imported_problems_that_were_trained_on_stay(write, run):
+    run.replace("problems.jsonl", [Problem(id=i, question=f"{i}?", answer="1") for i in "abc"])
+    before = settings(f"eval.source={write('e.jsonl', plain('c?'))}")
+    assert [p.id for p in gather_problems(before, run)] == ["a", "b"]
+    run.path("sft").mkdir()
+    chosen = settings(f"eval.source={write('f.jsonl', plain('b?'), plain('c?'))}")
+    for reread in (False, True):
+        assert [p.id for p in gather_problems(chosen, run, reread=reread)] == ["a", "b"]
+    assert [p.id for p in gather_problems(chosen, run, fresh=True)] == ["a"]
+
+
+@pytest.mark.parametrize(("key", "gone"), [("eval.source", False), ("problems.avoid", True)])
+def test_run_keeps_its_problems_if_others_are_to_be_avoided(write, run, capsys, key, gone):
+    source = write("p.jsonl", *(plain(f"What is {n} + {n}?") for n in range(9)))
+    before = gather_problems(settings(f"problems.source={source}", "problems.limit=4"), run)
+    if gone:
+        os.remove(source)
+    chosen = settings(f"problems.source={source}", f"{key}={write('e.jsonl', plain('What is 1 + 1?'))}")
+    assert gather_problems(chosen, run, reread=gone) == before == run.read("problems.jsonl", Problem)
+    assert "has changed since the problems were read" in capsys.readouterr().err
