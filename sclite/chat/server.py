@@ -9,10 +9,10 @@ import signal
 import socket
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import uvicorn
 from pydantic import ValidationError
@@ -29,6 +29,7 @@ from sclite.config import Config
 from sclite.errors import UsageError
 from sclite.student.step_scores import Cutoff
 
+T = TypeVar("T")
 KEY = "SCLITE_API_KEY"
 MOST_BYTES = 1_000_000
 """The largest body."""
@@ -76,7 +77,8 @@ class Api:
             raise ApiError(400, f"{place or 'the body'}: {first['msg']}", None, place or None) from None
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
         items = self.service.run(asked)
-        start = await anext(items)  # an error before it has a status of its own
+        # an error before the first item has a status of its own
+        start = await unless_disconnected(request, anext(items))
         if asked.stream:
             events = stream_events(asked, head | {"object": "chat.completion.chunk"}, start, items)
             return StreamingResponse(events, 200, {"cache-control": "no-store"}, "text/event-stream")
@@ -84,16 +86,7 @@ class Api:
         async def gather() -> list[Piece | End]:
             return [start, *[item async for item in items]]
 
-        gathering = asyncio.ensure_future(gather())
-        try:
-            while not (await asyncio.wait([gathering], timeout=0.5))[0]:
-                if await request.is_disconnected():
-                    raise ApiError(499, "the client has left")
-        finally:
-            if not gathering.done():
-                gathering.cancel()
-                await asyncio.wait([gathering])
-        found = gathering.result()
+        found = await unless_disconnected(request, gather())
         choices = [choice(index, [item for item in found if item.index == index]) for index in range(asked.n)]
         return JSONResponse(head | {"object": "chat.completion", "choices": choices, "usage": usage(found)})
 
@@ -135,6 +128,20 @@ class Api:
             headers["retry-after"] = "1"
         self.service.counts[f'errors_total{{status="{error.status}"}}'] += 1
         return JSONResponse(error.body, error.status, headers)
+
+
+async def unless_disconnected(request: HttpRequest, wanted: Awaitable[T]) -> T:
+    """The result of `wanted`; it is cancelled, with ApiError, if the client leaves before."""
+    waiting = asyncio.ensure_future(wanted)
+    try:
+        while not (await asyncio.wait([waiting], timeout=0.5))[0]:
+            if await request.is_disconnected():
+                raise ApiError(499, "the client has left")
+    finally:
+        if not waiting.done():
+            waiting.cancel()
+            await asyncio.wait([waiting])
+    return waiting.result()
 
 
 async def stream_events(

@@ -393,12 +393,13 @@ class Blocked(Scripted):
             self.release.set()
 
     def stream(self, ask, cancel=None, pieces=True):
-        yield "begun "
+        if pieces:
+            yield "begun "
         while not self.release.wait(0.01):
             if cancel is not None and cancel.is_set():
                 return
         text = ask.messages[-1]["content"]
-        yield text
+        yield text if pieces else f"begun {text}"
         yield Reply(0, f"begun {text}", 3, 5, "stop")
 
 
@@ -434,6 +435,26 @@ def test_client_that_leaves_frees_the_engine(raw, engine, streamed):
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{url}/v1/chat/completions", json=body, timeout=0.05)
     wait_until(lambda: service.active == 0 and not engine.scheduler.active)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_client_that_leaves_before_the_first_text_frees_its_slot(streamed):
+    student = Blocked()
+    service = Service(student, "tom", Settings(mode=""), 1)
+    with serving(service) as url:
+        body = {"model": "tom:raw", "messages": ASK}
+        # the first is not streamed and has no text before its end, the second waits for it
+        for number in (1, 2):
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(
+                    f"{url}/v1/chat/completions",
+                    json=body | {"stream": streamed and number == 2},
+                    timeout=0.2,
+                )
+        try:
+            wait_until(lambda: service.active == 0)
+        finally:
+            student.release.set()
 
 
 def test_no_reply_is_lost_or_mixed_up():
