@@ -15,10 +15,11 @@ from sclite.evaluate.evaluate import HeldOut, Judge, evaluate_model, summary_not
 from sclite.evaluate.metrics import Outcome
 from sclite.evaluate.report import write_report
 from sclite.evaluate.results import REPORT, SUMMARY, result_folder
-from sclite.evaluate.threshold import MIN_PROBLEMS, is_current, load_threshold
+from sclite.evaluate.threshold import FITTED_ON, MIN_PROBLEMS, is_current, load_threshold
 from sclite.export.model import gguf_path, source_digest
 from sclite.grading.grader import Grader
 from sclite.records import Drop, Problem, Template
+from sclite.signature import digest
 from sclite.student.adapters import STUDENTS
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.work_counter import WorkCounter
@@ -29,8 +30,9 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
     """The problems of eval.source.
 
     `untrained` are problems of the run that nothing was trained on: if they are as many as the share `eval.fit_share`
-    of these, the threshold is fitted on them, and all of these are tested. Unusable rows are skipped, and so are
-    problems that overlap the training data, which would measure memorization. dropped.jsonl names both.
+    of these, the threshold is fitted on them, and all of these are tested. Unusable rows are skipped, and so are problems
+    that overlap the training data or that a threshold was fitted on: those would measure memorization. dropped.jsonl
+    names them.
     """
     from sclite.data.contamination import find_contaminated
     from sclite.data.problems import load_problems, split_for_stages
@@ -57,11 +59,16 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
             detail = f"shares 13 words in a row, or the whole question, with the training problem {known[problem.id]}"
             why = {"reason": "overlaps_training", "detail": detail, "raw": problem.question}
             drops.append(Drop(stage="eval", id=problem.id, **why))
-    context.run.replace_drops(["eval"], drops)
     fresh = [problem for problem in found if problem.id not in known]
     tested, fitting = split_for_stages(fresh, settings.fit_share, context.config.seed)
     if len(untrained) >= max(MIN_PROBLEMS, len(fitting)):
         tested, fitting = fresh, list(untrained)
+    used = set(context.run.read_json(FITTED_ON, list[str]) or ())
+    for problem in [problem for problem in tested if digest(problem.question) in used]:
+        tested.remove(problem)
+        why = {"reason": "threshold_was_fitted_on_it", "raw": problem.question}
+        drops.append(Drop(stage="eval", id=problem.id, **why))
+    context.run.replace_drops(["eval"], drops)
     if len(tested) < 5 or len(fitting) < 5:
         enough = ceil(8 / max(0.05, min(settings.fit_share, 1 - settings.fit_share)))
         hint = f"evaluate on {enough} or more"

@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,13 +16,16 @@ from sclite.evaluate.metrics import auc
 from sclite.grading.grader import Grader
 from sclite.records import Problem
 from sclite.run import Run
+from sclite.signature import digest
 from sclite.student.base import Student
 from sclite.student.self_correction import NEVER, correct_steps, run_together
 from sclite.student.step_scores import Cutoff, Odds, pool, read_odds
 from sclite.trace import Trace
 
 FILE = "export/threshold.json"
-"""The fitted thresholds, by the digest of their GGUF."""
+"""The fitted thresholds, by the digests of their GGUF and of what they were fitted for."""
+FITTED_ON = "export/fitted_on.json"
+"""Digests of all questions that a threshold of the run was fitted on; they are not tested."""
 MIN_PROBLEMS = 50
 """With fewer problems, one answer moves the threshold far."""
 ALPHA, Z = 0.05, 1.645
@@ -280,23 +283,34 @@ def weights_to_try(config: Config) -> list[float]:
     return list(WEIGHTS) if given is None else [given]
 
 
+def find_threshold(
+    known: Mapping[str, FittedThreshold], gguf_digest: str, config: Config
+) -> FittedThreshold | None:
+    """What was fitted on a file with these prompts and weights: for this `review.max_harm`, else the newest."""
+    fits = [each for key, each in known.items() if key.startswith(gguf_digest) and each.is_for(config)]
+    exact = [each for each in fits if each.max_harm == config.review.max_harm]
+    return next(iter([*exact, *reversed(fits)]), None)
+
+
 def load_threshold(config: Config, run: Run, gguf: Path) -> FittedThreshold | None:
-    """What was fitted on this very file with these prompts and weights, in this run or beside the file; None if nothing was."""
+    """What was fitted on this very file (`find_threshold`), in this run or beside the file; None if nothing was."""
     beside = gguf.parent / Path(FILE).name
     for name in dict.fromkeys((str(run.path(FILE).resolve()), str(beside.resolve()))):
         known = run.read_json(name, dict[str, FittedThreshold]) or {}
-        fitted = known.get(run.file_digest(str(gguf.resolve()))) if known else None
-        if fitted is not None and fitted.is_for(config):
+        if known and (fitted := find_threshold(known, run.file_digest(str(gguf.resolve())), config)):
             return fitted
     return None
 
 
 def store_threshold(config: Config, run: Run, gguf: Path, fitted: FittedThreshold) -> FittedThreshold:
-    """Store what was fitted on a file for chat, eval and the server, in place of an earlier fit."""
+    """Store what was fitted on a file for chat, eval and the server, in place of an earlier fit for the same settings."""
     fitted = fitted.model_copy(update={"prompts": prompts_digest(config), "weights": weights_to_try(config)})
     known = run.read_json(FILE, dict[str, FittedThreshold]) or {}
-    known[run.file_digest(str(gguf.resolve()))] = fitted
-    run.write_json(FILE, {digest: each.model_dump() for digest, each in known.items()})
+    purpose = digest([fitted.prompts, fitted.weights, fitted.max_harm])
+    key = f"{run.file_digest(str(gguf.resolve()))}:{purpose}"
+    known.pop(key, None)
+    known[key] = fitted
+    run.write_json(FILE, {key: each.model_dump() for key, each in known.items()})
     return fitted
 
 
@@ -322,6 +336,8 @@ def ensure_threshold(
     if total < MIN_PROBLEMS or student is None:
         fitted.off = f"{total} problems are too few to fit its threshold, {MIN_PROBLEMS} are needed"
         return store_threshold(config, run, gguf, fitted)
+    questions = {digest(problem.question) for problem in problems}
+    run.write_json(FITTED_ON, sorted(questions.union(run.read_json(FITTED_ON, list[str]) or [])))
     weights = weights_to_try(config)
     trials: list[Trial] = []
     for part in (problems[::2], problems[1::2]) if total >= MANY_PROBLEMS else (problems,):

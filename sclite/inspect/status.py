@@ -21,7 +21,7 @@ from sclite.data.sources import is_local_source
 from sclite.errors import DataError, ScliteError
 from sclite.evaluate.results import summaries
 from sclite.evaluate.threshold import FILE as THRESHOLDS
-from sclite.evaluate.threshold import FittedThreshold
+from sclite.evaluate.threshold import FittedThreshold, find_threshold
 from sclite.export import model as export
 from sclite.inspect.rows import require_run
 from sclite.records import Drop, Problem
@@ -212,9 +212,9 @@ def _read_model_stages(config: Config, run: Run) -> dict[str, Stage]:
         fits = run.read_json(THRESHOLDS, dict[str, FittedThreshold]) or {}
         for name, manifest in made.items():
             digests = [file["sha256"] for file in manifest["figures"].get("files", {}).values()]
-            fitted = next((fits[digest] for digest in digests if digest in fits), None)
+            fitted = next(filter(None, (find_threshold(fits, each, config) for each in digests)), None)
             stage = "threshold" if name == list(made)[-1] else f"threshold-{name}"
-            if fitted is not None and fitted.is_for(config) and fitted.max_harm == config.review.max_harm:
+            if fitted is not None and fitted.max_harm == config.review.max_harm:
                 counts = {"problems": fitted.problems, "fitted": int(fitted.threshold is not None)}
                 found[stage] = Stage(DONE, [fitted.off] if fitted.off else [], counts)
             elif name == "dpo":

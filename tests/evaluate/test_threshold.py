@@ -11,15 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sclite.config import Config
+from sclite.context import Context
 from sclite.evaluate import threshold
 from sclite.evaluate.answers import FirstAnswers
 from sclite.evaluate.threshold import FILE, MIN_PROBLEMS, FittedThreshold, ensure_threshold, fit_threshold
+from sclite.evaluation import held_out
+from sclite.progress import ProgressDisplay
 from sclite.records import Problem
 from sclite.run import Run
 from sclite.student.self_correction import NEVER, SAME_RESULT, Reviewed
 from sclite.student.step_scores import Cutoff
 from sclite.trace import Trace, parse
-from tests.toy import SameVerdict, ScriptedStudent
+from tests.toy import SameVerdict, ScriptedStudent, write_rows
 
 VERDICTS = st.sampled_from([True, False, None])
 
@@ -344,6 +347,36 @@ def test_a_stored_fit_is_kept_if_as_many_problems_fitted_it(run, gguf, problems,
     assert (found == stored) is kept
     assert len(student.requests) == (0 if kept else 60)
     assert threshold.load_threshold(Config(), run, gguf) == found
+
+
+def test_a_fit_with_other_settings_does_not_replace_the_one_of_the_configuration(run, gguf):
+    usual, careless = fitted_on(60, at=2.0), fitted_on(60, at=0.0, max_harm=0.2)
+    threshold.store_threshold(Config(), run, gguf, usual)
+    other = Config.model_validate({"review": {"max_harm": 0.2}})
+    threshold.store_threshold(other, run, gguf, careless)
+    weighted = Config.model_validate({"review": {"confidence_weight": 1.0}})
+    threshold.store_threshold(weighted, run, gguf, fitted_on(60, at=3.0))
+    found = [threshold.load_threshold(each, run, gguf).threshold for each in (Config(), other, weighted)]
+    assert found == [2.0, 0.0, 3.0]
+    # the newest where none is for this very limit, as for a file that was moved
+    unknown = Config.model_validate({"review": {"max_harm": 0.1}})
+    assert threshold.load_threshold(unknown, run, gguf).threshold == 0.0
+
+
+def test_no_problem_is_tested_that_a_threshold_was_fitted_on(run, gguf, tmp_path):
+    """A later evaluation that could test all problems leaves out those that an earlier one has fitted the threshold on."""
+    rows = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(300)]
+    config = Config.model_validate({"eval": {"source": str(write_rows(tmp_path / "e.jsonl", rows))}})
+    context = Context(config, run, ProgressDisplay(quiet=True))
+    earlier = held_out(context)
+    student = ScriptedStudent("the answer is 1")
+    ensure_threshold(config, run, gguf, student, earlier.fitting, SameVerdict(True))
+    untrained = [Problem(id=f"u{i}", question=f"What is {i} - {i}?", answer="0") for i in range(200)]
+    later = held_out(context, untrained)
+    assert later.fitting == untrained
+    assert later.problems == earlier.problems
+    assert later.dropped == {"threshold_was_fitted_on_it": len(earlier.fitting)}
+    assert len(earlier.fitting) > 50
 
 
 def test_a_stored_fit_holds_for_one_file_and_one_set_of_prompts(run, gguf, tmp_path):
