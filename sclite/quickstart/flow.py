@@ -6,7 +6,7 @@ from typing import Any
 from sclite import evaluation, exports, pipeline
 from sclite.config import Config
 from sclite.context import Context
-from sclite.data.problems import split_problems
+from sclite.data.problems import gather_problems, split_problems
 from sclite.evaluate.evaluate import HeldOut
 from sclite.evaluate.results import result_folder
 from sclite.progress import ProgressDisplay
@@ -67,7 +67,8 @@ def quickstart(config: Config, quiet: bool = False, fresh: bool = False) -> dict
     fitting = problem_set("threshold", round(count * share / (1 - share)))
     found = [*problem_set("train", count), *fitting]
     run.replace("problems.jsonl", [*judged, *found])
-    problems = split_problems(config, found)
+    # signed as they are: for `eval` on other problems, these are the run's
+    problems = split_problems(config, gather_problems(Config(), run, reread=False))
     context = Context(config, run, ProgressDisplay(PLAN, quiet), prepare=register, problems=problems)
     pipeline.build_templates(context, fresh)
     pipeline.train(context, fresh=fresh)

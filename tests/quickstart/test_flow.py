@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from sclite import pipeline
+from sclite.context import Context
+from sclite.progress import ProgressDisplay
+from sclite.quickstart import flow
 from sclite.quickstart.problem_sets import problem_set
+from sclite.run import Run
+from sclite.settings import load
 
 SMALL = ("--set", "problems.limit=160", "--set", "sft.num_train_epochs=6", "--set", "eval.limit=30")
 
@@ -140,6 +146,26 @@ def test_eval_without_dpo_and_results_per_dataset(quickstarted, tmp_path):
     after = json.loads((copy / "export/threshold.json").read_text())
     sft = summary["models"]["sft"]["gguf"]
     assert after[sft] == thresholds[sft]  # fitted on more problems
+
+
+def test_evaluation_on_other_problems_leaves_the_split_of_the_run(tmp_path, monkeypatch):
+    class TeacherCalled(BaseException):
+        pass
+
+    def stop(*_):
+        raise TeacherCalled
+
+    monkeypatch.setattr(pipeline, "build_templates", stop)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TeacherCalled):
+        flow.quickstart(load(None, [], {}, flow.DEFAULTS, own_file=False), quiet=True)
+    train = problem_set("train", 640)
+    rows = [json.dumps({"question": p.question, "answer": p.answer}) for p in train[:9]]
+    Path("other.jsonl").write_text("\n".join(rows))
+    config = load(None, ["eval.source=other.jsonl"], {}, flow.DEFAULTS, own_file=False)
+    context = Context(config, Run(config.run), ProgressDisplay(quiet=True))
+    sft, stage2, fit = pipeline.divided_problems(context)
+    assert (sft, stage2, fit) == (train[:320], train[320:], problem_set("threshold", 400))
 
 
 def test_a_changed_setting_needs_fresh_and_keeps_the_templates(quickstarted):
