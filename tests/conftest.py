@@ -1,5 +1,6 @@
 """What every test stands on. Helpers lie beside it: `from tests.replay import TeacherServer, say`."""
 
+import os
 import signal
 import sys
 
@@ -12,6 +13,8 @@ from tests.replay import TWO, TeacherServer, say
 from tests.toy import tiny_llama
 
 THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000", "TOKENIZERS_PARALLELISM": "false"}
+if "PYTEST_XDIST_WORKER" in os.environ:  # more threads than cores take up to 1.7 times the CPU time
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 CLEAN = ("OPENAI_API_KEY", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 
 
