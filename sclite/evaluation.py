@@ -16,7 +16,7 @@ from sclite.evaluate.metrics import Outcome
 from sclite.evaluate.report import write_report
 from sclite.evaluate.results import REPORT, SUMMARY, result_folder
 from sclite.evaluate.threshold import FITTED_ON, MIN_PROBLEMS, is_current, load_threshold
-from sclite.export.model import gguf_path, source_digest
+from sclite.export.made_from import gguf_path, source_digest
 from sclite.grading.grader import Grader
 from sclite.records import Drop, Problem, Template
 from sclite.signature import digest

@@ -7,7 +7,7 @@ from pathlib import Path
 from sclite.context import Context
 from sclite.errors import DataError
 from sclite.evaluate.threshold import MIN_PROBLEMS, ensure_threshold, is_current, load_threshold
-from sclite.export.model import ADAPTER, gguf_path
+from sclite.export.made_from import adapters_of, find_ggufs, gguf_path
 from sclite.records import Problem
 from sclite.run import Report
 from sclite.student.adapters import STUDENTS, adapter_weights
@@ -92,12 +92,12 @@ def for_chat(
 ) -> tuple[Path, Cutoff | None, str]:
     """(GGUF, when its steps are corrected, why review is off or "") for chat.
 
-    Exports the last trained student if the run has an adapter but no GGUF yet. If the newest file has no threshold, takes the
+    Exports the last trained student if no GGUF is made from its adapter. If the chosen file has no threshold, takes the
     largest one in another quantization that has one. `self_correct`: True insists, and raises DataError if no threshold was
     fitted; None takes what is there.
     """
-    made = (path for path in context.run.path("export").glob("*.gguf") if not path.name.endswith(ADAPTER))
-    if model is None and context.students() != ["base"] and not any(made):
+    last = context.students()[-1]
+    if model is None and last != "base" and not find_ggufs(context.run, last):
         with context.run.lock():
             export(context)
     path, review = find_gguf(context, model), context.config.review
@@ -109,7 +109,7 @@ def for_chat(
         return path, Cutoff.of(review), ""
     fitted = load_threshold(context.config, context.run, path)
     student = path.name.partition("-")[0]
-    others = path.parent.glob(f"{student}-*.gguf") if fitted is None and model is None else ()
+    others = find_ggufs(context.run, student) if fitted is None and model is None else ()
     for other in sorted(others, key=lambda other: -other.stat().st_size):
         if fitted := load_threshold(context.config, context.run, other):
             context.display.print(f"{path.name} has no fitted review threshold: using {other.name}")
@@ -136,11 +136,13 @@ def find_gguf(context: Context, model: Path | None) -> Path:
                 raise DataError(f"{model} is not a GGUF file", "give a file that `sclite export` wrote")
         return model
     for name in reversed(STUDENTS):
-        chosen = gguf_path(context.run, name, context.config)
-        others = chosen.parent.glob(f"{name}-*.gguf") if not chosen.is_file() else ()
-        made = [path for path in others if not path.name.endswith(ADAPTER)]
-        path = max(made, key=lambda path: path.stat().st_mtime, default=chosen)
-        if path.is_file():
+        run, chosen = context.run, gguf_path(context.run, name, context.config)
+        if found := find_ggufs(run, name):
+            path = chosen if chosen in found else max(found, key=lambda path: path.stat().st_mtime)
+            if run.path(adapter_weights(name)).is_file() and path.name not in adapters_of(run, name):
+                run.warn(
+                    f"{path} may not be made from the adapter in {run.path(name)}: no export of it is recorded"
+                )
             return path
     hint = "run `sclite train` first, or `sclite quickstart` for the bundled student"
     raise DataError(f"{context.run.path('export')} holds no GGUF", hint)

@@ -11,9 +11,11 @@ from sclite.context import Context
 from sclite.errors import DataError
 from sclite.evaluate.evaluate import HeldOut, summary_notes
 from sclite.evaluate.threshold import FittedThreshold, store_threshold
+from sclite.export.made_from import inputs_of
 from sclite.progress import ProgressDisplay
 from sclite.records import Problem
-from sclite.run import Run
+from sclite.run import Report, Run
+from sclite.student.adapters import adapter_weights
 from sclite.student.step_scores import Cutoff
 from tests.toy import ScriptedStudent
 
@@ -130,6 +132,69 @@ def test_models_are_evaluated_in_the_order_of_training_whatever_the_order_of_the
     for models in ("dpo,base", " ollama/b, dpo,ollama/a,base,dpo"):
         assert sclite("eval", "p.jsonl", "--models", models).code == 3
     assert seen == [["base", "dpo"], ["base", "dpo", "ollama/b", "ollama/a"]]
+
+
+def train(run, name, weights):
+    path = run.path(adapter_weights(name))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(weights)
+
+
+@pytest.fixture
+def exported(monkeypatch):
+    """The students that were exported, each into a file of the configured type."""
+    names = []
+
+    def export(context):
+        name = context.students()[-1]
+        content = context.config.export.quant.encode() + context.run.path(adapter_weights(name)).read_bytes()
+        path = write_gguf(context, f"{name}-{context.config.export.quant}", content)
+        report = Report(f"export-{name}", figures={"files": {path.name: {}}})
+        context.run.sign(f"export-{name}", inputs_of(context.config, context.run, name), report)
+        names.append(name)
+
+    monkeypatch.setattr(exports, "export", export)
+    return names
+
+
+def test_chat_exports_a_student_whose_files_are_of_another_one_or_of_an_earlier_adapter(tmp_path, exported):
+    context, name = context_of(tmp_path / "run"), lambda: exports.for_chat(context, None, False)[0].name
+    write_gguf(context, "base-q8_0")
+    train(context.run, "sft", b"first")
+    assert [name(), name(), exported] == ["sft-q4_k_m.gguf", "sft-q4_k_m.gguf", ["sft"]]
+    train(context.run, "dpo", b"second")
+    assert [name(), exported] == ["dpo-q4_k_m.gguf", ["sft", "dpo"]]
+    train(context.run, "dpo", b"third")
+    assert [name(), exported] == ["dpo-q4_k_m.gguf", ["sft", "dpo", "dpo"]]
+    context.run.folder.rename(tmp_path / "moved")
+    context = context_of(tmp_path / "moved")
+    assert [name(), len(exported)] == ["dpo-q4_k_m.gguf", 3]
+    for stage in ("sft", "dpo"):
+        context.run.path(adapter_weights(stage)).unlink()
+    assert [name(), len(exported)] == ["dpo-q4_k_m.gguf", 3]
+
+
+def test_no_fitted_file_of_an_earlier_adapter_stands_in_for_one_without_threshold(tmp_path, exported):
+    context = context_of(tmp_path)
+    context.display = ProgressDisplay(quiet=True)
+    train(context.run, "dpo", b"first")
+    exports.export(context)
+    fitted = FittedThreshold(threshold=1.0, problems=60, max_harm=0.005)
+    store_threshold(context.config, context.run, context.run.path("export/dpo-q4_k_m.gguf"), fitted)
+    train(context.run, "dpo", b"second")
+    context.config = Config.model_validate({"export": {"quant": "q8_0"}})
+    path, cutoff, why = exports.for_chat(context, None, None)
+    assert (path.name, cutoff) == ("dpo-q8_0.gguf", None)
+    assert "has not been fitted" in why
+
+
+def test_a_file_of_unknown_origin_is_used_with_a_warning(tmp_path, exported, capsys):
+    context = context_of(tmp_path)
+    path = write_gguf(context, "sft-q4_k_m")
+    train(context.run, "sft", b"weights")
+    assert exports.for_chat(context, None, False)[0] == path
+    assert "may not be made from the adapter in" in capsys.readouterr().err.replace("\n", " ")
+    assert exported == []
 
 
 class Stepper(ScriptedStudent):

@@ -17,13 +17,13 @@ from sclite.export.cards import build_model_card
 from sclite.export.chat_format import trained_format, write_format
 from sclite.export.gguf import check_convertible, convert_model, converter, run_script
 from sclite.export.layers import check_merge
+from sclite.export.made_from import ADAPTER, adapters_of, inputs_of
 from sclite.export.merge import Adapter, BaseWeights, copy_settings, merge
 from sclite.export.quantize import estimate_bytes, measure_importance, quantization_type, quantize
 from sclite.export.reference import Trained, compute_references, format_size
 from sclite.export.samples import Sample, read_samples, solve_chats, split_samples
 from sclite.files import sync, write_text
 from sclite.run import Report, Run, timed
-from sclite.signature import digest
 from sclite.student.adapters import STUDENTS, adapter_weights
 from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.loader import check_tokenizer, fetch_model, load_tokenizer, model_name, read_config
@@ -31,31 +31,8 @@ from sclite.student.origin import FILE as RECORD_OF_ORIGIN
 
 UNFINISHED = "export/unfinished"
 """Where files stay until they have passed their checks. chat, eval and export only look in export/ itself."""
-ADAPTER = "-lora.gguf"
-"""How the file of an adapter alone ends."""
 CALIBRATION_TOKENS = 8192
 """Tokens of the run on which the importance matrix is measured, other ones than those on which probabilities are compared."""
-
-
-def gguf_path(run: Run, name: str, config: Config) -> Path:
-    """The GGUF of base, sft or dpo; of several quantization types, the first."""
-    return run.path(f"export/{name}-{config.export.types[0]}.gguf")
-
-
-def source_digest(config: Config, run: Run, name: str) -> str:
-    """A short hash of what the GGUF of base, sft or dpo is made from, for any quantization type."""
-    return digest({**inputs_of(config, run, name), "quant": ""})
-
-
-def inputs_of(config: Config, run: Run, name: str) -> dict[str, Any]:
-    """What decides the GGUF of base, sft or dpo."""
-    return {
-        "adapter": run.file_digest(adapter_weights(name)) if name != "base" else "",
-        "student": digest(config.student.model),
-        "quant": config.export.quant,
-        "imatrix": config.export.imatrix,
-        "keep_template": config.export.keep_template,
-    }
 
 
 def describe_sizes(config: Config) -> str:
@@ -114,7 +91,8 @@ def export_model(config: Config, run: Run, name: str) -> Report:
             f"{answers['asked'] - answers['readable']} of {answers['asked']} greedy answers of {names[0]} do not end within "
             f"{parity.ANSWER_TOKENS} tokens or cannot be read: train on more templates, or for more epochs"
         )
-    report.figures = {**first, "files": files, "parity": result, "warnings": warnings}
+    earlier = {file: adapter for file, adapter in adapters_of(run, name).items() if file not in names}
+    report.figures = {**first, "files": files, "earlier": earlier, "parity": result, "warnings": warnings}
     run.sign(stage, inputs, report)
     return report
 

@@ -22,7 +22,7 @@ from sclite.errors import DataError, ScliteError
 from sclite.evaluate.results import summaries
 from sclite.evaluate.threshold import FILE as THRESHOLDS
 from sclite.evaluate.threshold import FittedThreshold, find_threshold
-from sclite.export import model as export
+from sclite.export.made_from import gguf_path, inputs_of, source_digest
 from sclite.inspect.rows import require_run
 from sclite.records import Drop, Problem
 from sclite.run import Run
@@ -202,8 +202,8 @@ def _read_model_stages(config: Config, run: Run) -> dict[str, Stage]:
         # --quant applies to one export: compare with the quantization of the existing file
         quant = config.export.model_copy(update={"quant": str(manifest["inputs"].get("quant"))})
         own = config.model_copy(update={"export": quant})
-        output = f"export/{export.gguf_path(run, name, own).name}"
-        inputs = partial(export.inputs_of, own, run, name)
+        output = f"export/{gguf_path(run, name, own).name}"
+        inputs = partial(inputs_of, own, run, name)
         found[f"export-{name}"] = _read_stage(run, f"export-{name}", output, inputs)
     if not made:
         found["export"] = Stage()
@@ -227,7 +227,7 @@ def _read_model_stages(config: Config, run: Run) -> dict[str, Stage]:
             for name, measured in evaluated[0].models.items()
             if name in STUDENTS  # not behind an API
             and (
-                measured.made_from != export.source_digest(config, run, name)
+                measured.made_from != source_digest(config, run, name)
                 or not (path := run.path(f"export/{measured.file}")).is_file()
                 or path.stat().st_size != measured.bytes
             )

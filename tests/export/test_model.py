@@ -27,16 +27,19 @@ from sclite.export import model as export
 from sclite.export import ollama, parity, reference
 from sclite.export.cards import build_model_card
 from sclite.export.gguf import run_converter
+from sclite.export.made_from import gguf_path, source_digest
 from sclite.export.merge import BaseWeights
 from sclite.export.samples import Sample, split_samples
 from sclite.progress import ProgressDisplay
 from sclite.records import Template
 from sclite.run import Report, Run
+from sclite.student.adapters import adapter_weights
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.loader import load_tokenizer, nf4_config
 from sclite.student.origin import record_origin
 from sclite.student.tokenization import prompt_ids
+from sclite.train.stage import training_inputs
 from tests.toy import LINEAR, random_adapter, sample_texts, tiny_gguf, tiny_llama, write_tokenizer
 
 
@@ -306,7 +309,7 @@ def test_several_types_are_made_from_one_merge_and_again_if_one_is_damaged(base,
     config = config_of(base, "q4_k_m, Q8_0,bf16,q8_0")
     report = export.export_model(config, run, "sft")
     assert list(report.figures["files"]) == ["sft-q4_k_m.gguf", "sft-q8_0.gguf", "sft-bf16.gguf"]
-    assert export.gguf_path(run, "sft", config).name == "sft-q4_k_m.gguf"
+    assert gguf_path(run, "sft", config).name == "sft-q4_k_m.gguf"
     kls = [figures["kl"] for figures in report.figures["parity"]["files"].values()]
     assert kls[0] > kls[1] > kls[2] > report.figures["parity"]["unquantized"]["kl"]
     assert len(calls) == 1
@@ -509,6 +512,25 @@ def test_modelfile_and_card_stay_those_of_the_student_that_was_trained_last(base
         assert {name: run.path(f"export/{name}").read_text() for name in described} == described
 
 
+def test_chat_takes_a_gguf_of_the_newest_adapter_in_any_quantization(base, run):
+    """A retrained student is exported first; files of the earlier one are no substitute."""
+    context = {
+        quant: Context(config_of(base, quant), run, ProgressDisplay(quiet=True)) for quant in ("q8_0", "f16")
+    }
+    chosen = lambda quant: exports.for_chat(context[quant], None, False)[0].name  # noqa: E731
+    for quant in context:
+        exports.export(context[quant])
+    before = {path: path.read_bytes() for path in run.path("export").glob("*.gguf")}
+    assert [chosen(quant) for quant in context] == ["sft-q8_0.gguf", "sft-f16.gguf"]
+    assert {path: path.read_bytes() for path in before} == before
+    random_adapter(base, run.path("sft/adapter"), std=0.05, r=4, target_modules=LINEAR)
+    assert [chosen("f16"), chosen("q8_0")] == ["sft-f16.gguf", "sft-f16.gguf"]
+    assert {path.name: path.read_bytes() == before[path] for path in before} == {
+        "sft-q8_0.gguf": True,
+        "sft-f16.gguf": False,
+    }
+
+
 def test_export_that_fails_leaves_no_comparison_of_an_earlier_one(base, run):
     export.export_model(config_of(base), run, "sft")
     path = run.path("sft/adapter/adapter_model.safetensors")
@@ -587,10 +609,67 @@ def test_adapter_trained_in_nf4_is_merged_into_nf4_weights(base, run, tmp_path):
     assert sixteen["mean_abs_logprob_diff"] > 10 * figures["mean_abs_logprob_diff"]
 
 
+def sign_sft(run, config):
+    report = Report("sft", counts={"rows": 12})
+    report.figures["adapter"] = run.file_digest("sft/adapter/adapter_model.safetensors")
+    run.sign("sft", training_inputs(config, run, "sft"), report)
+
+
+def evaluated(run, config, folder, *names):
+    figures = {"n": 50, "acc_t1": 0.5, "acc_t1_interval": [0.4, 0.6], "acc_t2": None, "acc_t2_interval": None}
+    models = {
+        name: {**figures, "file": f"{name}-q8_0.gguf", "made_from": source_digest(config, run, name)}
+        for name in names
+    }
+    run.write_json(f"eval/{folder}/summary.json", {"models": models})
+
+
+def test_model_card_has_the_settings_and_figures_of_the_model_that_it_describes(base, run):
+    """Neither what is configured today, nor what was measured of an earlier adapter."""
+    config, figures = config_of(base), {"files": {}}
+    sign_sft(run, config)
+    evaluated(run, config, "first", "base", "sft")
+    today = {"sft": {"num_train_epochs": 9, "learning_rate": 1e-6}, "lora": {"r": 4}, "seed": 7}
+    today = Config.model_validate(config.model_dump() | today)
+    card = build_model_card(today, run, "sft", "gguf", figures)
+    assert "\n- sft: 12 rows, 3 epochs, learning rate 0.0001, seed 0; LoRA r 32, alpha 64\n" in card
+    assert "| sft-q8_0.gguf | 50 |" in card
+    random_adapter(base, run.path("sft/adapter"), std=0.02, r=4, target_modules=LINEAR)
+    card = build_model_card(config, run, "sft", "gguf", figures)
+    assert "\n- sft: unknown\n" in card
+    assert "| base-q8_0.gguf | 50 |" in card
+    assert "| sft-q8_0.gguf | 50 |" not in card
+    evaluated(run, config, "first", "sft")
+    assert "| sft-q8_0.gguf | 50 |" in build_model_card(config, run, "sft", "gguf", figures)
+    evaluated(run, today, "first", "sft")
+    random_adapter(base, run.path("sft/adapter"), std=0.03, r=4, target_modules=LINEAR)
+    assert "Not evaluated" in build_model_card(config, run, "sft", "gguf", figures)
+
+
+def test_model_card_of_dpo_leaves_out_a_stage_that_was_trained_again_since(base, run):
+    config, wanted = config_of(base), ("sft", "warmup", "dpo")
+    for stage in wanted:
+        run.path(f"{stage}/adapter").mkdir(parents=True, exist_ok=True)
+        run.path(adapter_weights(stage)).write_bytes(stage.encode())
+        report = Report(stage, {"rows": 3}, figures={"adapter": run.file_digest(adapter_weights(stage))})
+        run.sign(stage, training_inputs(config, run, stage), report)
+    card = build_model_card(config, run, "dpo", "lora", {})
+    assert re.findall("^- (sft|warmup|dpo): 3 rows", card, re.M) == [*wanted]
+    run.path(adapter_weights("sft")).write_bytes(b"again")
+    report.figures["adapter"] = run.file_digest(adapter_weights("sft"))
+    run.sign("sft", training_inputs(config, run, "sft"), report)
+    card = build_model_card(config, run, "dpo", "lora", {})
+    assert re.findall("^- (sft|warmup|dpo): (3 rows|unknown)", card, re.M) == [
+        ("sft", "unknown"),
+        ("warmup", "3 rows"),
+        ("dpo", "3 rows"),
+    ]
+
+
 def test_model_card_has_base_files_and_evaluation_and_another_base_a_warning(base, run):
     known = {"problems": {"source": "openai/gsm8k"}, "teacher": {"model": "openai/large"}}
     config = Config.model_validate(config_of(base).model_dump() | known)
-    run.sign("sft", {}, Report("sft", counts={"rows": 12}))
+    sign_sft(run, config)
     report = export.export_model(config, run, "sft")
     assert ollama.write_modelfile(run, config, "sft")[1] == report.figures["warnings"]
     text = run.path("export/README.md").read_text()
@@ -601,11 +680,9 @@ def test_model_card_has_base_files_and_evaluation_and_another_base_a_warning(bas
     own = build_model_card(keeping, run, "sft", "gguf", report.figures)
     assert f"The chat template is that of {base.name}, unchanged" in own
     assert "one of training" not in own
-    figures = {"n": 50, "acc_t1": 0.5, "acc_t1_interval": [0.4, 0.6], "acc_t2": None, "acc_t2_interval": None}
-    run.path("eval/test").mkdir(parents=True)
+    evaluated(run, config, "test", "sft")
     run.path("eval/damaged").mkdir()
     run.path("eval/damaged/summary.json").write_text("{")
-    run.path("eval/test/summary.json").write_text(json.dumps({"models": {"sft": figures}}))
     ollama.write_modelfile(run, config, "sft")
     card = ModelCard.load(run.path("export/README.md"))
     assert card.data.to_dict()["pipeline_tag"] == "text-generation"
@@ -613,9 +690,9 @@ def test_model_card_has_base_files_and_evaluation_and_another_base_a_warning(bas
     for line in (
         "- Problems: openai/gsm8k (train)",
         "- Teacher: openai/large",
-        "- sft: 12 rows, 3 epochs, learning rate 0.0001",
+        "- sft: 12 rows, 3 epochs, learning rate 0.0001, seed 0; LoRA r 32, alpha 64",
         f"| sft-q8_0.gguf | {report.figures['megabytes']:g} MB | {kl:.4f} |",
-        "| sft | 50 | 50.0% [40.0%, 60.0%] | unknown |",
+        "| sft-q8_0.gguf | 50 | 50.0% [40.0%, 60.0%] | unknown |",
     ):
         assert f"\n{line}\n" in card.text
     assert str(base) not in card.text

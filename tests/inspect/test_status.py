@@ -11,7 +11,7 @@ from sclite.data import attempts, corrections, templates
 from sclite.data.problems import split_for_stages
 from sclite.errors import DataError
 from sclite.evaluate.threshold import FittedThreshold, store_threshold
-from sclite.export import model as export
+from sclite.export.made_from import inputs_of, source_digest
 from sclite.inspect.status import OUTPUTS, Stage, next_command, read_status
 from sclite.records import Attempt, Drop, Problem, Review, Template
 from sclite.run import Report, Run
@@ -219,7 +219,7 @@ def test_damaged_rows_are_reported_with_the_command_that_repairs_them(trained):
 def evaluated(run: Run) -> None:
     run.path("export").mkdir()
     run.path("export/sft-q4_k_m.gguf").write_bytes(b"one")
-    made = export.source_digest(config(run), run, "sft")
+    made = source_digest(config(run), run, "sft")
     figures = {"file": "sft-q4_k_m.gguf", "bytes": 3, "made_from": made}
     run.write_json("eval/a/summary.json", {"models": {"sft": figures}, "n": 300, "folder": "eval/a"})
 
@@ -326,7 +326,7 @@ def test_the_thresholds_of_all_exported_students_are_found(built):
         gguf.write_bytes(b"GGUF" + name.encode())
         files = {gguf.name: {"megabytes": 0.0, "sha256": built.file_digest(str(gguf.resolve()))}}
         report = Report(f"export-{name}", figures={"files": files})
-        built.sign(f"export-{name}", export.inputs_of(made, built, name), report)
+        built.sign(f"export-{name}", inputs_of(made, built, name), report)
         if name == "sft":
             assert "threshold" not in states(built)  # train fits that of DPO's student
             store_threshold(made, built, gguf, FittedThreshold(threshold=2.0, problems=70, max_harm=0.005))
