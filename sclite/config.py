@@ -241,7 +241,7 @@ class Dpo(TrainingStage):
     beta: float = setting(0.2, "DPO's beta: strength of the pull towards the reference model", gt=0)
     nll_weight: float = setting(1.0, "weight of the NLL loss on chosen texts", ge=0)
     replay_weight: float = setting(1.0, "weight of the NLL loss on replayed solved rows", ge=0)
-    replay_share: float = setting(1.0, "solved rows per reviewed attempt", ge=0)
+    replay_share: float = setting(1.0, "solved rows per reviewed attempt", ge=0, le=1)
 
 
 MAX_KL = {

@@ -20,6 +20,7 @@ from sclite.teacher.reply import CUT_IN_REASONING, EMPTY, ONLY_REASONING, REFUSA
 from sclite.teacher.sender import (
     MIN_FAILURES,
     REFUSED_BY_TEACHER,
+    SENT,
     Messages,
     NoReplyError,
     Sender,
@@ -68,11 +69,12 @@ class Result(Generic[T]):
     raw: str  # the last reply in any case
     requests: int  # the number of replies
     entry: Entry | None = None  # the last reply in the ledger
+    sent: bool = False  # whether anything was sent: not all replies were in the ledger
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a pilot of `rows` cost, and the estimate for `rows_left`; None if prices are unknown."""
+    """What a pilot of `rows` cost, and the estimate for `rows_left`, all of them unpaid; None if prices are unknown."""
 
     rows: int
     spent_usd: float | None
@@ -220,7 +222,8 @@ class Teacher(AbstractContextManager["Teacher"]):
     async def _work(self, job: Job[T], stage: str, on_text: Callable[[str], None] | None = None) -> Result[T]:
         rejection: Rejection | None = None
         entry, error, raw = None, "", ""
-        parameters, requests, enlarged = dict(job.parameters), 0, False
+        parameters, requests, enlarged, sent = dict(job.parameters), 0, False, set[str]()
+        SENT.set(sent)
         while requests <= self.settings.repairs:
             budget = parameters.get("max_tokens", self.settings.max_tokens)
             try:
@@ -236,7 +239,7 @@ class Teacher(AbstractContextManager["Teacher"]):
                 break
             requests += 1
             if not isinstance(found, Rejection):
-                return Result(job.id, job.sample, raw, found, None, raw, requests, entry)
+                return Result(job.id, job.sample, raw, found, None, raw, requests, entry, bool(sent))
             rejection = found
             if rejection.reason == REASONING_TOO_LONG:
                 larger = min(2 * budget, LARGEST_BUDGET, self._sender.connect().max_output_tokens)
@@ -253,7 +256,7 @@ class Teacher(AbstractContextManager["Teacher"]):
                 continue
             repeated = error.startswith(rejection.text)  # the same messages would get the same reply
             error = f"{rejection.text} (still so in reply {requests})" if repeated else rejection.text
-        return Result(job.id, job.sample, None, None, rejection, raw, requests, entry)
+        return Result(job.id, job.sample, None, None, rejection, raw, requests, entry, bool(sent))
 
     async def _check(self, job: Job[T], entry: Entry, budget: int, stage: str) -> T | Rejection:
         """What the check read, or a rejection: by the finish reason, the check or the inspector, in this order."""
@@ -290,24 +293,33 @@ class Teacher(AbstractContextManager["Teacher"]):
 
     def ask_after_pilot(self, jobs: Iterable[Job[T]], total: int, stage: str) -> Iterator[Result[T]]:
         """As `ask_all`; if the first few jobs cost money, the rest is requested only if `confirm` agrees (DeclinedError)."""
-        pending, done = iter(jobs), 0
-        while self.confirm is not None and (pilot := list(islice(pending, PILOT))):
-            before, began = self.ledger.totals(), time.monotonic()
-            yield from self.ask_all(pilot, stage)
-            after, seconds = self.ledger.totals(), time.monotonic() - began
+        pending, done, new, paying = iter(jobs), 0, 0, 0
+        before, began = self.ledger.totals(), time.monotonic()
+        while self.confirm is not None and paying < PILOT and (pilot := list(islice(pending, PILOT))):
             done += len(pilot)
-            if after["sent"] == before["sent"]:  # all of them were in the ledger
-                continue
-            rows, left = len(pilot), total - done
+            new += sum(map(self._is_new, pilot))
+            for result in self.ask_all(pilot, stage):
+                paying += result.sent
+                yield result
+        if self.confirm is not None and paying:
+            after, seconds = self.ledger.totals(), time.monotonic() - began
+            rest = list(pending)
+            pending, fresh = iter(rest), sum(map(self._is_new, rest))
+            # of the others, the share that sent a repair or an inspection
+            left = fresh + round(max(0, paying - new) / max(1, done - new) * (len(rest) - fresh))
             spent = after["cost_usd"] + after["lost_usd"] - before["cost_usd"] - before["lost_usd"]
             known = after["unpriced"] == before["unpriced"]
-            cost_usd = spent / rows * left if known else None
-            forecast = Forecast(rows, spent if known else None, left, cost_usd, seconds / rows * left)
+            cost_usd = spent / paying * left if known else None
+            forecast = Forecast(paying, spent if known else None, left, cost_usd, seconds / paying * left)
             if left > 0 and cost_usd != 0 and not self.confirm(forecast):
                 hint = "paid replies are kept; re-run to resume, with --yes to skip the question"
                 raise DeclinedError(f"stopped after {done} of {total} rows, as you answered", hint)
-            break
         yield from self.ask_all(pending, stage)
+
+    def _is_new(self, job: Job[T]) -> bool:
+        """Whether the first request of a job is not in the ledger."""
+        key = self._sender.key(job.messages(""), job.sample, 0, job.parameters)
+        return self._sender.known(key, job.parameters) is None
 
     def preview(self, jobs: Iterable[Job[T]], completion_tokens: float, stage: str) -> dict[str, Any]:
         """What these jobs would send and cost, and the first request in full; nothing is sent.
@@ -316,10 +328,9 @@ class Teacher(AbstractContextManager["Teacher"]):
         """
         first, requests, characters = None, 0, 0
         for job in jobs:
-            messages = [dict(message) for message in job.messages("")]
-            key = self._sender.key(messages, job.sample, 0, job.parameters)
-            if self._sender.known(key, job.parameters) is not None:
+            if not self._is_new(job):
                 continue
+            messages = [dict(message) for message in job.messages("")]
             parameters = {**self._sender.parameters, **job.parameters}
             first = first or {"model": self.settings.model, "messages": messages, **parameters}
             requests += 1

@@ -6,6 +6,7 @@ import random
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
@@ -21,6 +22,10 @@ Messages = Sequence[Mapping[str, str]]
 MIN_FAILURES = 5  # different requests that must fail before the teacher is to blame rather than the requests
 REFUSED_BY_TEACHER = "refused_by_teacher"
 _TEMPLATE_TOKENS = 16  # that a chat template adds to each message
+
+
+SENT: ContextVar[set[str]] = ContextVar("SENT")
+"""The keys of the requests that the current job has sent, in this process."""
 
 
 class NoReplyError(Exception):
@@ -131,6 +136,7 @@ class Sender:
         for attempt in range(1, settings.attempts_per_call + 1):
             async with self.budget.reserve(max_usd), self.limiter.call(sum(limits)) as began:
                 self.ledger.sent(key, stage, settings.model, max_usd)
+                SENT.get().add(key)
                 await self._flush()
                 try:
                     completion = await provider.complete(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from sclite.config import Config, Dpo
@@ -92,15 +93,14 @@ def train_dpo(
 
 
 def with_replay(bundles: Sequence[Bundle], rows: Sequence[TrainingSequence], share: float) -> list[Bundle]:
-    """Spread solved rows over the bundles, `share` of a row for each, cycling through the rows."""
-    given, due = [], 0.0
-    share = share if rows else 0.0
-    for number, bundle in enumerate(bundles):
-        due += share
-        row = rows[number % len(rows)] if due >= 1 else None
-        due -= row is not None
-        given.append(Bundle(bundle.key, bundle.review, bundle.rejected, row))
-    return given
+    """Spread solved rows over the bundles, for the `share` of them, cycling through the rows."""
+    numbers = [int(share * number) if rows else 0 for number in range(len(bundles) + 1)]
+    return [
+        Bundle(
+            bundle.key, bundle.review, bundle.rejected, rows[before % len(rows)] if after > before else None
+        )
+        for bundle, (before, after) in zip(bundles, pairwise(numbers), strict=True)
+    ]
 
 
 def preference_task(

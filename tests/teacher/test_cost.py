@@ -6,7 +6,7 @@ import pytest
 
 from sclite.errors import BudgetError, DeclinedError, TeacherError, UsageError
 from sclite.settings import load
-from sclite.teacher.client import PILOT, Job
+from sclite.teacher.client import PILOT, Job, Rejection
 from sclite.teacher.ledger import Ledger
 from tests.replay import BROKEN, Answer, TeacherServer, job, say
 
@@ -131,6 +131,34 @@ def test_rest_is_requested_only_if_the_forecast_is_confirmed(teacher_of):
         assert seen[0].cost_usd == pytest.approx(0.00011 * (30 - PILOT))
         teacher.confirm = lambda _: True
         assert len(list(teacher.ask_after_pilot(jobs, 30, "templates"))) == len(server.requests) == 30
+
+
+def test_forecast_after_an_interruption_counts_the_rows_that_are_not_paid_for(teacher_of):
+    """Of 200 rows, every fourth is new; the pilot ends with the eighth of these, and 42 more follow."""
+    seen, jobs = [], [job(i) for i in range(200)]
+    with TeacherServer(cheap) as server, teacher_of(server, **PRICE) as teacher:
+        list(teacher.ask_all([each for i, each in enumerate(jobs) if i % 4], "corrections"))
+        teacher.confirm = seen.append
+        with pytest.raises(DeclinedError, match="stopped after 32 of 200 rows"):
+            list(teacher.ask_after_pilot(jobs, 200, "corrections"))
+        assert len(server.requests) == 150 + 8
+    assert (seen[0].rows, seen[0].rows_left) == (8, 42)
+    assert seen[0].spent_usd == pytest.approx(8 * 0.00011)
+    assert seen[0].cost_usd == pytest.approx(42 * 0.00011)
+
+
+def test_forecast_counts_rows_of_which_only_the_repair_is_new(teacher_of):
+    seen, jobs = [], [job(i, lambda reply: Rejection("bad", "It is bad.")) for i in range(40)]
+    with TeacherServer(lambda body, nth: say("bad", tokens=(10, 10))) as server:
+        with teacher_of(server, **PRICE, repairs=0) as teacher:
+            list(teacher.ask_all(jobs, "templates"))
+        with teacher_of(server, **PRICE, repairs=1) as teacher:
+            teacher.confirm = seen.append
+            with pytest.raises(DeclinedError):
+                list(teacher.ask_after_pilot(jobs, 40, "templates"))
+        assert len(server.requests) == 40 + 8
+    assert (seen[0].rows, seen[0].rows_left) == (8, 32)
+    assert seen[0].cost_usd == pytest.approx(32 * 0.00011)
 
 
 def test_no_question_if_all_is_free_or_in_the_ledger(teacher_of):

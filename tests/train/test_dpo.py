@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from sclite import prompts
+from sclite.errors import UsageError
 from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Run
+from sclite.settings import load
 from sclite.student import tokenization
 from sclite.student.loader import load_student, load_tokenizer
 from sclite.student.log_probs import pad
@@ -134,6 +136,19 @@ def test_replay_share_sets_the_number_of_replay_rows(run, tokenizer, bundles):
     rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
     for share, wanted in ((0.0, 0), (0.5, 3), (1.0, 6)):
         assert sum(b.replay is not None for b in with_replay(bundles, rows, share)) == wanted
+
+
+def test_every_solved_row_is_replayed_in_turn(bundles):
+    replayed = lambda share: [b.replay for b in with_replay(bundles * 2, ["a", "b", "c", "d"], share)]  # noqa: E731
+    assert [row for row in replayed(0.5) if row] == ["a", "b", "c", "d", "a", "b"]
+    assert replayed(0.5)[::2] == [None] * 6
+    assert "".join(replayed(1.0)) == "abcdabcdabcd"
+    assert "".join(row or "-" for row in replayed(0.25)) == "---a---b---c"
+
+
+def test_more_than_one_solved_row_for_a_review_is_refused():
+    with pytest.raises(UsageError, match=r"dpo\.replay_share.* less than or equal to 1"):
+        load(None, ["dpo.replay_share=2"], {}, own_file=False)
 
 
 def test_marks_are_on_the_last_token_of_each_step(run, tokenizer, bundles, attempts):
