@@ -69,7 +69,9 @@ class Result(Generic[T]):
     raw: str  # the last reply in any case
     requests: int  # the number of replies
     entry: Entry | None = None  # the last reply in the ledger
-    sent: bool = False  # whether anything was sent: not all replies were in the ledger
+    sent: bool = field(
+        default=False, compare=False
+    )  # whether any request was sent, not answered by the ledger
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,8 @@ from sclite.teacher.reply import CUT_IN_REASONING
 Messages = Sequence[Mapping[str, str]]
 MIN_FAILURES = 5  # different requests that must fail before the teacher is to blame rather than the requests
 REFUSED_BY_TEACHER = "refused_by_teacher"
+SENT: ContextVar[set[str]] = ContextVar("SENT")  # keys of the requests that the current job has sent
 _TEMPLATE_TOKENS = 16  # that a chat template adds to each message
-
-
-SENT: ContextVar[set[str]] = ContextVar("SENT")
-"""The keys of the requests that the current job has sent, in this process."""
 
 
 class NoReplyError(Exception):
