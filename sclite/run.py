@@ -18,7 +18,7 @@ from sclite.files import write_text as write_text
 from sclite.manifest import Manifest
 from sclite.manifest import Report as Report
 from sclite.manifest import timed as timed
-from sclite.records import ROWS, Drop, Problem, Row, Template
+from sclite.records import FEEDBACK, ROWS, Drop, Problem, Row, Template
 from sclite.settings import NOT_SAVED, RUN_FILE
 
 R = TypeVar("R", bound=Row)
@@ -55,8 +55,8 @@ class Run:
         return self.folder / name
 
     def is_begun(self) -> bool:
-        """Whether this is a run: a folder with more in it than the lock and the ledger of a chat."""
-        return any(path.name not in (LOCK, *LEDGER) for path in self.folder.glob("*"))
+        """Whether this is a run: a folder with more in it than the lock, ledger and feedback of a chat."""
+        return any(path.name not in (LOCK, FEEDBACK, *LEDGER) for path in self.folder.glob("*"))
 
     # -- lock and settings -----------------------------------------------------------------------------------------
 
@@ -86,6 +86,11 @@ class Run:
                         folder.rmdir()
             held.release()
 
+    def has_own_problems(self) -> bool:
+        """Whether the problems came with the run, as those of the quickstart did, and were not read from a source."""
+        signed = self.manifest("problems")
+        return not signed["inputs"]["source"] if signed else self.is_imported("problems", "problems.jsonl")
+
     def is_locked(self) -> bool:
         """Whether a process holds this run. False where only reading is allowed."""
         from filelock import FileLock, Timeout
@@ -108,6 +113,9 @@ class Run:
         import tomlkit
 
         path = self.path(RUN_FILE)
+        if config.problems.source and self.has_own_problems():
+            hint = "choose another folder with --run, or keep them: --set problems.source="
+            raise UsageError(f"{self.folder} has other problems than {config.problems.source}", hint)
         with self.lock():
             outputs, before = self._outputs(), path.read_text(encoding="utf-8") if path.is_file() else None
             write_text(path, tomlkit.dumps(config.model_dump(exclude_none=True, exclude=NOT_SAVED)))

@@ -17,6 +17,9 @@ from pathlib import Path
 import pytest
 
 from sclite import console, doctor
+from sclite.config import Config
+from sclite.data.problems import gather_problems
+from sclite.quickstart.problem_sets import problem_set
 from sclite.records import Drop, Problem
 from sclite.run import Run
 from sclite.settings import load
@@ -367,6 +370,23 @@ def test_commands_that_read_a_run_find_the_quickstarts(sclite, command):
     for folder in ("runs/quickstart", "runs/default"):
         Run(folder).append("problems.jsonl", [Problem(id="p", question="1 + 1?", answer="2")])
         assert folder in sclite(command).out
+
+
+@pytest.mark.parametrize("command", ["build-data", "train", "run"])
+def test_no_command_replaces_the_problems_of_a_quickstart_with_those_of_sclite_toml(sclite, command):
+    """Which the quickstart itself does not read."""
+    run = Run("runs/quickstart")
+    run.replace("problems.jsonl", problem_set("train", 60))
+    if command != "run":  # as the quickstart leaves them, and as a killed one does
+        gather_problems(Config(), run)
+    write_rows("mine.jsonl", PROBLEMS)
+    Path("sclite.toml").write_text('problems.source = "mine.jsonl"\nstudent.model = "embedded"\n')
+    before = {path: path.read_bytes() for path in run.folder.rglob("*.json*")}
+    ended = sclite(command, "--run", run.folder, "--set", "teacher.model=embedded/tutor")
+    assert (ended.code, ended.error) == (2, "error: runs/quickstart has other problems than mine.jsonl")
+    assert "--set problems.source=" in ended.hint
+    assert {path: path.read_bytes() for path in run.folder.rglob("*.json*")} == before
+    assert not run.path("run.toml").exists()
 
 
 def test_the_quickstart_does_not_replace_the_problems_of_another_run(sclite):

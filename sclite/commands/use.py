@@ -146,7 +146,10 @@ def export(
         fitted = not context.config.review.needs_fit
         if not (fitted or common.json or compared):  # reads the whole GGUF
             fitted = load_threshold(context.config, context.run, gguf) is not None
-        summaries.print_export(context, report, quant, compared, fitted, common.json)
+        same = [each for each in common.settings or [] if each.startswith("export.")]
+        own = {"quant": quant, "imatrix": imatrix, "keep_template": keep_template}
+        same += [f"export.{key}={str(value).lower()}" for key, value in own.items() if value is not None]
+        summaries.print_export(context, report, same, compared, fitted, common.json)
 
 
 @common_options

@@ -85,19 +85,22 @@ def gather_problems(
 ) -> list[Problem]:
     """All problems of the run, from problems.source or an imported problems.jsonl, that overlap no question to avoid.
 
-    What was gathered from the same source is read from the run if that is gone or `reread` is false, also if other
-    questions are to be avoided now. Once SFT has begun, a new check removes none of it, except with `fresh`: the evaluation
-    skips what was trained on. Nothing is written unless `keep`.
+    Problems that came with the run are never replaced. What was gathered is read from the run if its source is gone or
+    `reread` is false, also if another source or other questions to avoid are named now. Once SFT has begun, a new check
+    removes none of it, except with `fresh`: the evaluation skips what was trained on. Nothing is written unless `keep`.
     """
     chosen, report = config.problems, report or Report("problems")
     drops: list[Drop] = []
+    source, manifest = "" if run.has_own_problems() else chosen.source, run.manifest("problems")
+    before = manifest["inputs"] if manifest else {"source": "", "avoid": "", "problems": ""}
     # digests of names, not contents: they still match after the run has been moved
     sources = ((each.source, each.subset, each.split, each.columns()) for each in (chosen, config.eval))
     inputs = {"source": digest(next(sources)), "avoid": digest([next(sources), chosen.avoid])}
-    gone = is_local_source(chosen.source) and not Path(chosen.source).expanduser().exists()
+    inputs |= {} if source else {"source": before["source"]}
+    gone = is_local_source(source) and not Path(source).expanduser().exists()
     own, trained, has_begun = list[Problem](), set[Question](), run.path("sft").exists()
-    manifest, now = run.manifest("problems"), {**inputs, "problems": run.file_digest("problems.jsonl")}
-    if manifest is not None and {**manifest["inputs"], "avoid": now["avoid"]} == now:
+    same = not reread or before["source"] == inputs["source"]
+    if same and before["problems"] == run.file_digest("problems.jsonl"):
         found = (drop for drop in run.rows("dropped.jsonl", Drop) if drop.stage == "problems")
         # an imported problems.jsonl still holds the overlapping rows
         overlapping = {(drop.id, drop.raw) for drop in found if drop.reason == OVERLAPS}
@@ -105,17 +108,21 @@ def gather_problems(
         own = [row for row in rows if (row.id, row.question) not in overlapping]
         trained = {(row.id, row.question) for row in own} if has_begun and not fresh else trained
     if manifest is not None and own and (gone or not reread):
-        if manifest["inputs"]["avoid"] != inputs["avoid"] and not has_begun:
+        if before["source"] != inputs["source"]:
+            run.warn(
+                f"problems.source is another one since the run was built: `sclite build-data` reads {source}"
+            )
+        if before["avoid"] != inputs["avoid"] and not has_begun:
             hint = "`sclite build-data PROBLEMS`, with the same --limit, drops those that overlap"
             run.warn(f"eval.source or problems.avoid has changed since the problems were read: {hint}")
         if gone and chosen.limit is not None and chosen.limit < len(own):
             why = f"the run's {len(own)} problems cannot be limited"
-            raise UsageError(f"{chosen.source} does not exist, and {why}", "remove --limit (problems.limit)")
+            raise UsageError(f"{source} does not exist, and {why}", "remove --limit (problems.limit)")
         report.counts, report.dropped = manifest["counts"], manifest["dropped"]
         report.skipped, report.figures["gone"] = True, gone
         return own
     with timed(report):
-        if chosen.source:
+        if source:
             avoid = build_index(questions_to_avoid(config))
             problems = load_problems(chosen, chosen.limit, drops, avoid, trained=trained)
         else:
@@ -136,7 +143,8 @@ def gather_problems(
     report.counts = {"problems": len(problems)}
     report.dropped = dict(Counter(drop.reason for drop in drops))
     if keep:
-        if chosen.source:
+        if source:
+            run.mark_started("problems")
             kept = filter(from_feedback, run.read("problems.jsonl", Problem))
             run.replace("problems.jsonl", [*kept, *problems])
         run.replace_drops(["problems"], drops)

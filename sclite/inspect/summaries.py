@@ -1,7 +1,7 @@
 """The closing lines of the commands: what was done, and the next command; with --json one object."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -78,14 +78,14 @@ def print_train(
 def print_export(
     context: "Context",
     report: Report,
-    quant: str | None,
+    same: Sequence[str],
     compared: Mapping[str, Any] | None,
     fitted: bool,
     json: bool,
 ) -> None:
     """Print the GGUF, and the next command.
 
-    `quant` is what the command line asks for; `compared` is what the model created in Ollama says, None without one;
+    `same` are the settings that make the same file again; `compared` is what the model created in Ollama says, None without one;
     `fitted` whether a threshold is known.
     """
     from sclite.export.parity import summarize
@@ -111,8 +111,10 @@ def print_export(
     elif fitted:
         _print_command("Next", f"sclite chat --self-correct --run {run}")
     else:
-        same = f" --set export.quant={quote(quant)}" if quant else ""
-        _print_command("Next", f"sclite train --run {run}{same}", " (fits the review threshold)")
+        # train fits that of DPO's student
+        command = "train" if context.students()[-1] == "dpo" else "eval PROBLEMS"
+        settings = "".join(f" --set {quote(each)}" for each in same)
+        _print_command("Next", f"sclite {command} --run {run}{settings}", " (fits the review threshold)")
 
 
 def print_files(what: str, report: Report, license: str, json: bool) -> None:

@@ -129,3 +129,38 @@ def test_a_new_problem_never_moves_another_from_training_to_the_fit():
         split = split_problems(config.Config(), numbered(count))
         assert not before & ids(split.fit)
         before = ids(split.sft) | ids(split.stage2)
+
+
+@pytest.mark.parametrize("first", ["own", "a.jsonl"])
+def test_only_a_command_that_reads_the_problems_replaces_them(write, run, capsys, first):
+    """`eval`, say, with the sclite.toml of another run; and never those that came with the run."""
+    named = lambda name: load(None, [f"problems.source={name}"], {})  # noqa: E731
+    a, b = write("a.jsonl", plain(1)), write("b.jsonl", plain(2))
+    if first == "own":
+        run.replace("problems.jsonl", [Problem(id="own", **plain(1))])
+    else:
+        gather_problems(named(a), run)
+    before = run.path("problems.jsonl").read_bytes()
+    for reread in (False, True) if first == "own" else (False,):
+        (kept,) = gather_problems(named(b), run, reread=reread)
+        assert kept.question == "What is 1 + 1?"
+        assert run.path("problems.jsonl").read_bytes() == before
+    if first != "own":
+        assert "problems.source is another one" in capsys.readouterr().err
+        gather_problems(config.Config(), run)  # not named for once: they are still those of a source
+        (new,) = gather_problems(named(b), run)
+        assert new.question == "What is 2 + 1?"
+
+
+def test_a_kill_before_the_problems_are_signed_does_not_make_them_the_runs_own(write, run, monkeypatch):
+    chosen = load(None, [f"problems.source={write('a.jsonl', plain(1))}"], {})
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "sign", killed)
+        with pytest.raises(KeyboardInterrupt):
+            gather_problems(chosen, run)
+    with run.recording(chosen):
+        assert len(gather_problems(chosen, run)) == 1

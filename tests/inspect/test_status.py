@@ -13,7 +13,7 @@ from sclite.errors import DataError
 from sclite.evaluate.threshold import FittedThreshold, store_threshold
 from sclite.export.made_from import inputs_of, source_digest
 from sclite.inspect.status import OUTPUTS, Stage, next_command, read_status
-from sclite.records import Attempt, Drop, Problem, Review, Template
+from sclite.records import FEEDBACK, Attempt, Drop, Feedback, Problem, Review, Template
 from sclite.run import Report, Run
 from sclite.settings import load
 from sclite.teacher.ledger import Ledger
@@ -160,7 +160,10 @@ def test_an_unfinished_file_is_half_way(run):
 def test_a_build_that_was_killed_before_its_first_row_is_a_run(run):
     with run.lock():
         pay(run, "chat", 0.5)
-        assert not run.is_begun()  # the ledger of a chat
+        run.append(
+            FEEDBACK, [Feedback(question="q", attempt="a", final="a", accused=None, good=True, model="m")]
+        )
+        assert not run.is_begun()  # the ledger and feedback of a chat
     with run.recording(config(run)):
         assert run.is_begun()
     pay(run, "templates", 0.5)
