@@ -35,7 +35,7 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
     names them.
     """
     from sclite.data.contamination import find_contaminated
-    from sclite.data.problems import load_problems, split_for_stages
+    from sclite.data.problems import load_problems, split_for_stages, trainable_problems
     from sclite.data.sources import is_local_source
 
     settings, source = context.config.eval, context.config.eval.source
@@ -48,10 +48,7 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
     found = load_problems(settings, settings.limit, drops, key="eval.source")
     drops = [drop.model_copy(update={"stage": "eval"}) for drop in drops]
     # all that the run trains on: its problems, unless they were skipped for this dataset, and its templates
-    before = context.run.read("dropped.jsonl", Drop)
-    skipped = {(drop.id, drop.raw) for drop in before if drop.reason == "overlaps_evaluation"}
-    trained = [(row.id, row.question) for row in context.run.read("problems.jsonl", Problem)]
-    trained = [pair for pair in trained if pair not in skipped]
+    trained = [(row.id, row.question) for row in trainable_problems(context.run)]
     trained += [(row.id, row.question) for row in context.run.read("templates.jsonl", Template)]
     known = find_contaminated(found, trained)
     for problem in found:

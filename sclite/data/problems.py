@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -86,8 +87,9 @@ def gather_problems(
     """All problems of the run, from problems.source or an imported problems.jsonl, that overlap no question to avoid.
 
     Problems that came with the run are never replaced. What was gathered is read from the run if its source is gone or
-    `reread` is false, also if another source or other questions to avoid are named now. Once SFT has begun, a new check
-    removes none of it, except with `fresh`: the evaluation skips what was trained on. Nothing is written unless `keep`.
+    `reread` is false, also if another source or other questions to avoid are named now. Once SFT has begun, these remove
+    none of it and bring none back, except with `fresh`: the evaluation skips what was trained on. Nothing is written unless
+    `keep`.
     """
     chosen, report = config.problems, report or Report("problems")
     drops: list[Drop] = []
@@ -98,15 +100,15 @@ def gather_problems(
     inputs = {"source": digest(next(sources)), "avoid": digest([next(sources), chosen.avoid])}
     inputs |= {} if source else {"source": before["source"]}
     gone = is_local_source(source) and not Path(source).expanduser().exists()
-    own, trained, has_begun = list[Problem](), set[Question](), run.path("sft").exists()
+    own, has_begun, avoided = list[Problem](), run.path("sft").exists(), questions_to_avoid(config)
+    trained: set[Question] = set()
     same = not reread or before["source"] == inputs["source"]
     if same and before["problems"] == run.file_digest("problems.jsonl"):
-        found = (drop for drop in run.rows("dropped.jsonl", Drop) if drop.stage == "problems")
-        # an imported problems.jsonl still holds the overlapping rows
-        overlapping = {(drop.id, drop.raw) for drop in found if drop.reason == OVERLAPS}
-        rows = [row for row in run.rows("problems.jsonl", Problem) if not from_feedback(row)]
-        own = [row for row in rows if (row.id, row.question) not in overlapping]
-        trained = {(row.id, row.question) for row in own} if has_begun and not fresh else trained
+        own = [row for row in trainable_problems(run) if not from_feedback(row)]
+        if has_begun and not fresh:
+            trained = {(row.id, row.question) for row in own}
+            left_out = [("an earlier set to avoid", question) for _, question in _overlapping(run)]
+            avoided = chain(avoided, left_out)
     if manifest is not None and own and (gone or not reread):
         if before["source"] != inputs["source"]:
             run.warn(
@@ -123,8 +125,7 @@ def gather_problems(
         return own
     with timed(report):
         if source:
-            avoid = build_index(questions_to_avoid(config))
-            problems = load_problems(chosen, chosen.limit, drops, avoid, trained=trained)
+            problems = load_problems(chosen, chosen.limit, drops, build_index(avoided), trained=trained)
         else:
             path = run.path("problems.jsonl")
             hint = f"set problems.source, as in --set problems.source=train.jsonl, to a file with {FORMS}"
@@ -132,7 +133,7 @@ def gather_problems(
             if repeated := [id for id, count in Counter(row.id for row in rows).items() if count > 1]:
                 raise DataError(f"{path}: the id {repeated[0]} occurs twice", "make ids unique")
             checked = [row for row in rows if (row.id, row.question) not in trained]
-            overlaps = find_contaminated(checked, questions_to_avoid(config))
+            overlaps = find_contaminated(checked, avoided)
             problems = [row for row in rows if row.id not in overlaps]
             for number, row in enumerate(rows, 1):
                 if row.id in overlaps:
@@ -150,6 +151,17 @@ def gather_problems(
         run.replace_drops(["problems"], drops)
         run.sign("problems", {**inputs, "problems": run.file_digest("problems.jsonl")}, report)
     return problems
+
+
+def _overlapping(run: Run) -> set[Question]:
+    drops = run.rows("dropped.jsonl", Drop)
+    return {(drop.id, drop.raw) for drop in drops if (drop.stage, drop.reason) == ("problems", OVERLAPS)}
+
+
+def trainable_problems(run: Run) -> list[Problem]:
+    """The run's problems without those that overlap a question to avoid, which an imported problems.jsonl still holds."""
+    left_out = _overlapping(run)
+    return [row for row in run.rows("problems.jsonl", Problem) if (row.id, row.question) not in left_out]
 
 
 def _drop(problem: Problem, reason: str, detail: str) -> Drop:

@@ -47,12 +47,12 @@ PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits"
 
 def plan_training(context: "Context") -> dict[str, Any]:
     """The plan of a training on this machine, from the configuration and the run's files; starts and writes nothing."""
-    from sclite.data.problems import split_problems
+    from sclite.data.problems import split_problems, trainable_problems
     from sclite.doctor import gpu_processes, list_gpus
     from sclite.student.loader import load_tokenizer
 
     config, gpus = context.config, list_gpus()
-    problems = list(context.run.rows("problems.jsonl", Problem))
+    problems = trainable_problems(context.run)
     try:
         tokenizer = load_tokenizer(model_name(config.student))
     except (DataError, NetworkError):

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from sclite.config import Config
 from sclite.data import attempts, corrections, pairs, templates
-from sclite.data.problems import split_problems
+from sclite.data.problems import split_problems, trainable_problems
 from sclite.data.sources import is_local_source
 from sclite.errors import DataError, ScliteError
 from sclite.evaluate.results import summaries
@@ -98,9 +98,9 @@ def read_status(config: Config, run: Run) -> dict[str, Any]:
             run.warn(f"{error.message}; {error.hint}")
     asked = paid["stages"] if paid else {}
 
-    stages, problems = {"problems": Stage()}, []
+    stages, problems = {"problems": Stage()}, list[Problem]()
     try:
-        if problems := run.read("problems.jsonl", Problem):
+        if problems := trainable_problems(run):
             stages["problems"] = Stage(DONE, counts={"problems": len(problems)})
     except DataError as error:
         stages["problems"] = Stage(STALE, [error.message])
