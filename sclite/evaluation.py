@@ -16,11 +16,10 @@ from sclite.evaluate.metrics import Outcome
 from sclite.evaluate.report import write_report
 from sclite.evaluate.results import REPORT, SUMMARY, result_folder
 from sclite.evaluate.threshold import FITTED_ON, MIN_PROBLEMS, is_current, load_threshold
-from sclite.export.made_from import gguf_path, source_digest
 from sclite.grading.grader import Grader
 from sclite.records import Drop, Problem, Template
 from sclite.signature import digest
-from sclite.student.adapters import STUDENTS
+from sclite.student.adapters import STUDENTS, gguf_path, source_digest
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.work_counter import WorkCounter
 from sclite.train.metrics_logger import read_metrics

@@ -7,10 +7,9 @@ from pathlib import Path
 from sclite.context import Context
 from sclite.errors import DataError
 from sclite.evaluate.threshold import MIN_PROBLEMS, ensure_threshold, is_current, load_threshold
-from sclite.export.made_from import adapters_of, find_ggufs, gguf_path
 from sclite.records import Problem
 from sclite.run import Report
-from sclite.student.adapters import STUDENTS, adapter_weights
+from sclite.student.adapters import STUDENTS, adapter_weights, adapters_of, find_ggufs, gguf_path
 from sclite.student.step_scores import Cutoff
 
 REVIEW_OFF = "review is off; turn it on with --self-correct"
@@ -32,8 +31,7 @@ def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
     from sclite.train.stage import quiet_libraries
 
     chosen = list(names) or context.students()[-1:]
-    missing = [name for name in chosen if name not in context.students()]
-    if missing:
+    if missing := [name for name in chosen if name not in context.students()]:
         hint = "run `sclite train` first"
         raise DataError(f"{context.run.path(adapter_weights(missing[0]))} is missing", hint)
     quiet_libraries()
@@ -54,10 +52,7 @@ def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
 
 
 def fit_review_threshold(context: Context, problems: Sequence[Problem]) -> None:
-    """Fit the review threshold of the newest GGUF on problems that nothing was trained on.
-
-    Does nothing if reviews need no threshold, or if `review.threshold` is set.
-    """
+    """Fit the review threshold of the newest GGUF, unless none is needed or it is set, on problems that are not trained on."""
     from sclite.grading.grader import Grader
     from sclite.student.llama_cpp.engine import Engine
     from sclite.student.work_counter import WorkCounter
@@ -108,8 +103,8 @@ def for_chat(
     if not review.needs_fit:
         return path, Cutoff.of(review), ""
     fitted = load_threshold(context.config, context.run, path)
-    student = path.name.partition("-")[0]
-    others = find_ggufs(context.run, student) if fitted is None and model is None else ()
+    searched = fitted is None and model is None
+    others = find_ggufs(context.run, path.name.partition("-")[0]) if searched else ()
     for other in sorted(others, key=lambda other: -other.stat().st_size):
         if fitted := load_threshold(context.config, context.run, other):
             context.display.print(f"{path.name} has no fitted review threshold: using {other.name}")
@@ -140,9 +135,7 @@ def find_gguf(context: Context, model: Path | None) -> Path:
         if found := find_ggufs(run, name):
             path = chosen if chosen in found else max(found, key=lambda path: path.stat().st_mtime)
             if run.path(adapter_weights(name)).is_file() and path.name not in adapters_of(run, name):
-                run.warn(
-                    f"{path} may not be made from the adapter in {run.path(name)}: no export of it is recorded"
-                )
+                run.warn(f"{path} may be made from an earlier adapter: the run has no record of its export")
             return path
     hint = "run `sclite train` first, or `sclite quickstart` for the bundled student"
     raise DataError(f"{context.run.path('export')} holds no GGUF", hint)

@@ -317,6 +317,5 @@ def evaluate_students(context: Context, names: Sequence[str]) -> dict[str, Any]:
     if trained := [name for name in names if name in STUDENTS]:
         exports.export(context, trained)
     # the bundled teacher knows the steps of its own kind of problem
-    return evaluation.evaluate(
-        context, names, held_out, first_wrong_step if context.config.teacher.embedded else None
-    )
+    judge = first_wrong_step if context.config.teacher.embedded else None
+    return evaluation.evaluate(context, names, held_out, judge)

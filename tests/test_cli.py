@@ -66,7 +66,7 @@ ERRORS = [
     ("build-data --only pairs", 2, "pairs", "use --only templates or --only corrections"),
     ("train --only both --set student.model=embedded", 2, "both", "use --only sft or --only dpo"),
     ("eval p.jsonl --models base,mine", 2, "mine", "use any of base, sft, dpo"),
-    ("eval p.jsonl --models ,", 2, "invalid value for --models: ','", "use any of base, sft, dpo"),
+    ("eval p.jsonl --models ,", 2, "invalid value for --models: ,", "use any of base, sft, dpo"),
     ("export --format onnx", 2, "onnx", "use --format gguf, lora, merged or data"),
     # settings
     ("train --config none.toml", 2, "none.toml: No such file or directory", ""),

@@ -128,15 +128,13 @@ def report(*, common: Common) -> None:
 
     Without a display, prints its path.
     """
-    from sclite.evaluate.results import REPORT, SUMMARY
+    from sclite.evaluate.results import REPORT
     from sclite.run import Run
 
     run = Run(common.of_existing_run().load().run)
-    paths = [path.with_name(REPORT) for path in run.folder.glob(f"eval/*/{SUMMARY}")]
-    paths = [path for path in paths if path.is_file()]
-    if not paths:
+    path = max(run.folder.glob(f"eval/*/{REPORT}"), key=lambda path: path.stat().st_mtime, default=None)
+    if path is None:
         raise DataError(f"{run.folder} has no evaluation", "run `sclite eval PROBLEMS` first")
-    path = max(paths, key=lambda path: path.stat().st_mtime)
     display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if common.json:
         console.print_json({"report": str(path)})

@@ -42,13 +42,11 @@ def evaluate(
     context = common.context({"eval.source": problems, "eval.limit": limit})
     names = context.students()
     if models is not None:
-        given = list(dict.fromkeys(filter(None, map(str.strip, models.split(",")))))
-        names = [name for name in STUDENTS if name in given]
-        names += [name for name in given if name.startswith("ollama/")]
-        if not given or len(names) < len(given):
-            unknown = ",".join(name for name in given if name not in names) or repr(models)
-            hint = f"use any of {', '.join(STUDENTS)}, or ollama/NAME"
-            raise UsageError(f"invalid value for --models: {unknown}", hint)
+        given = [name.strip() for name in models.split(",") if name.strip()]
+        names = list(dict.fromkeys(name for name in (*STUDENTS, *given) if name in given))
+    if not names or any(name not in STUDENTS and not name.startswith("ollama/") for name in names):
+        hint = f"use any of {', '.join(STUDENTS)}, or ollama/NAME"
+        raise UsageError(f"invalid value for --models: {models}", hint)
     with context.run.lock():
         summary = pipeline.evaluate_students(context, names)
     if common.json:
@@ -143,12 +141,12 @@ def export(
         summaries.print_files(format, report, settings.license, common.json)
     else:
         gguf = Path(report.figures["gguf"])
-        fitted = not context.config.review.needs_fit
-        if not (fitted or common.json or compared):  # reads the whole GGUF
-            fitted = load_threshold(context.config, context.run, gguf) is not None
+        fitted = common.json or bool(compared) or not context.config.review.needs_fit
+        # reads the whole GGUF
+        fitted = fitted or load_threshold(context.config, context.run, gguf) is not None
         same = [each for each in common.settings or [] if each.startswith("export.")]
-        own = {"quant": quant, "imatrix": imatrix, "keep_template": keep_template}
-        same += [f"export.{key}={str(value).lower()}" for key, value in own.items() if value is not None]
+        own = [key for key in ("quant", "imatrix", "keep_template") if chosen[key] is not None]
+        same += [f"export.{key}={str(chosen[key]).lower()}" for key in own]
         summaries.print_export(context, report, same, compared, fitted, common.json)
 
 

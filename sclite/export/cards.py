@@ -12,16 +12,13 @@ from typing import Any
 
 from sclite import __version__, prompts
 from sclite.config import Config
-from sclite.export.made_from import source_digest
 from sclite.records import Drop, Review, from_feedback
 from sclite.run import Run
-from sclite.student.adapters import STUDENTS, adapter_weights
+from sclite.student.adapters import STUDENTS, adapter_weights, source_digest
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
 
 UNKNOWN = "unknown"
-TRAINED = (("dpo", "warmup"), ("warmup", "sft"), ("sft", ""))
-"""The stages of training, the last one first, and the one whose adapter each starts from."""
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _HUB_ID = re.compile(r"[\w.-]*\w/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.csv)(?<!\.parquet)")
 
@@ -100,7 +97,7 @@ def build_model_card(config: Config, run: Run, name: str, form: str, figures: Ma
     """The model card of an exported student (base, sft or dpo) as "gguf", "lora" or "merged"; `figures`: those of its GGUFs."""
     base, files = _public_name(config.student.model), figures.get("files", {})
     settings, adapter = list[str](), run.file_digest(adapter_weights(name))
-    for stage, before in {"base": (), "sft": TRAINED[2:], "dpo": TRAINED}[name]:
+    for stage in {"base": (), "sft": ("sft",), "dpo": ("dpo", "warmup", "sft")}[name]:
         manifest = run.manifest(stage)
         if manifest is None or manifest["figures"].get("adapter") != adapter:
             settings.insert(0, f"- {stage}: {UNKNOWN}")  # imported, or trained again since
@@ -109,16 +106,13 @@ def build_model_card(config: Config, run: Run, name: str, form: str, figures: Ma
         rates = "{num_train_epochs:g} epochs, learning rate {learning_rate:g}".format(**used[stage])
         lora = "; LoRA r {r}, alpha {lora_alpha}".format(**used["lora"]) if "lora" in used else ""
         settings.insert(0, f"- {stage}: {counts}, {rates}, seed {used['seed']}{lora}")
-        adapter = used.get(f"{before}/adapter", "")
-    evaluations = dict[str, Any]()
+        adapter = used.get("warmup/adapter", used.get("sft/adapter"))  # from which it started
+    evaluations, current = dict[str, Any](), {each: source_digest(config, run, each) for each in STUDENTS}
     for path in sorted(run.path("eval").glob("*/summary.json")):
         summary = run.read_json(str(path.relative_to(run.folder)), dict[str, Any]) or {"models": {}}
-        models = {
-            each: found
-            for each, found in summary["models"].items()
-            if each not in STUDENTS or found["made_from"] == source_digest(config, run, each)
-        }
-        evaluations |= {path.parent.name: models} if models else {}
+        # "" is a model behind an API
+        own = {n: row for n, row in summary["models"].items() if row["made_from"] in ("", current.get(n))}
+        evaluations |= {path.parent.name: own} if own else {}
     front = {
         "base_model": base if _HUB_ID.fullmatch(base) else None,
         "pipeline_tag": "text-generation",

@@ -17,14 +17,13 @@ from sclite.export.cards import build_model_card
 from sclite.export.chat_format import trained_format, write_format
 from sclite.export.gguf import check_convertible, convert_model, converter, run_script
 from sclite.export.layers import check_merge
-from sclite.export.made_from import ADAPTER, adapters_of, inputs_of
 from sclite.export.merge import Adapter, BaseWeights, copy_settings, merge
 from sclite.export.quantize import estimate_bytes, measure_importance, quantization_type, quantize
 from sclite.export.reference import Trained, compute_references, format_size
 from sclite.export.samples import Sample, read_samples, solve_chats, split_samples
 from sclite.files import sync, write_text
 from sclite.run import Report, Run, timed
-from sclite.student.adapters import STUDENTS, adapter_weights
+from sclite.student.adapters import LORA_FILE, STUDENTS, adapter_weights, adapters_of, inputs_of
 from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.loader import check_tokenizer, fetch_model, load_tokenizer, model_name, read_config
 from sclite.student.origin import FILE as RECORD_OF_ORIGIN
@@ -70,9 +69,9 @@ def export_model(config: Config, run: Run, name: str) -> Report:
             chats = solve_chats(config, run, parity.GREEDY)
             result = parity.compare_export(student, full, made, samples, chats) | {"importance": importance}
             run.write_json("export/parity.json", result)
-            later = (run.path(adapter_weights(each)) for each in STUDENTS[STUDENTS.index(name) + 1 :])
-            described = not any(path.is_file() for path in later)
-            for file in (*names, *(("Modelfile", "README.md") if described else ())):  # of an earlier export
+            later = [run.path(adapter_weights(each)) for each in STUDENTS[STUDENTS.index(name) + 1 :]]
+            own = () if any(path.is_file() for path in later) else ("Modelfile", "README.md")
+            for file in (*names, *own):  # of an earlier export
                 (folder / file).unlink(missing_ok=True)
             _check_bounds(config, run, names, result)
             for file in names:
@@ -240,7 +239,7 @@ def export_lora(config: Config, run: Run, name: str) -> dict[str, Any]:
     adapter that has no such form, ScliteError if llama.cpp makes another model of the two.
     """
     adapter = run.path(f"{name if name != 'base' else 'sft'}/adapter")
-    student, out = _load(config, adapter), run.path(f"export/{name}{ADAPTER}")
+    student, out = _load(config, adapter), run.path(f"export/{name}{LORA_FILE}")
     weights = Adapter(adapter, BaseWeights(student.base, adapter))  # rejects what PEFT would load differently
     with _workplace(run, "lora") as work:
         _check_space(work, 2 * student.size("f16"))

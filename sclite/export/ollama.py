@@ -11,10 +11,10 @@ from sclite.config import Config
 from sclite.errors import DataError, ScliteError, UsageError
 from sclite.export.cards import build_model_card
 from sclite.export.chat_format import derive_format
-from sclite.export.made_from import gguf_path
 from sclite.export.tensors import read_json
 from sclite.files import write_text
 from sclite.run import Run
+from sclite.student.adapters import gguf_path
 from sclite.student.base import Request
 from sclite.student.chat_template import render_chat
 from sclite.student.llama_cpp.engine import Engine

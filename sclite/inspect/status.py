@@ -22,13 +22,12 @@ from sclite.errors import DataError, ScliteError
 from sclite.evaluate.results import summaries
 from sclite.evaluate.threshold import FILE as THRESHOLDS
 from sclite.evaluate.threshold import FittedThreshold, find_threshold
-from sclite.export.made_from import gguf_path, inputs_of, source_digest
 from sclite.inspect.rows import require_run
 from sclite.records import Drop, Problem
 from sclite.run import Run
 from sclite.settings import FILE as SETTINGS
 from sclite.signature import differences
-from sclite.student.adapters import STUDENTS, adapter_weights
+from sclite.student.adapters import STUDENTS, adapter_weights, gguf_path, inputs_of, source_digest
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
 from sclite.train.metrics_logger import read_metrics

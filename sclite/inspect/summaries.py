@@ -111,8 +111,7 @@ def print_export(
     elif fitted:
         _print_command("Next", f"sclite chat --self-correct --run {run}")
     else:
-        # train fits that of DPO's student
-        command = "train" if context.students()[-1] == "dpo" else "eval PROBLEMS"
+        command = "train" if context.students()[-1] == "dpo" else "eval PROBLEMS"  # train fits DPO's alone
         settings = "".join(f" --set {quote(each)}" for each in same)
         _print_command("Next", f"sclite {command} --run {run}{settings}", " (fits the review threshold)")
 

@@ -27,13 +27,12 @@ from sclite.export import model as export
 from sclite.export import ollama, parity, reference
 from sclite.export.cards import build_model_card
 from sclite.export.gguf import run_converter
-from sclite.export.made_from import gguf_path, source_digest
 from sclite.export.merge import BaseWeights
 from sclite.export.samples import Sample, split_samples
 from sclite.progress import ProgressDisplay
 from sclite.records import Template
 from sclite.run import Report, Run
-from sclite.student.adapters import adapter_weights
+from sclite.student.adapters import adapter_weights, gguf_path, source_digest
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.loader import load_tokenizer, nf4_config

@@ -11,11 +11,11 @@ from sclite.data import attempts, corrections, templates
 from sclite.data.problems import split_for_stages
 from sclite.errors import DataError
 from sclite.evaluate.threshold import FittedThreshold, store_threshold
-from sclite.export.made_from import inputs_of, source_digest
 from sclite.inspect.status import OUTPUTS, Stage, next_command, read_status
 from sclite.records import FEEDBACK, Attempt, Drop, Feedback, Problem, Review, Template
 from sclite.run import Report, Run
 from sclite.settings import load
+from sclite.student.adapters import inputs_of, source_digest
 from sclite.teacher.ledger import Ledger
 from sclite.train.stage import training_inputs
 from tests.toy import pay
