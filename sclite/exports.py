@@ -103,8 +103,8 @@ def for_chat(
     if not review.needs_fit:
         return path, Cutoff.of(review), ""
     fitted = load_threshold(context.config, context.run, path)
-    searched = fitted is None and model is None
-    others = find_ggufs(context.run, path.name.partition("-")[0]) if searched else ()
+    student = path.name.partition("-")[0] if model is None else ""
+    others = find_ggufs(context.run, student) if student and fitted is None else ()
     for other in sorted(others, key=lambda other: -other.stat().st_size):
         if fitted := load_threshold(context.config, context.run, other):
             context.display.print(f"{path.name} has no fitted review threshold: using {other.name}")
@@ -113,7 +113,7 @@ def for_chat(
     if fitted is not None:
         return path, fitted.cutoff, f"review is off: {fitted.off}" if fitted.off else ""
     reason = f"the review threshold of {path.name} has not been fitted"
-    hint = "run `sclite train`" if model is None else "run `sclite eval PROBLEMS` in its run"
+    hint = "run `sclite train`" if student == "dpo" else "run `sclite eval PROBLEMS` in its run"
     hint += ", or set it: --set review.threshold=0"
     if self_correct:
         raise DataError(reason, hint)

@@ -110,6 +110,9 @@ def test_chat_says_why_review_is_off_and_what_turns_it_on(tmp_path):
     with pytest.raises(DataError, match="has not been fitted") as error:
         exports.for_chat(context, None, self_correct=True)
     assert "sclite train" in error.value.hint
+    gguf.rename(write_gguf(context, "sft-q4_k_m"))  # train fits that of DPO's student
+    assert "has not been fitted; run `sclite eval PROBLEMS`" in exports.for_chat(context, None, None)[2]
+    gguf = write_gguf(context, "dpo-q4_k_m")
     fitted = FittedThreshold(threshold=None, off="too few", problems=9, max_harm=0.1)
     store_threshold(context.config, context.run, gguf, fitted)
     assert exports.for_chat(context, None, self_correct=True) == (gguf, None, "review is off: too few")
