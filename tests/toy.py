@@ -185,7 +185,7 @@ def make_run(folder) -> Run:
     write_toy(run)
     write_pairs(run)
     drops = [Drop(stage="templates", id=str(i), reason="wrong_answer") for i in range(3)]
-    run.append("dropped.jsonl", [*drops, Drop(stage="pairs", id="p1", reason="both_sides_alike")])
+    run.append("dropped.jsonl", [*drops, Drop(stage="pairs", id="p1", reason="chosen_equals_rejected")])
     run.sign("templates", {"prompts": "0123456789abcdef"}, Report("templates"))
     with Ledger(run.path("ledger.sqlite")) as ledger:
         ledger.sent("a", "templates", "openai/large")
