@@ -62,7 +62,7 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
     used = set(context.run.read_json(FITTED_ON, list[str]) or ())
     for problem in [problem for problem in tested if digest(problem.question) in used]:
         tested.remove(problem)
-        why = {"reason": "threshold_was_fitted_on_it", "raw": problem.question}
+        why = {"reason": "used_for_threshold", "raw": problem.question}
         drops.append(Drop(stage="eval", id=problem.id, **why))
     context.run.replace_drops(["eval"], drops)
     if len(tested) < 5 or len(fitting) < 5:

@@ -92,7 +92,8 @@ def for_chat(
     fitted; None takes what is there.
     """
     last = context.students()[-1]
-    if model is None and last != "base" and not find_ggufs(context.run, last):
+    later = STUDENTS[STUDENTS.index(last) :]
+    if model is None and last != "base" and not any(find_ggufs(context.run, name) for name in later):
         with context.run.lock():
             export(context)
     path, review = find_gguf(context, model), context.config.review
@@ -111,9 +112,13 @@ def for_chat(
             path = other
             break
     if fitted is not None:
+        if fitted.max_harm > review.max_harm:
+            limit = f"review.max_harm {fitted.max_harm:g}, not {review.max_harm:g}"
+            context.run.warn(f"the review threshold of {path.name} was fitted with {limit}")
         return path, fitted.cutoff, f"review is off: {fitted.off}" if fitted.off else ""
     reason = f"the review threshold of {path.name} has not been fitted"
-    hint = "run `sclite train`" if student == "dpo" else "run `sclite eval PROBLEMS` in its run"
+    hint = "run `sclite train`" if student == "dpo" else "run `sclite eval PROBLEMS`"
+    hint += " in its run" if model is not None else ""
     hint += ", or set it: --set review.threshold=0"
     if self_correct:
         raise DataError(reason, hint)

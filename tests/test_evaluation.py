@@ -171,9 +171,22 @@ def test_chat_exports_a_student_whose_files_are_of_another_one_or_of_an_earlier_
     context.run.folder.rename(tmp_path / "moved")
     context = context_of(tmp_path / "moved")
     assert [name(), len(exported)] == ["dpo-q4_k_m.gguf", 3]
-    for stage in ("sft", "dpo"):
+    context.run.path("export/sft-q4_k_m.gguf").unlink()
+    for stage in ("dpo", "sft"):
         context.run.path(adapter_weights(stage)).unlink()
-    assert [name(), len(exported)] == ["dpo-q4_k_m.gguf", 3]
+        assert [name(), len(exported)] == ["dpo-q4_k_m.gguf", 3]
+
+
+def test_chat_says_if_the_threshold_allows_more_harm_than_the_configuration(tmp_path, capsys):
+    context = context_of(tmp_path)
+    gguf = write_gguf(context, "dpo-q4_k_m")
+    for max_harm, noted in ((0.2, True), (0.001, False)):
+        fitted = FittedThreshold(threshold=1.0, problems=60, max_harm=max_harm)
+        store_threshold(context.config, context.run, gguf, fitted)
+        assert exports.for_chat(context, None, None)[1] == Cutoff(1.0)
+        assert (
+            "was fitted with review.max_harm 0.2, not 0.005" in capsys.readouterr().err.replace("\n", " ")
+        ) is noted
 
 
 def test_no_fitted_file_of_an_earlier_adapter_stands_in_for_one_without_threshold(tmp_path, exported):

@@ -286,10 +286,13 @@ def weights_to_try(config: Config) -> list[float]:
 def find_threshold(
     known: Mapping[str, FittedThreshold], gguf_digest: str, config: Config
 ) -> FittedThreshold | None:
-    """What was fitted on a file with these prompts and weights: for this `review.max_harm`, else the newest."""
+    """What was fitted on a file with these prompts and weights, for this `review.max_harm` or the next lower, else higher one."""
+    wanted = config.review.max_harm
     fits = [each for key, each in known.items() if key.startswith(gguf_digest) and each.is_for(config)]
-    exact = [each for each in fits if each.max_harm == config.review.max_harm]
-    return next(iter([*exact, *reversed(fits)]), None)
+    newest_first = reversed(fits)
+    return min(
+        newest_first, key=lambda each: (each.max_harm > wanted, abs(each.max_harm - wanted)), default=None
+    )
 
 
 def load_threshold(config: Config, run: Run, gguf: Path) -> FittedThreshold | None:

@@ -89,6 +89,7 @@ def print_export(
     `fitted` whether a threshold is known.
     """
     from sclite.export.parity import summarize
+    from sclite.student.loader import EMBEDDED
 
     ollama, figures = context.config.export.ollama, report.figures
     if json:
@@ -112,6 +113,8 @@ def print_export(
         _print_command("Next", f"sclite chat --self-correct --run {run}")
     else:
         command = "train" if context.students()[-1] == "dpo" else "eval PROBLEMS"  # train fits DPO's alone
+        if context.config.student.model == EMBEDDED and context.run.has_own_problems():
+            command = "quickstart"  # its problems are split in another way, whatever sclite.toml says
         settings = "".join(f" --set {quote(each)}" for each in same)
         _print_command("Next", f"sclite {command} --run {run}{settings}", " (fits the review threshold)")
 

@@ -358,9 +358,10 @@ def test_a_fit_with_other_settings_does_not_replace_the_one_of_the_configuration
     threshold.store_threshold(weighted, run, gguf, fitted_on(60, at=3.0))
     found = [threshold.load_threshold(each, run, gguf).threshold for each in (Config(), other, weighted)]
     assert found == [2.0, 0.0, 3.0]
-    # the newest where none is for this very limit, as for a file that was moved
-    unknown = Config.model_validate({"review": {"max_harm": 0.1}})
-    assert threshold.load_threshold(unknown, run, gguf).threshold == 0.0
+    # where none is for this very limit, as for a file that was moved, the strictest but for those
+    for limit, expected in ((0.1, 2.0), (0.3, 0.0), (0.001, 2.0)):
+        unknown = Config.model_validate({"review": {"max_harm": limit}})
+        assert threshold.load_threshold(unknown, run, gguf).threshold == expected
 
 
 def test_no_problem_is_tested_that_a_threshold_was_fitted_on(run, gguf, tmp_path):
@@ -375,7 +376,7 @@ def test_no_problem_is_tested_that_a_threshold_was_fitted_on(run, gguf, tmp_path
     later = held_out(context, untrained)
     assert later.fitting == untrained
     assert later.problems == earlier.problems
-    assert later.dropped == {"threshold_was_fitted_on_it": len(earlier.fitting)}
+    assert later.dropped == {"used_for_threshold": len(earlier.fitting)}
     assert len(earlier.fitting) > 50
 
 

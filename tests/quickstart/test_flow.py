@@ -105,7 +105,7 @@ def test_status_and_export_suggest_the_command_that_follows(quickstarted, tmp_pa
     unfinished = sclite("status", "--run", str(copy), folder=tmp_path).stdout.replace("\n", " ")
     assert f"Next: sclite quickstart --run {copy}" in unfinished
     (tmp_path / "dpo.json").rename(copy / "done/dpo.json")
-    fits = f"sclite train --run {copy} --set export.quant=f16 (fits the review threshold)"
+    fits = f"sclite quickstart --run {copy} --set export.quant=f16 (fits the review threshold)"
     for quant, following in (("f16", fits), ("q8_0", f"sclite chat --self-correct --run {copy}")):
         done = sclite("export", "--quant", quant, "--run", str(copy), folder=tmp_path)
         assert done.stdout.splitlines()[-1] == f"Next: {following}"
