@@ -73,7 +73,8 @@ def has_problems(context: Context) -> bool:
 
 
 def check_sources(context: Context) -> None:
-    """Raise DataError for a missing `attempts.source`, before anything is paid for."""
+    """Raise for other problems than the run's own, or a missing `attempts.source`, before anything is paid for."""
+    context.run.check_problems(context.config.problems.source)
     source = context.config.attempts.source
     if source and not Path(source).is_file() and context.run.manifest("attempts") is None:
         hint = "check the path, or unset it: --set attempts.source="

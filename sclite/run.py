@@ -19,7 +19,7 @@ from sclite.manifest import Manifest
 from sclite.manifest import Report as Report
 from sclite.manifest import timed as timed
 from sclite.records import FEEDBACK, ROWS, Drop, Problem, Row, Template
-from sclite.settings import NOT_SAVED, RUN_FILE
+from sclite.settings import NOT_SAVED, RUN_FILE, load
 
 R = TypeVar("R", bound=Row)
 LOCK = ".lock"
@@ -88,8 +88,17 @@ class Run:
 
     def has_own_problems(self) -> bool:
         """Whether the problems came with the run, as those of the quickstart did, and were not read from a source."""
-        signed = self.manifest("problems")
-        return not signed["inputs"]["source"] if signed else self.is_imported("problems", "problems.jsonl")
+        signed, path = self.manifest("problems"), self.path("problems.jsonl")
+        own = not signed["inputs"]["source"] if signed else self.is_imported("problems", path.name)
+        return own and path.is_file() and path.stat().st_size > 0
+
+    def check_problems(self, source: str) -> None:
+        """Raise UsageError if the run has its own problems, and so cannot have those of `source`."""
+        if source and self.has_own_problems():
+            embedded = load(None, [f"run={self.folder}"], {}, own_file=False).teacher.embedded
+            keep = f"`sclite quickstart --run {self.folder}`" if embedded else "--set problems.source="
+            hint = f"choose another folder with --run, or keep them: {keep}"
+            raise UsageError(f"{self.folder} has other problems than {source}", hint)
 
     def is_locked(self) -> bool:
         """Whether a process holds this run. False where only reading is allowed."""
@@ -113,9 +122,7 @@ class Run:
         import tomlkit
 
         path = self.path(RUN_FILE)
-        if config.problems.source and self.has_own_problems():
-            hint = "choose another folder with --run, or keep them: --set problems.source="
-            raise UsageError(f"{self.folder} has other problems than {config.problems.source}", hint)
+        self.check_problems(config.problems.source)
         with self.lock():
             outputs, before = self._outputs(), path.read_text(encoding="utf-8") if path.is_file() else None
             write_text(path, tomlkit.dumps(config.model_dump(exclude_none=True, exclude=NOT_SAVED)))
@@ -198,11 +205,12 @@ class Run:
                         first = error.errors()[0]
                         where = ".".join(str(p) for p in first["loc"])
                         stage, command = MADE_BY.get(name, ("", ""))
-                        hint = "fix or remove the line, or re-run the command that wrote the file"
-                        if stage and self.path(f"done/{stage}.json").is_file():
-                            hint = f"run `sclite {command} --run {self.folder}` to restore the rows; paid replies are kept"
+                        how = "re-run the command that wrote the file"
+                        own = stage == "problems" and self.has_own_problems()
+                        if not own and self.path(f"done/{stage}.json").is_file():
+                            how = f"run `sclite {command} --run {self.folder}` to restore the rows; paid replies are kept"
                         message = f"{path}, line {number}: {where or 'not a row'}: {first['msg']}"
-                        raise DataError(message, hint) from None
+                        raise DataError(message, f"fix or remove the line, or {how}") from None
                     damaged.append(number)
                     continue
                 yield begin, row

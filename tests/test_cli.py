@@ -19,6 +19,7 @@ import pytest
 from sclite import console, doctor
 from sclite.config import Config
 from sclite.data.problems import gather_problems
+from sclite.quickstart import flow
 from sclite.quickstart.problem_sets import problem_set
 from sclite.records import Drop, Problem
 from sclite.run import Run
@@ -372,7 +373,7 @@ def test_commands_that_read_a_run_find_the_quickstarts(sclite, command):
         assert folder in sclite(command).out
 
 
-@pytest.mark.parametrize("command", ["build-data", "train", "run"])
+@pytest.mark.parametrize("command", ["build-data", "build-data --dry-run", "train", "run", "run --plan"])
 def test_no_command_replaces_the_problems_of_a_quickstart_with_those_of_sclite_toml(sclite, command):
     """Which the quickstart itself does not read."""
     run = Run("runs/quickstart")
@@ -382,11 +383,23 @@ def test_no_command_replaces_the_problems_of_a_quickstart_with_those_of_sclite_t
     write_rows("mine.jsonl", PROBLEMS)
     Path("sclite.toml").write_text('problems.source = "mine.jsonl"\nstudent.model = "embedded"\n')
     before = {path: path.read_bytes() for path in run.folder.rglob("*.json*")}
-    ended = sclite(command, "--run", run.folder, "--set", "teacher.model=embedded/tutor")
+    ended = sclite(*command.split(), "--run", run.folder, "--set", "teacher.model=embedded/tutor")
     assert (ended.code, ended.error) == (2, "error: runs/quickstart has other problems than mine.jsonl")
+    assert "plan:" not in ended.err
     assert "--set problems.source=" in ended.hint
     assert {path: path.read_bytes() for path in run.folder.rglob("*.json*")} == before
     assert not run.path("run.toml").exists()
+
+
+def test_only_the_quickstart_continues_its_run_beside_another_configuration(sclite):
+    """With another teacher its problems are split in another way, and what was trained is stale."""
+    with Run("runs/quickstart").recording(load(None, [], {}, flow.DEFAULTS, own_file=False)):
+        Run("runs/quickstart").replace("problems.jsonl", problem_set("train", 60))
+    write_rows("mine.jsonl", PROBLEMS)
+    Path("sclite.toml").write_text('problems.source = "mine.jsonl"\nteacher.model = "openai/a"\n')
+    ended = sclite("train", "--run", "runs/quickstart", "--set", "student.model=embedded")
+    assert (ended.code, ended.error) == (2, "error: runs/quickstart has other problems than mine.jsonl")
+    assert ended.hint.endswith("keep them: `sclite quickstart --run runs/quickstart`")
 
 
 def test_the_quickstart_does_not_replace_the_problems_of_another_run(sclite):

@@ -2,8 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -28,14 +27,14 @@ def load_problems(
     drops: list[Drop] | None = None,
     avoid: Mapping[int, str] | None = None,
     key: str = "problems.source",
-    trained: Container[Question] = (),
+    known: Mapping[Question, str] | None = None,
 ) -> list[Problem]:
     """The first `limit` distinct problems of a local file or a Hub dataset, named by `key` in the configuration.
 
-    A row goes to `drops` if it is unusable, repeats an id or a question, or, unless it is among the `trained`, overlaps
-    the index `avoid` (`build_index`). Raises DataError if no row is usable.
+    A row goes to `drops` if it is unusable, repeats an id or a question, or overlaps the index `avoid` (`build_index`).
+    For a question that is `known`, that is the name of what it overlaps, or "". Raises DataError if no row is usable.
     """
-    name, columns, avoid = source.source, source.columns(), avoid or {}
+    name, columns, avoid, known = source.source, source.columns(), avoid or {}, known or {}
     if not name:
         hint = f"set it, as in --set {key}=train.jsonl, to a file with {FORMS}"
         raise UsageError(f"{key} is not set", hint)
@@ -56,7 +55,7 @@ def load_problems(
         question, normalized = (problem.id, problem.question), hash(normalize_question(problem.question))
         if normalized in questions:
             reason, detail = "duplicate_question", f"{where}: same question as {questions[normalized]}"
-        elif question not in trained and (overlap := find_overlap(problem.question, avoid)):
+        elif overlap := known[question] if question in known else find_overlap(problem.question, avoid):
             reason, detail = OVERLAPS, _OVERLAP.format(where, overlap)
         elif problem.id in ids:
             reason = "duplicate_id"
@@ -87,53 +86,54 @@ def gather_problems(
     """All problems of the run, from problems.source or an imported problems.jsonl, that overlap no question to avoid.
 
     Problems that came with the run are never replaced. What was gathered is read from the run if its source is gone or
-    `reread` is false, also if another source or other questions to avoid are named now. Once SFT has begun, these remove
-    none of it and bring none back, except with `fresh`: the evaluation skips what was trained on. Nothing is written unless
-    `keep`.
+    `reread` is false, also if its rows were edited, or another source or other questions to avoid are named now. Once SFT has
+    begun, these remove none of it and bring none back, except with `fresh`: the evaluation skips what was trained on.
+    Nothing is written unless `keep`.
     """
     chosen, report = config.problems, report or Report("problems")
-    drops: list[Drop] = []
+    drops, known = list[Drop](), dict[Question, str]()
     source, manifest = "" if run.has_own_problems() else chosen.source, run.manifest("problems")
     before = manifest["inputs"] if manifest else {"source": "", "avoid": "", "problems": ""}
     # digests of names, not contents: they still match after the run has been moved
     sources = ((each.source, each.subset, each.split, each.columns()) for each in (chosen, config.eval))
     inputs = {"source": digest(next(sources)), "avoid": digest([next(sources), chosen.avoid])}
-    inputs |= {} if source else {"source": before["source"]}
+    inputs["location"] = digest([_location(chosen), chosen.columns()])
+    inputs |= {} if source else {key: before.get(key, "") for key in ("source", "location")}
+    changed = all(inputs[key] != before.get(key) for key in ("source", "location"))
     gone = is_local_source(source) and not Path(source).expanduser().exists()
+    unchecked = not source and before["problems"] != run.file_digest("problems.jsonl")
+    settled = not unchecked and (not reread or (gone and not changed))
     own, has_begun, avoided = list[Problem](), run.path("sft").exists(), questions_to_avoid(config)
-    trained: set[Question] = set()
-    same = not reread or before["source"] == inputs["source"]
-    if same and before["problems"] == run.file_digest("problems.jsonl"):
-        own = [row for row in trainable_problems(run) if not from_feedback(row)]
+    if manifest is not None:
+        own = [row for row in trainable_problems(run, whole=settled) if not from_feedback(row)]
         if has_begun and not fresh:
-            trained = {(row.id, row.question) for row in own}
-            left_out = [("an earlier set to avoid", question) for _, question in _overlapping(run)]
-            avoided = chain(avoided, left_out)
-    if manifest is not None and own and (gone or not reread):
-        if before["source"] != inputs["source"]:
-            run.warn(
-                f"problems.source is another one since the run was built: `sclite build-data` reads {source}"
-            )
+            known = {(row.id, row.question): "" for row in own}
+            known |= dict.fromkeys(_overlapping(run), "an earlier set to avoid")
+    if manifest is not None and own and settled:
+        if changed:
+            why = "problems.source or its columns have changed since the run was built"
+            run.warn(f"{why}: `sclite build-data` reads {source}")
         if before["avoid"] != inputs["avoid"] and not has_begun:
-            hint = "`sclite build-data PROBLEMS`, with the same --limit, drops those that overlap"
+            hint = "`sclite build-data`, with the same --limit, drops those that overlap"
             run.warn(f"eval.source or problems.avoid has changed since the problems were read: {hint}")
         if gone and chosen.limit is not None and chosen.limit < len(own):
             why = f"the run's {len(own)} problems cannot be limited"
             raise UsageError(f"{source} does not exist, and {why}", "remove --limit (problems.limit)")
-        report.counts, report.dropped = manifest["counts"], manifest["dropped"]
+        report.counts, report.dropped = {"problems": len(own)}, manifest["dropped"]
         report.skipped, report.figures["gone"] = True, gone
         return own
     with timed(report):
         if source:
-            problems = load_problems(chosen, chosen.limit, drops, build_index(avoided), trained=trained)
+            problems = load_problems(chosen, chosen.limit, drops, build_index(avoided), known=known)
         else:
             path = run.path("problems.jsonl")
             hint = f"set problems.source, as in --set problems.source=train.jsonl, to a file with {FORMS}"
             rows = [row for row in run.require("problems.jsonl", Problem, hint) if not from_feedback(row)]
             if repeated := [id for id, count in Counter(row.id for row in rows).items() if count > 1]:
                 raise DataError(f"{path}: the id {repeated[0]} occurs twice", "make ids unique")
-            checked = [row for row in rows if (row.id, row.question) not in trained]
+            checked = [row for row in rows if (row.id, row.question) not in known]
             overlaps = find_contaminated(checked, avoided)
+            overlaps |= {row.id: name for row in rows if (name := known.get((row.id, row.question)))}
             problems = [row for row in rows if row.id not in overlaps]
             for number, row in enumerate(rows, 1):
                 if row.id in overlaps:
@@ -146,7 +146,7 @@ def gather_problems(
     if keep:
         if source:
             run.mark_started("problems")
-            kept = filter(from_feedback, run.read("problems.jsonl", Problem))
+            kept = filter(from_feedback, run.read("problems.jsonl", Problem, whole=False))
             run.replace("problems.jsonl", [*kept, *problems])
         run.replace_drops(["problems"], drops)
         run.sign("problems", {**inputs, "problems": run.file_digest("problems.jsonl")}, report)
@@ -158,10 +158,10 @@ def _overlapping(run: Run) -> set[Question]:
     return {(drop.id, drop.raw) for drop in drops if (drop.stage, drop.reason) == ("problems", OVERLAPS)}
 
 
-def trainable_problems(run: Run) -> list[Problem]:
+def trainable_problems(run: Run, whole: bool = True) -> list[Problem]:
     """The run's problems without those that overlap a question to avoid, which an imported problems.jsonl still holds."""
-    left_out = _overlapping(run)
-    return [row for row in run.rows("problems.jsonl", Problem) if (row.id, row.question) not in left_out]
+    left_out, rows = _overlapping(run), run.rows("problems.jsonl", Problem, whole)
+    return [row for row in rows if (row.id, row.question) not in left_out]
 
 
 def _drop(problem: Problem, reason: str, detail: str) -> Drop:

@@ -7,11 +7,12 @@ from sclite import evaluation, exports, pipeline
 from sclite.config import Config
 from sclite.context import Context
 from sclite.data.problems import gather_problems, split_problems
+from sclite.errors import UsageError
 from sclite.evaluate.evaluate import HeldOut
 from sclite.evaluate.results import result_folder
 from sclite.progress import ProgressDisplay
 from sclite.quickstart import tutor
-from sclite.quickstart.problem_sets import problem_set
+from sclite.quickstart.problem_sets import HELD_OUT, problem_set
 from sclite.quickstart.tutor_provider import MODEL, register
 from sclite.records import Problem, from_feedback
 from sclite.run import Run
@@ -60,10 +61,13 @@ def quickstart(config: Config, quiet: bool = False, fresh: bool = False) -> dict
     """
     run = Run(config.run)
     share = config.problems.fit_share
-    before = run.read("problems.jsonl", Problem, whole=False)
+    before = run.read("problems.jsonl", Problem, whole=run.is_imported("problems", "problems.jsonl"))
     judged = list(filter(from_feedback, before))
-    known = len(before) - len(judged)
-    count = config.problems.limit or round(known * (1 - share)) or PROBLEMS
+    known = [row.question for row in before if not from_feedback(row)]
+    ours = {row.question for row in (*problem_set("train", len(known)), *problem_set("threshold", HELD_OUT))}
+    if not ours.issuperset(known):
+        raise UsageError(f"{run.folder} has problems of its own", "choose another folder with --run")
+    count = config.problems.limit or round(len(known) * (1 - share)) or PROBLEMS
     fitting = problem_set("threshold", round(count * share / (1 - share)))
     found = [*problem_set("train", count), *fitting]
     run.replace("problems.jsonl", [*judged, *found])

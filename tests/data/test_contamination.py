@@ -169,4 +169,24 @@ def test_run_keeps_its_problems_if_others_are_to_be_avoided(write, run, capsys, 
         os.remove(source)
     chosen = settings(f"problems.source={source}", f"{key}={write('e.jsonl', plain('What is 1 + 1?'))}")
     assert gather_problems(chosen, run, reread=gone) == before == run.read("problems.jsonl", Problem)
-    assert "has changed since the problems were read" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "has changed since the problems were read: `sclite build-data`, with the same --limit" in said
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_what_was_left_out_leaves_out_no_other_problem(write, run, own):
+    rows = [plain(f"Why? {LONG}", id="left"), plain("Other?", id="other"), plain(f"{LONG}. Who?", id="new")]
+    source = "" if own else f"problems.source={write('p.jsonl', *rows[:2])}"
+    if own:
+        run.replace("problems.jsonl", [Problem.model_validate(row) for row in rows[:2]])
+    measured = f"eval.source={write('e.jsonl', rows[0])}"
+    chosen = [name for name in (source, measured) if name]
+    assert [p.id for p in gather_problems(settings(*chosen), run)] == ["other"]
+    run.path("sft").mkdir()
+    if own:
+        run.replace("problems.jsonl", [Problem.model_validate(row) for row in rows])
+    else:
+        write("p.jsonl", *rows)
+    assert [p.id for p in gather_problems(settings(*chosen[:-1]), run)] == ["other", "new"]
+    (drop,) = run.read("dropped.jsonl", Drop)
+    assert drop.detail.endswith("with an earlier set to avoid")

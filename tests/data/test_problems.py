@@ -1,14 +1,16 @@
 """The problems of a run: distinct rows of a source, kept in the run, and split between the stages."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
 from sclite import config
 from sclite.config import Source
 from sclite.data.problems import gather_problems, load_problems, split_for_stages, split_problems
-from sclite.errors import DataError
+from sclite.errors import DataError, UsageError
 from sclite.records import Drop, Problem
+from sclite.run import Report
 from sclite.settings import load
 
 
@@ -146,7 +148,7 @@ def test_only_a_command_that_reads_the_problems_replaces_them(write, run, capsys
         assert kept.question == "What is 1 + 1?"
         assert run.path("problems.jsonl").read_bytes() == before
     if first != "own":
-        assert "problems.source is another one" in capsys.readouterr().err
+        assert "problems.source or its columns have changed" in capsys.readouterr().err
         gather_problems(config.Config(), run)  # not named for once: they are still those of a source
         (new,) = gather_problems(named(b), run)
         assert new.question == "What is 2 + 1?"
@@ -164,3 +166,89 @@ def test_a_kill_before_the_problems_are_signed_does_not_make_them_the_runs_own(w
             gather_problems(chosen, run)
     with run.recording(chosen):
         assert len(gather_problems(chosen, run)) == 1
+
+
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("edit", ["an answer", "a row"])
+def test_edited_problems_stay_until_their_source_is_read_again(write, run, edit, gone):
+    source = write("p.jsonl", *map(plain, range(9)))
+    name = f"problems.source={source}"
+    rows = gather_problems(load(None, [name, "problems.limit=4"], {}), run)
+    rows[0] = rows[0].model_copy(update={"answer": "one"})
+    edited = rows[1:] if edit == "a row" else rows
+    run.replace("problems.jsonl", edited)
+    if gone:
+        Path(source).unlink()
+    report = Report("problems")
+    assert gather_problems(load(None, [name], {}), run, report, reread=gone) == edited
+    assert run.read("problems.jsonl", Problem) == edited
+    assert (report.counts, report.skipped) == ({"problems": len(edited)}, True)
+
+
+def test_edited_problems_that_were_trained_on_stay_if_their_source_is_read(write, run):
+    name = f"problems.source={write('p.jsonl', plain(1), plain(2))}"
+    before = gather_problems(load(None, [name], {}), run)
+    run.path("sft").mkdir()
+    run.replace("problems.jsonl", [before[0].model_copy(update={"answer": "two"}), before[1]])
+    chosen = load(None, [name, f"eval.source={write('e.jsonl', plain(1))}"], {})
+    assert gather_problems(chosen, run) == before
+
+
+def test_new_rows_of_an_imported_file_are_checked(write, run):
+    rows = [Problem(id=str(n), **plain(n)) for n in range(3)]
+    chosen = load(None, [f"eval.source={write('e.jsonl', plain(1), plain(2))}"], {})
+    run.replace("problems.jsonl", rows[:2])
+    for found in (rows[:2], rows):
+        run.replace("problems.jsonl", found)
+        assert gather_problems(chosen, run, reread=False) == rows[:1]
+
+
+def test_a_missing_file_that_was_never_read_is_an_error(write, run):
+    gather_problems(load(None, [f"problems.source={write('p.jsonl', plain(1))}"], {}), run)
+    with pytest.raises(DataError, match=r"typo\.jsonl does not exist"):
+        gather_problems(load(None, ["problems.source=typo.jsonl"], {}), run)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_damaged_problems_are_restored_from_their_source_or_named(write, run, own):
+    """The user's own rows can only be fixed: no command writes them."""
+    given = [] if own else [f"problems.source={write('p.jsonl', *map(plain, range(3)))}"]
+    if own:
+        run.replace("problems.jsonl", [Problem(id=str(n), **plain(n)) for n in range(3)])
+    chosen, path = load(None, given, {}), run.path("problems.jsonl")
+    gather_problems(chosen, run)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"question"', b'"queston"', 1))
+    with pytest.raises(DataError, match=r"problems\.jsonl, line 1: question") as error:
+        gather_problems(chosen, run, reread=own)
+    assert error.value.hint.startswith("fix or remove the line, or ")
+    assert ("sclite build-data" in error.value.hint) is not own
+    if not own:
+        gather_problems(chosen, run)
+        assert path.read_bytes() == whole
+
+
+def test_a_file_has_several_names(write, run, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    write("p.jsonl", plain(1), plain(2))
+    before = gather_problems(load(None, ["problems.source=p.jsonl"], {}), run)
+    run.path("sft").mkdir()
+    write("e.jsonl", plain(1))
+    for name in ("./p.jsonl", str(tmp_path / "p.jsonl")):
+        for reread in (False, True):
+            chosen = load(None, [f"problems.source={name}", "eval.source=e.jsonl"], {})
+            assert gather_problems(chosen, run, reread=reread) == before
+    assert capsys.readouterr().err == ""
+
+
+def test_own_problems_can_be_removed_for_those_of_a_source(write, run):
+    run.replace("problems.jsonl", [Problem(id="own", **plain(1))])
+    gather_problems(config.Config(), run)
+    chosen = load(None, [f"problems.source={write('p.jsonl', plain(2))}"], {})
+    with pytest.raises(UsageError, match="has other problems than"), run.recording(chosen):
+        pass
+    run.path("problems.jsonl").unlink()
+    with run.recording(chosen):
+        (found,) = gather_problems(chosen, run, reread=False)
+    assert found.question == "What is 2 + 1?"
+    assert not run.has_own_problems()

@@ -10,9 +10,11 @@ import pytest
 
 from sclite import pipeline
 from sclite.context import Context
+from sclite.errors import UsageError
 from sclite.progress import ProgressDisplay
 from sclite.quickstart import flow
 from sclite.quickstart.problem_sets import problem_set
+from sclite.records import Problem
 from sclite.run import Run
 from sclite.settings import load
 
@@ -147,6 +149,20 @@ def test_eval_without_dpo_and_results_per_dataset(quickstarted, tmp_path):
     fits = {key: fit for key, fit in thresholds.items() if key.startswith(summary["models"]["sft"]["gguf"])}
     assert fits
     assert after | fits == after  # fitted on more problems
+
+
+def test_problems_of_the_user_are_not_replaced(tmp_path, monkeypatch):
+    def stop(*_):
+        raise AssertionError("the quickstart goes on")
+
+    monkeypatch.setattr(pipeline, "build_templates", stop)
+    run = Run(tmp_path)
+    config = load(None, [f"run={tmp_path}"], {}, flow.DEFAULTS, own_file=False)
+    rows = [Problem(id=f"arithmetic-103-{n}", question=f"What is {n} + 1?", answer="1") for n in range(300)]
+    run.replace("problems.jsonl", rows)
+    with pytest.raises(UsageError, match="has problems of its own"):
+        flow.quickstart(config, quiet=True)
+    assert run.read("problems.jsonl", Problem) == rows
 
 
 def test_evaluation_on_other_problems_leaves_the_split_of_the_run(tmp_path, monkeypatch):
