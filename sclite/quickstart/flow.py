@@ -67,7 +67,9 @@ def quickstart(config: Config, quiet: bool = False, fresh: bool = False) -> dict
     ours = {row.question for row in (*problem_set("train", len(known)), *problem_set("threshold", HELD_OUT))}
     if not ours.issuperset(known):
         raise UsageError(f"{run.folder} has problems of its own", "choose another folder with --run")
-    count = config.problems.limit or round(len(known) * (1 - share)) or PROBLEMS
+    signed = run.manifest("problems")  # counts those of damaged lines too
+    total = max(len(known), signed["counts"]["problems"] if signed else 0)
+    count = config.problems.limit or round(total * (1 - share)) or PROBLEMS
     fitting = problem_set("threshold", round(count * share / (1 - share)))
     found = [*problem_set("train", count), *fitting]
     run.replace("problems.jsonl", [*judged, *found])

@@ -165,6 +165,26 @@ def test_problems_of_the_user_are_not_replaced(tmp_path, monkeypatch):
     assert run.read("problems.jsonl", Problem) == rows
 
 
+def test_a_damaged_problem_is_restored_and_none_is_lost_with_it(tmp_path, monkeypatch):
+    class TeacherCalled(BaseException):
+        pass
+
+    def stop(*_):
+        raise TeacherCalled
+
+    monkeypatch.setattr(pipeline, "build_templates", stop)
+    config, path = (
+        load(None, [f"run={tmp_path}"], {}, flow.DEFAULTS, own_file=False),
+        tmp_path / "problems.jsonl",
+    )
+    for _ in range(2):
+        with pytest.raises(TeacherCalled):
+            flow.quickstart(config, quiet=True)
+        whole = path.read_bytes()
+        assert whole.count(b"\n") == 1040
+        path.write_bytes(whole.replace(b'"question"', b'"queston"', 1))
+
+
 def test_evaluation_on_other_problems_leaves_the_split_of_the_run(tmp_path, monkeypatch):
     class TeacherCalled(BaseException):
         pass
