@@ -19,7 +19,8 @@ from sclite.evaluate.threshold import FITTED_ON, MIN_PROBLEMS, is_current, load_
 from sclite.grading.grader import Grader
 from sclite.records import Drop, Problem, Template
 from sclite.signature import digest
-from sclite.student.adapters import STUDENTS, gguf_path, source_digest
+from sclite.student.adapters import STUDENTS
+from sclite.student.ggufs import gguf_path, source_digest
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.work_counter import WorkCounter
 from sclite.train.metrics_logger import read_metrics
@@ -59,11 +60,10 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
     tested, fitting = split_for_stages(fresh, settings.fit_share, context.config.seed)
     if len(untrained) >= max(MIN_PROBLEMS, len(fitting)):
         tested, fitting = fresh, list(untrained)
-    used = set(context.run.read_json(FITTED_ON, list[str]) or ())
-    for problem in [problem for problem in tested if digest(problem.question) in used]:
-        tested.remove(problem)
-        why = {"reason": "used_for_threshold", "raw": problem.question}
-        drops.append(Drop(stage="eval", id=problem.id, **why))
+    fitted_on = set(context.run.read_json(FITTED_ON, list[str]) or ())
+    used = [problem for problem in tested if digest(problem.question) in fitted_on]
+    tested = [problem for problem in tested if problem not in used]
+    drops += [Drop(stage="eval", id=p.id, reason="used_for_threshold", raw=p.question) for p in used]
     context.run.replace_drops(["eval"], drops)
     if len(tested) < 5 or len(fitting) < 5:
         enough = ceil(8 / max(0.05, min(settings.fit_share, 1 - settings.fit_share)))

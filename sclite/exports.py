@@ -9,7 +9,8 @@ from sclite.errors import DataError
 from sclite.evaluate.threshold import MIN_PROBLEMS, ensure_threshold, is_current, load_threshold
 from sclite.records import Problem
 from sclite.run import Report
-from sclite.student.adapters import STUDENTS, adapter_weights, adapters_of, find_ggufs, gguf_path
+from sclite.student.adapters import STUDENTS, adapter_weights
+from sclite.student.ggufs import adapters_of, find_ggufs, gguf_path
 from sclite.student.step_scores import Cutoff
 
 REVIEW_OFF = "review is off; turn it on with --self-correct"

@@ -14,7 +14,8 @@ from sclite.evaluate.threshold import FittedThreshold, store_threshold
 from sclite.progress import ProgressDisplay
 from sclite.records import Problem
 from sclite.run import Report, Run
-from sclite.student.adapters import adapter_weights, inputs_of
+from sclite.student.adapters import adapter_weights
+from sclite.student.ggufs import inputs_of
 from sclite.student.step_scores import Cutoff
 from tests.toy import ScriptedStudent
 

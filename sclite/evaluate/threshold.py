@@ -288,11 +288,12 @@ def find_threshold(
 ) -> FittedThreshold | None:
     """What was fitted on a file with these prompts and weights, for this `review.max_harm` or the next lower, else higher one."""
     wanted = config.review.max_harm
+
+    def distance(fit: FittedThreshold) -> tuple[bool, float]:
+        return fit.max_harm > wanted, abs(fit.max_harm - wanted)
+
     fits = [each for key, each in known.items() if key.startswith(gguf_digest) and each.is_for(config)]
-    newest_first = reversed(fits)
-    return min(
-        newest_first, key=lambda each: (each.max_harm > wanted, abs(each.max_harm - wanted)), default=None
-    )
+    return min(reversed(fits), key=distance, default=None)  # the newest of equals
 
 
 def load_threshold(config: Config, run: Run, gguf: Path) -> FittedThreshold | None:

@@ -14,7 +14,8 @@ from sclite import __version__, prompts
 from sclite.config import Config
 from sclite.records import Drop, Review, from_feedback
 from sclite.run import Run
-from sclite.student.adapters import STUDENTS, adapter_weights, source_digest
+from sclite.student.adapters import STUDENTS, adapter_weights
+from sclite.student.ggufs import source_digest
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
 

@@ -23,7 +23,8 @@ from sclite.export.reference import Trained, compute_references, format_size
 from sclite.export.samples import Sample, read_samples, solve_chats, split_samples
 from sclite.files import sync, write_text
 from sclite.run import Report, Run, timed
-from sclite.student.adapters import LORA_FILE, STUDENTS, adapter_weights, adapters_of, inputs_of
+from sclite.student.adapters import STUDENTS, adapter_weights
+from sclite.student.ggufs import LORA_FILE, adapters_of, inputs_of
 from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.loader import check_tokenizer, fetch_model, load_tokenizer, model_name, read_config
 from sclite.student.origin import FILE as RECORD_OF_ORIGIN

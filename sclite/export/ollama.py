@@ -14,9 +14,9 @@ from sclite.export.chat_format import derive_format
 from sclite.export.tensors import read_json
 from sclite.files import write_text
 from sclite.run import Run
-from sclite.student.adapters import gguf_path
 from sclite.student.base import Request
 from sclite.student.chat_template import render_chat
+from sclite.student.ggufs import gguf_path
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.sequence import TokenSequence
 from sclite.student.ollama_api import call_ollama, ollama_url

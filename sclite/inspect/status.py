@@ -27,7 +27,8 @@ from sclite.records import Drop, Problem
 from sclite.run import Run
 from sclite.settings import FILE as SETTINGS
 from sclite.signature import differences
-from sclite.student.adapters import STUDENTS, adapter_weights, gguf_path, inputs_of, source_digest
+from sclite.student.adapters import STUDENTS, adapter_weights
+from sclite.student.ggufs import gguf_path, inputs_of, source_digest
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
 from sclite.train.metrics_logger import read_metrics

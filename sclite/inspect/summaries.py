@@ -78,15 +78,15 @@ def print_train(
 def print_export(
     context: "Context",
     report: Report,
-    same: Sequence[str],
+    settings: Sequence[str],
     compared: Mapping[str, Any] | None,
     fitted: bool,
     json: bool,
 ) -> None:
     """Print the GGUF, and the next command.
 
-    `same` are the settings that make the same file again; `compared` is what the model created in Ollama says, None without one;
-    `fitted` whether a threshold is known.
+    `settings` make the same file again; `compared` is what the model created in Ollama says, None without one; `fitted` whether
+    a threshold is known.
     """
     from sclite.export.parity import summarize
     from sclite.student.loader import EMBEDDED
@@ -115,8 +115,8 @@ def print_export(
         command = "train" if context.students()[-1] == "dpo" else "eval PROBLEMS"  # train fits DPO's alone
         if context.config.student.model == EMBEDDED and context.run.has_own_problems():
             command = "quickstart"  # its problems are split in another way, whatever sclite.toml says
-        settings = "".join(f" --set {quote(each)}" for each in same)
-        _print_command("Next", f"sclite {command} --run {run}{settings}", " (fits the review threshold)")
+        flags = "".join(f" --set {quote(each)}" for each in settings)
+        _print_command("Next", f"sclite {command} --run {run}{flags}", " (fits the review threshold)")
 
 
 def print_files(what: str, report: Report, license: str, json: bool) -> None:

@@ -1,14 +1,11 @@
-"""LoRA adapters: which layers get one, check one on disk, load its weights; and the GGUFs made from them."""
+"""LoRA adapters: which layers get one, check one on disk, load its weights."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-from sclite.config import Config
 from sclite.errors import DataError, UsageError
-from sclite.run import Run
-from sclite.signature import digest
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -16,9 +13,6 @@ if TYPE_CHECKING:
 
 STUDENTS = ("base", "sft", "dpo")
 """The students of a run in the order of training; all but the base model are adapters."""
-
-LORA_FILE = "-lora.gguf"
-"""How the GGUF of an adapter alone ends."""
 
 
 def adapter_weights(stage: str) -> str:
@@ -103,40 +97,3 @@ def load_adapter(model: "PeftModel", folder: Path) -> None:
     missing, unexpected = keys
     if wrong := [*unexpected, *(name for name in missing if ".lora_" in name)]:
         raise DataError(f"{message}: {wrong[0]} and {len(wrong) - 1} more differ", hint)
-
-
-def gguf_path(run: Run, name: str, config: Config) -> Path:
-    """The GGUF of base, sft or dpo; of several quantization types, the first."""
-    return run.path(f"export/{name}-{config.export.types[0]}.gguf")
-
-
-def source_digest(config: Config, run: Run, name: str) -> str:
-    """A short hash of what the GGUF of base, sft or dpo is made from, for any quantization type."""
-    return digest({**inputs_of(config, run, name), "quant": ""})
-
-
-def inputs_of(config: Config, run: Run, name: str) -> dict[str, Any]:
-    """What decides the GGUF of base, sft or dpo."""
-    return {
-        "adapter": run.file_digest(adapter_weights(name)) if name != "base" else "",
-        "student": digest(config.student.model),
-        "quant": config.export.quant,
-        "imatrix": config.export.imatrix,
-        "keep_template": config.export.keep_template,
-    }
-
-
-def adapters_of(run: Run, name: str) -> dict[str, str]:
-    """The GGUFs that were exported of base, sft or dpo, each with the digest of its adapter."""
-    if (manifest := run.manifest(f"export-{name}")) is None:
-        return {}
-    figures = manifest["figures"]
-    return figures.get("earlier", {}) | dict.fromkeys(figures["files"], manifest["inputs"]["adapter"])
-
-
-def find_ggufs(run: Run, name: str) -> list[Path]:
-    """The GGUFs of base, sft or dpo that are made from its adapter, else those of which that is unknown. Reads no GGUF."""
-    adapter, known = run.file_digest(adapter_weights(name)), adapters_of(run, name)
-    found = [path for path in run.path("export").glob(f"{name}-*.gguf") if not path.name.endswith(LORA_FILE)]
-    made = [path for path in found if adapter and known.get(path.name) == adapter]
-    return made or [path for path in found if not adapter or path.name not in known]

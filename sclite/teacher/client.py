@@ -69,9 +69,7 @@ class Result(Generic[T]):
     raw: str  # the last reply in any case
     requests: int  # the number of replies
     entry: Entry | None = None  # the last reply in the ledger
-    sent: bool = field(
-        default=False, compare=False
-    )  # whether any request was sent, not answered by the ledger
+    sent: bool = field(default=False, compare=False)  # False if the ledger had all replies
 
 
 @dataclass(frozen=True)

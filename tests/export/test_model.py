@@ -32,7 +32,8 @@ from sclite.export.samples import Sample, split_samples
 from sclite.progress import ProgressDisplay
 from sclite.records import Template
 from sclite.run import Report, Run
-from sclite.student.adapters import adapter_weights, gguf_path, source_digest
+from sclite.student.adapters import adapter_weights
+from sclite.student.ggufs import gguf_path, source_digest
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.loader import load_tokenizer, nf4_config

@@ -15,7 +15,7 @@ from sclite.inspect.status import OUTPUTS, Stage, next_command, read_status
 from sclite.records import FEEDBACK, Attempt, Drop, Feedback, Problem, Review, Template
 from sclite.run import Report, Run
 from sclite.settings import load
-from sclite.student.adapters import inputs_of, source_digest
+from sclite.student.ggufs import inputs_of, source_digest
 from sclite.teacher.ledger import Ledger
 from sclite.train.stage import training_inputs
 from tests.toy import pay

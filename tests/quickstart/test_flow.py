@@ -151,11 +151,22 @@ def test_eval_without_dpo_and_results_per_dataset(quickstarted, tmp_path):
     assert after | fits == after  # fitted on more problems
 
 
-def test_problems_of_the_user_are_not_replaced(tmp_path, monkeypatch):
+class TeacherCalled(BaseException):
+    """The quickstart has its problems and goes on."""
+
+
+@pytest.fixture
+def before_templates(monkeypatch):
+    """The quickstart ends before its templates, with TeacherCalled."""
+
     def stop(*_):
-        raise AssertionError("the quickstart goes on")
+        raise TeacherCalled
 
     monkeypatch.setattr(pipeline, "build_templates", stop)
+
+
+@pytest.mark.usefixtures("before_templates")
+def test_problems_of_the_user_are_not_replaced(tmp_path):
     run = Run(tmp_path)
     config = load(None, [f"run={tmp_path}"], {}, flow.DEFAULTS, own_file=False)
     rows = [Problem(id=f"arithmetic-103-{n}", question=f"What is {n} + 1?", answer="1") for n in range(300)]
@@ -165,18 +176,10 @@ def test_problems_of_the_user_are_not_replaced(tmp_path, monkeypatch):
     assert run.read("problems.jsonl", Problem) == rows
 
 
-def test_a_damaged_problem_is_restored_and_none_is_lost_with_it(tmp_path, monkeypatch):
-    class TeacherCalled(BaseException):
-        pass
-
-    def stop(*_):
-        raise TeacherCalled
-
-    monkeypatch.setattr(pipeline, "build_templates", stop)
-    config, path = (
-        load(None, [f"run={tmp_path}"], {}, flow.DEFAULTS, own_file=False),
-        tmp_path / "problems.jsonl",
-    )
+@pytest.mark.usefixtures("before_templates")
+def test_a_damaged_problem_is_restored_and_none_is_lost_with_it(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    config = load(None, [f"run={tmp_path}"], {}, flow.DEFAULTS, own_file=False)
     for _ in range(2):
         with pytest.raises(TeacherCalled):
             flow.quickstart(config, quiet=True)
@@ -185,14 +188,8 @@ def test_a_damaged_problem_is_restored_and_none_is_lost_with_it(tmp_path, monkey
         path.write_bytes(whole.replace(b'"question"', b'"queston"', 1))
 
 
+@pytest.mark.usefixtures("before_templates")
 def test_evaluation_on_other_problems_leaves_the_split_of_the_run(tmp_path, monkeypatch):
-    class TeacherCalled(BaseException):
-        pass
-
-    def stop(*_):
-        raise TeacherCalled
-
-    monkeypatch.setattr(pipeline, "build_templates", stop)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(TeacherCalled):
         flow.quickstart(load(None, [], {}, flow.DEFAULTS, own_file=False), quiet=True)
