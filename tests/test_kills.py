@@ -31,7 +31,7 @@ MARKS = {
     "eval": "export/threshold.json",
 }
 """Each stage is killed as soon as this file has a line, or this folder a file."""
-TIMED = ("seconds", "seconds_first", "fed", "fed_first", "signature")
+TIMED = ("seconds", "seconds_first", "prefill", "prefill_first", "signature")
 
 
 def start(folder: Path, arguments: Sequence[str]) -> subprocess.Popen:

@@ -87,9 +87,9 @@ class Answer:
         return self.first.tokens + (self.review.tokens if self.review is not None else 0)
 
     @property
-    def fed(self) -> int:
+    def prefill(self) -> int:
         """The tokens of all prompts that were computed, not found in the cache."""
-        return self.first.fed_tokens + (self.review.fed if self.review is not None else 0)
+        return self.first.prefill_tokens + (self.review.prefill if self.review is not None else 0)
 
     def as_json(self) -> dict[str, object]:
         """The answer as `sclite chat --json` prints it."""
@@ -108,7 +108,7 @@ class Answer:
             }
         return row | {
             "tokens": self.tokens,
-            "fed_tokens": self.fed,
+            "prefill_tokens": self.prefill,
             "seconds": round(self.seconds, 3),
             "review_seconds": round(self.review_seconds, 3),
             "note": self.note,

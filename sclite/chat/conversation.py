@@ -97,7 +97,7 @@ class Chat:
             rate = answer.tokens / max(answer.seconds, 1e-3)
             cost = f"{answer.tokens} tokens, {rate:.0f} tokens/s"
             if answer.review is not None:
-                cost += f"; review {answer.review_seconds:.1f} s, {answer.review.fed} prompt tokens"
+                cost += f"; review {answer.review_seconds:.1f} s, {answer.review.prefill} prompt tokens"
             if self.context:
                 cost += f"; context {answer.first.prompt_tokens + answer.first.tokens}/{self.context}"
             console.note(f"  [dim]{cost}[/]")

@@ -194,14 +194,14 @@ def reviewed(end: End) -> dict[str, Any]:
 
 
 def usage(items: Sequence[Piece | End]) -> dict[str, Any]:
-    """The token counts of a response: the prompt once, and all that was written; `sclite` has tokens fed and seconds."""
+    """The token counts of a response: the prompt once, and all that was written; `sclite` has prefilled tokens and seconds."""
     ends = [item for item in items if isinstance(item, End)]
     prompt, written = max(end.prompt_tokens for end in ends), sum(end.tokens for end in ends)
     answers = [end.answer for end in ends if end.answer is not None]
     cost = {
-        "fed_tokens": sum(end.fed_tokens for end in ends),
+        "prefill_tokens": sum(end.prefill_tokens for end in ends),
         "review_tokens": sum(each.tokens - each.first.tokens for each in answers),
-        "review_fed_tokens": sum(each.fed - each.first.fed_tokens for each in answers),
+        "review_prefill_tokens": sum(each.prefill - each.first.prefill_tokens for each in answers),
         "seconds": round(max(end.seconds for end in ends), 3),
         "review_seconds": round(max((each.review_seconds for each in answers), default=0.0), 3),
     }

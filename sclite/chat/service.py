@@ -95,7 +95,7 @@ class End:
     finish: str
     prompt_tokens: int
     tokens: int
-    fed_tokens: int
+    prefill_tokens: int
     seconds: float
     answer: Answer | None = None
 
@@ -207,7 +207,7 @@ class Service:
                 if isinstance(item, End):
                     left -= 1
                     self.counts['tokens_total{kind="prompt"}'] += item.prompt_tokens
-                    self.counts['tokens_total{kind="fed"}'] += item.fed_tokens
+                    self.counts['tokens_total{kind="prefill"}'] += item.prefill_tokens
                     self.counts['tokens_total{kind="generated"}'] += item.tokens
                     if item.answer is not None and item.answer.review is not None:
                         self.counts["reviewed_total"] += 1
@@ -247,7 +247,7 @@ class Service:
                 stop = next((stop for stop in asked.stops if held.endswith(stop)), "")
                 yield Piece(index, "content", held.removesuffix(stop))
                 finish = "length" if found.finish == "length" else "stop"
-                counts = found.prompt_tokens, found.tokens, found.fed_tokens
+                counts = found.prompt_tokens, found.tokens, found.prefill_tokens
                 yield End(index, finish, *counts, time.monotonic() - began)
 
     def _reviewed(
@@ -287,7 +287,7 @@ class Service:
                 if settings.mode or asked.stops:
                     yield Piece(index, "content", content[: min(ends, default=len(content))])
                 finish = "length" if event.first.finish == "length" and not ends else "stop"
-                counts = event.first.prompt_tokens, event.tokens, event.fed
+                counts = event.first.prompt_tokens, event.tokens, event.prefill
                 yield End(index, finish, *counts, event.seconds, event)
 
 

@@ -83,8 +83,8 @@ def review_answers(
                 cut=reply.finish == "length",
                 tokens1=reply.tokens,
                 tokens2=own.tokens,
-                fed1=reply.fed_tokens,
-                fed2=own.fed,
+                prefill1=reply.prefill_tokens,
+                prefill2=own.prefill,
                 note=own.note,
             )
         )
@@ -164,7 +164,7 @@ def evaluate_model(
         "off": off,
         "correction_rate_given_location": located_correction_rate(student, rows, first, config, grader),
         "tokens_first": sum(o.tokens1 for o in rows) / max(1, len(rows)),
-        "fed_first": sum(o.fed1 for o in rows) / max(1, len(rows)),
+        "prefill_first": sum(o.prefill1 for o in rows) / max(1, len(rows)),
         "seconds": round((between - began + ended - reviewing) / max(1, len(rows)), 4),
         "seconds_first": round((between - began) / max(1, len(rows)), 4),
     }

@@ -20,7 +20,7 @@ class Outcome(Row):
 
     If no review accuses anything, the first answer stands and `correct2` is `correct1`. `true_step` None with
     `true_known`: no step is wrong. `step_labels` end at the first wrong step: one that follows from it is neither right
-    nor wrong. `tokens1` and `tokens2` were generated, `fed1` and `fed2` computed of the prompts.
+    nor wrong. `tokens1` and `tokens2` were generated, `prefill1` and `prefill2` computed of the prompts.
     """
 
     id: str
@@ -41,8 +41,8 @@ class Outcome(Row):
     cut: bool = False
     tokens1: int = 0
     tokens2: int = 0
-    fed1: int = Field(0, exclude=True)  # depends on the cache, so it is not part of a row that is written
-    fed2: int = Field(0, exclude=True)
+    prefill1: int = Field(0, exclude=True)  # depends on the cache, so it is not part of a row that is written
+    prefill2: int = Field(0, exclude=True)
     note: str = ""
 
     @cached_property
@@ -120,7 +120,7 @@ def compute_metrics(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: in
     parts = [_weighted_auc(scores, wrong, part[:, rows]) for part in np.array_split(samples, 16)]
     figures["auc_interval"] = _interval(np.concatenate(parts)) if steps else None
     figures["tokens"] = sum(o.tokens1 + o.tokens2 for o in known) / n if n else None
-    figures["fed"] = sum(o.fed1 + o.fed2 for o in known) / n if n else None
+    figures["prefill"] = sum(o.prefill1 + o.prefill2 for o in known) / n if n else None
     return figures
 
 

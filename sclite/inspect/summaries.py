@@ -164,7 +164,7 @@ def print_results(summary: Mapping[str, Any]) -> None:
     for name, figures in summary["models"].items():
         if figures["tokens"]:
             cost = "{:.0f} tokens generated, {:.0f} prompt tokens, {:.2f} s"
-            keys = ("tokens", "fed", "seconds")
+            keys = ("tokens", "prefill", "seconds")
             first = [figures[f"{key}_first"] for key in keys]
             review = [max(0, figures[key] - spent) for key, spent in zip(keys, first, strict=True)]
             text = f"answer {cost.format(*first)}; review {cost.format(*review)}"

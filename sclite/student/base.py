@@ -35,7 +35,7 @@ class Reply:
     prompt_tokens: int
     finish: str
     error: str | None = None
-    fed_tokens: int = field(default=0, compare=False)
+    prefill_tokens: int = field(default=0, compare=False)
     """Tokens of the prompt that were computed, not found in a cache."""
 
 
@@ -62,7 +62,7 @@ class Scores:
     index: int
     log_odds: tuple[float, ...]
     prompt_tokens: int
-    fed_tokens: int = field(default=0, compare=False)
+    prefill_tokens: int = field(default=0, compare=False)
 
 
 class Student(Protocol):

@@ -115,7 +115,7 @@ def _read(request: Request, result: Result) -> Reply:
     text, prompt_tokens = _up_to_stop(entry.text, request.stop), entry.prompt_tokens or 0
     finish = "length" if cut_off and not text.endswith(tuple(request.stop)) else "stop"
     counts = entry.completion_tokens or 0, prompt_tokens
-    return Reply(index, text, *counts, finish, fed_tokens=prompt_tokens)
+    return Reply(index, text, *counts, finish, prefill_tokens=prompt_tokens)
 
 
 def _up_to_stop(text: str, stops: tuple[str, ...]) -> str:

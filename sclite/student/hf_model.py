@@ -88,7 +88,7 @@ class HFModel(Student):
                 for stop in request.stop:
                     if stop in text:
                         text, finish = text[: text.index(stop) + len(stop)], "stop"
-                yield Reply(index, text, len(new), len(prompt), finish, fed_tokens=len(prompt))
+                yield Reply(index, text, len(new), len(prompt), finish, prefill_tokens=len(prompt))
             start += len(batch)
 
     def stream(

@@ -43,7 +43,7 @@ class Reviewed:
     `trace` is the new solution (None: the attempt stands). `scores` are the log-odds (nats) that each step is wrong: the
     weighted mean of those of review and confidence.
     `accused` is the step that cause and correction belong to, also if its correction changes nothing (SAME_RESULT).
-    `note` says why a review was abandoned; `tokens` counts what the review generated, `fed` the tokens of
+    `note` says why a review was abandoned; `tokens` counts what the review generated, `prefill` the tokens of
     its prompts that were not in the cache.
     """
 
@@ -54,7 +54,7 @@ class Reviewed:
     correction: str | None = None
     tokens: int = 0
     note: str = ""
-    fed: int = 0
+    prefill: int = 0
 
     @property
     def answer(self) -> str | None:
@@ -169,14 +169,14 @@ def stream(
 def review(question: str, attempt: Trace, settings: ReviewSettings, mode: str) -> Script[Reviewed]:
     """Review an attempt, guided or free, and count the tokens that it feeds."""
     script = (guided if mode == "guided" else free)(question, attempt, settings)
-    fed, answer = 0, None
+    prefill, answer = 0, None
     while True:
         try:
             ask = script.send(answer)
         except StopIteration as end:
-            return replace(end.value, fed=fed)
+            return replace(end.value, prefill=prefill)
         answer = yield ask
-        fed += answer.fed_tokens if answer is not None else 0
+        prefill += answer.prefill_tokens if answer is not None else 0
 
 
 # -- guided ------------------------------------------------------------------------------------------------------------

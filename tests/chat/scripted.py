@@ -28,12 +28,12 @@ class Scripted(Student):
             self.asked.append(request)
             kind = 0 if not request.pieces else 1 if request.pieces[-1] == "<Cause>" else 2
             if request.messages[-1]["content"].count("word") > 99:
-                yield Reply(index, "", 5, 20, "error", "too long", fed_tokens=2)
+                yield Reply(index, "", 5, 20, "error", "too long", prefill_tokens=2)
             else:
-                yield Reply(index, self.texts[kind], 5, 20, self.finish, fed_tokens=2)
+                yield Reply(index, self.texts[kind], 5, 20, self.finish, prefill_tokens=2)
 
     def score(self, requests):
-        yield Scores(0, self.scores or (float("nan"),) * len(requests[0].marks), 5, fed_tokens=3)
+        yield Scores(0, self.scores or (float("nan"),) * len(requests[0].marks), 5, prefill_tokens=3)
 
 
 CORRECTING = {"text": WRONG, "scores": (-2.0, 3.0, -1.0), "correction": CORRECTION}

@@ -73,7 +73,7 @@ def test_json_gives_one_object_per_question(monkeypatch, capsys, run):
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert (first["answer"], first["accused"], first["correction"]) == ("6", 2, "4 + 1 = 5")
     assert first["step_scores"] == [-2.0, 3.0, -1.0]
-    assert (first["tokens"], first["fed_tokens"]) == (15, 9)
+    assert (first["tokens"], first["prefill_tokens"]) == (15, 9)
     assert second["error"] == "cannot answer the question: too long"
     chatted(monkeypatch, run, Scripted(), None, question="How many?", as_json=True, off="review is off: why")
     found = json.loads(capsys.readouterr().out)

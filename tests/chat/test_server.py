@@ -114,7 +114,7 @@ def test_streamed_reply_has_the_same_text_and_the_reasoning_first(scripted):
     assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "stop"
     assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (20, 15)
     cost = last.usage.sclite
-    assert (cost["fed_tokens"], cost["review_tokens"], cost["review_fed_tokens"]) == (9, 10, 7)
+    assert (cost["prefill_tokens"], cost["review_tokens"], cost["review_prefill_tokens"]) == (9, 10, 7)
     assert cost["seconds"] >= cost["review_seconds"] >= 0
 
 

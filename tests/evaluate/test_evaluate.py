@@ -138,10 +138,10 @@ def test_table_has_dashes_for_ungraded_answers_and_the_cost_of_the_review(capsys
     shown = table_of(capsys, rows)
     assert shown.split("dpo")[1].split("\n")[0].split() == ["–"] * 8
     assert "3 answers could not be graded" in shown
-    fed = {"tokens1": 30, "tokens2": 4, "fed1": 9, "fed2": 50}
-    rows = [Outcome(id=str(i), correct1=True, correct2=True, **WHOLE, **fed) for i in range(2)]
-    assert "fed1" not in rows[0].model_dump()
-    shown = table_of(capsys, rows, tokens_first=30, fed_first=9, seconds_first=0.5, seconds=0.75)
+    tokens = {"tokens1": 30, "tokens2": 4, "prefill1": 9, "prefill2": 50}
+    rows = [Outcome(id=str(i), correct1=True, correct2=True, **WHOLE, **tokens) for i in range(2)]
+    assert "prefill1" not in rows[0].model_dump()
+    shown = table_of(capsys, rows, tokens_first=30, prefill_first=9, seconds_first=0.5, seconds=0.75)
     said = "answer 30 tokens generated, 9 prompt tokens, 0.50 s; review 4 tokens generated, 50 prompt tokens, 0.25 s"
     assert f"dpo, per problem: {said}" in " ".join(shown.split())
 

@@ -287,16 +287,16 @@ class Engine:
                 yield Scores(index, (float("nan"),) * len(request.marks), len(ids))
             else:
                 owner.update(dict.fromkeys(parts, index))
-        missing, fed = Counter(owner.values()), Counter[int]()
+        missing, prefill = Counter(owner.values()), Counter[int]()
         # few slots: one after another in one slot, so that the solution stays in another one's cache for the continuation
         runs = [[part] for part in owner] if self.parallel < FEW else [list(owner)]
         for done in chain.from_iterable(self.scheduler.run(run, cancel) for run in runs):
             index = owner[done]
             missing[index] -= 1
-            fed[index] += done.computed
+            prefill[index] += done.computed
             if not missing[index]:
                 odds = tuple(log_odds(*pair) for pair in marks.pop(index))
-                yield Scores(index, odds, lengths[index], fed[index])
+                yield Scores(index, odds, lengths[index], prefill[index])
 
     def log_probabilities(self, ids: Sequence[int]) -> np.ndarray:
         """log p of every token after each of the ids: float64 (len(ids), vocabulary_size)."""

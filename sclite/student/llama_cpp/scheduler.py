@@ -1,6 +1,6 @@
 """Many sequences at once in one llama.cpp context: slots, mixed batches, shared prefixes.
 
-A sequence is fed from `fed` to the end of its ids; prefill and decoding are the same operation. A finished sequence's
+A sequence is decoded from `past` to the end of its ids; prefill and decoding are the same operation. A finished sequence's
 slot goes to the next one in the queue before the next batch, so a batch is always as full as the queue allows. The cache
 of a slot is kept until its space is needed, and a new sequence with the same prefix copies it instead of computing it.
 Only the scheduler's own thread touches the context: callers wait for events, so Ctrl-C never stops it halfway.
@@ -174,10 +174,10 @@ class Scheduler:
         """
         self._admit()
         count, room = 0, MOST_READ
-        spans: list[tuple[_Slot, int, list[int]]] = []  # slot, fed up to, positions read
-        prompts_last = sorted(self.active.items(), key=lambda e: (len(e[1].ids) - e[1].fed > 1, e[0].number))
+        spans: list[tuple[_Slot, int, list[int]]] = []  # slot, decoded up to, positions read
+        prompts_last = sorted(self.active.items(), key=lambda e: (len(e[1].ids) - e[1].past > 1, e[0].number))
         for slot, sequence in prompts_last:
-            start = sequence.fed
+            start = sequence.past
             stop = min(len(sequence.ids), start + self.size - count)
             wanted = sequence.wanted(start, stop)
             if len(wanted) > room:
@@ -238,7 +238,7 @@ class Scheduler:
         row = 0
         for slot, stop, positions in spans:
             sequence = self.active[slot]
-            sequence.fed = stop
+            sequence.past = stop
             if positions:
                 end = row + len(positions)
                 sequence.take(positions, rows[row:end], best[row:end], self.vocabulary)
@@ -272,7 +272,7 @@ class Scheduler:
                     continue
                 different = held[:length] != sequence.prompt[:length]
                 length = int(different.argmax()) if different.any() else length
-                cached = min(length, len(held) if owner is None else owner.fed)
+                cached = min(length, len(held) if owner is None else owner.past)
                 if length >= WORTH_SHARING and (length, cached) > (common, ready):
                     source, common, ready = other, length, cached
             ready = ready if ready >= WORTH_SHARING else 0
@@ -294,12 +294,12 @@ class Scheduler:
                     place = (0, ready) if self.unified else (-1, -1)
                     self.api.llama_memory_seq_cp(self.memory, source.number, slot.number, *place)
                 self.api.llama_memory_seq_rm(self.memory, slot.number, ready, -1)
-            sequence.fed = sequence.shared = ready
+            sequence.past = sequence.shared = ready
             sequence.computed += len(sequence.ids) - ready
             self.shared_tokens += ready
             self.active[slot] = sequence
 
     def _release(self, slot: _Slot) -> TokenSequence:
         sequence = self.active.pop(slot)
-        slot.kept, slot.freed_at = np.array(sequence.ids[: sequence.fed], dtype=np.int32), self.steps
+        slot.kept, slot.freed_at = np.array(sequence.ids[: sequence.past], dtype=np.int32), self.steps
         return sequence

@@ -45,7 +45,7 @@ class TokenSequence:
     finish: str = field(default="", init=False)
     error: str | None = field(default=None, init=False)
     prompt: np.ndarray = field(init=False)
-    fed: int = field(default=0, init=False)
+    past: int = field(default=0, init=False)
     shared: int = field(default=0, init=False)
     computed: int = field(default=0, init=False)
     """Ids that were not in the cache when the sequence was admitted."""

@@ -180,7 +180,7 @@ def test_decoding_sequences_are_in_slot_order(gguf, monkeypatch):
         decode = scheduler.api.llama_decode
 
         def watched(*arguments):
-            decoding = [slot.number for slot, seq in scheduler.active.items() if len(seq.ids) - seq.fed == 1]
+            decoding = [slot.number for slot, seq in scheduler.active.items() if len(seq.ids) - seq.past == 1]
             seen.append((sorted(decoding), scheduler.owners[: len(decoding)].tolist()))
             return decode(*arguments)
 
@@ -223,10 +223,12 @@ def test_next_request_with_the_same_prefix_uses_the_cache(engine):
     (second,) = engine.generate([Request(chat("How many apples?"), pieces=PIECES, max_tokens=3)])
     assert engine.scheduler.shared_tokens - before >= first.prompt_tokens - 1
     assert second.prompt_tokens > first.prompt_tokens
-    assert second.fed_tokens <= second.prompt_tokens - first.prompt_tokens + 1
+    assert second.prefill_tokens <= second.prompt_tokens - first.prompt_tokens + 1
     scored = ScoreRequest(chat("How many apples?"), PIECES, (0,), (OPTIONS,))
     after_the_mark = sum(len(engine.token_ids(piece)) for piece in PIECES[1:])
-    assert next(engine.score([scored])).fed_tokens == 1 + after_the_mark  # odds are read at the token before
+    assert (
+        next(engine.score([scored])).prefill_tokens == 1 + after_the_mark
+    )  # odds are read at the token before
 
 
 def test_reply_includes_the_stop_string(engine):
@@ -432,9 +434,9 @@ def test_solution_stays_in_the_cache_while_it_is_reviewed(gguf):
             solve, review = (chat(text, "Solve in steps. " * 9) for text in (question, f"Check {question}"))
             (first,) = engine.generate([Request(solve, max_tokens=30)])
             scored = next(engine.score([ScoreRequest(review, PIECES, (0, 2), (OPTIONS,) * 2, ("<Key>",))]))
-            assert 0 < scored.fed_tokens < 2 * scored.prompt_tokens
+            assert 0 < scored.prefill_tokens < 2 * scored.prompt_tokens
             (rest,) = engine.generate([Request(solve, (first.text[:20],), max_tokens=3)])
-            assert rest.fed_tokens <= 1 + len(engine.token_ids(first.text[:20]))
+            assert rest.prefill_tokens <= 1 + len(engine.token_ids(first.text[:20]))
 
 
 def test_engine_that_is_closed_ends_its_runs(gguf):
