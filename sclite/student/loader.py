@@ -301,6 +301,7 @@ def _load(
 
     if backend == "plain":
         from peft import get_peft_model
+        from peft.tuners.lora import LoraLayer
         from transformers import AutoModelForCausalLM
 
         trained = lora is not None and not lora.inference_mode
@@ -313,7 +314,13 @@ def _load(
         if lora is None:
             return model
         torch.manual_seed(config.seed)
-        return cast("PreTrainedModel", get_peft_model(model, lora))
+        student = get_peft_model(model, lora)
+        if trained:
+            # Training autocasts inputs to 16 bits. PEFT would convert each to float32 first.
+            for module in student.modules():
+                if isinstance(module, LoraLayer):
+                    module.cast_input_dtype_enabled = False
+        return cast("PreTrainedModel", student)
 
     from unsloth import FastLanguageModel
 
