@@ -86,3 +86,16 @@ def test_code_in_a_model_folder_never_runs(tmp_path):
         load_student(toy_config(folder), "sft")
     assert error.value.hint
     assert not ran.exists()
+
+
+def test_adapter_takes_the_16_bit_inputs_of_autocast_as_they_are(tmp_path, monkeypatch):
+    """PEFT would make float32 of each, and autocast 16 bits again."""
+    monkeypatch.setattr("sclite.student.loader.cpu_training_dtype", lambda _: torch.bfloat16)
+    model, _ = load_student(toy_config(tiny_llama(tmp_path / "student")), "sft", train=True)
+    seen = set()
+    for name, module in model.named_modules():
+        if "lora_A.default" in name:
+            module.register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert seen == {torch.bfloat16}
