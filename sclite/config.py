@@ -154,6 +154,7 @@ class Teacher(Section):
     extra: Object = setting({}, 'more request parameters (a TOML table or JSON): {"reasoning_effort": "low"}')
     inspector: str = setting("", "LiteLLM model name of a second model that checks each reply")
     inspector_api_base: Address = setting("", "base URL of the inspector's endpoint")
+    inspector_price: Prices = setting(None, "the inspector's US dollars per million input and output tokens")
 
     @field_validator("extra")
     @classmethod

@@ -57,7 +57,7 @@ class GpuMemoryError(DeviceError):
     def __init__(self, stage: str, micro_batch: int):
         super().__init__(
             f"{stage}: out of GPU memory at micro-batch size {micro_batch}",
-            f"lower {stage}.max_length or lora.r; `sclite train --plan` shows what fits",
+            f"lower {stage}.max_length{' or lora.r' * (stage == 'sft')}; `sclite train --plan` shows what fits",
         )
         self.stage, self.micro_batch = stage, micro_batch
 

@@ -98,13 +98,14 @@ def for_chat(
         with context.run.lock():
             export(context)
     path, review = find_gguf(context, model), context.config.review
-    if self_correct is False:
-        return path, None, REVIEW_OFF
+    fitted = load_threshold(context.config, context.run, path) if review.needs_fit else None
+    if self_correct is False:  # it can be switched on in the chat
+        cutoff = fitted.cutoff if fitted else None if review.needs_fit else Cutoff.of(review)
+        return path, cutoff, REVIEW_OFF
     if review.mode == "guided" and review.rounds == 0:
         return path, None, "review is off: review.rounds is 0"
     if not review.needs_fit:
         return path, Cutoff.of(review), ""
-    fitted = load_threshold(context.config, context.run, path)
     student = path.name.partition("-")[0] if model is None else ""
     others = find_ggufs(context.run, student) if student and fitted is None else ()
     for other in sorted(others, key=lambda other: -other.stat().st_size):

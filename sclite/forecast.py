@@ -8,7 +8,7 @@ from sclite import pipeline
 from sclite.context import Context
 from sclite.errors import DeviceError
 from sclite.progress import ProgressDisplay
-from sclite.records import Attempt, Template
+from sclite.records import Attempt, Problem, Template
 
 
 def estimate_cost(context: Context, part: str = "templates") -> dict[str, Any]:
@@ -28,6 +28,8 @@ def estimate_cost(context: Context, part: str = "templates") -> dict[str, Any]:
             hint = "run without --dry-run: it samples the attempts first, then shows what the rest will cost"
             attempts = deduplicate(run.require("attempts.jsonl", Attempt, hint))
             wrong = split_usable(attempts)[0] if count_pending_corrections(config, run) else []
+            known = {problem.id for problem in run.rows("problems.jsonl", Problem)}
+            wrong = [attempt for attempt in wrong if attempt.id in known]
             # a correction is half as long again as the attempt
             tokens = 1.5 * sum(len(row.trace) for row in wrong) / max(1, len(wrong)) / CHARACTERS_PER_TOKEN
             return teacher.preview(correction_jobs(config, run, grader, wrong), tokens, part)

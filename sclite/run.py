@@ -12,11 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 from sclite import __version__, console
 from sclite.config import Config
 from sclite.errors import DataError, ScliteError, UsageError
-from sclite.files import file_digest
-from sclite.files import sync as sync
-from sclite.files import write_text as write_text
-from sclite.manifest import Manifest
-from sclite.manifest import Report as Report
+from sclite.files import file_digest, sync, write_text
+from sclite.manifest import Manifest, Report
 from sclite.manifest import timed as timed
 from sclite.records import FEEDBACK, ROWS, Drop, Problem, Row, Template
 from sclite.settings import NOT_SAVED, RUN_FILE, load

@@ -39,7 +39,8 @@ def load(
     level resets a key to its default. Raises UsageError with all unknown keys and invalid values in one message, and
     DataError if run.toml is damaged.
     """
-    file = _read_file(path) if path is not None or own_file else {}
+    path = path or (Path(FILE) if own_file and Path(FILE).is_file() else None)
+    file = _read_file(path) if path is not None else {}
     variables: dict[str, Any] = {}
     flat = [key.replace(".", "_") for key in keys()]
     for name, value in sorted((os.environ if environment is None else environment).items()):
@@ -85,17 +86,14 @@ def load(
         raise UsageError(*_explain(error)) from None
 
 
-def _read_file(path: Path | None) -> dict[str, Any]:
-    found = path or Path(FILE)
-    if path is None and not found.is_file():
-        return {}
+def _read_file(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(found.read_text(encoding="utf-8-sig"))  # editors on Windows write a BOM
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a BOM
     except OSError as error:
-        message = f"cannot read the configuration {found}: {error.strerror}"
+        message = f"cannot read the configuration {path}: {error.strerror}"
         raise UsageError(message, "check --config") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{found}: {error}", "fix this line; the file is TOML") from error
+        raise UsageError(f"{path}: {error}", "fix this line; the file is TOML") from error
 
 
 def _merge(tree: dict[str, Any], other: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -167,7 +167,7 @@ def test_training_on_a_missing_gpu_suggests_the_cpu(sclite):
     ended = sclite("train", "--gpu", "0", *TOY)
     assert ended.code == 5
     assert "CUDA GPU 0 not found" in ended.error
-    assert "omit --gpu to train on the CPU" in ended.hint
+    assert "omit --gpu to train on the first GPU, or on the CPU if there is none" in ended.hint
 
 
 def test_a_damaged_row_of_the_run_is_named(sclite):

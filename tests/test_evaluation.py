@@ -102,6 +102,11 @@ def test_the_largest_measured_file_stands_in_for_one_without_threshold(tmp_path)
     )
     off = "review is off; turn it on with --self-correct"
     assert exports.for_chat(context, None, self_correct=False) == (folder / "dpo-q2_k.gguf", None, off)
+    # what /correct on takes
+    assert exports.for_chat(home, folder / "dpo-q8_0.gguf", False)[1] == Cutoff(1.0, 0.5)
+    given = Config.model_validate({"review": {"threshold": 2.0}})
+    context = Context(given, home.run, ProgressDisplay(quiet=True))
+    assert exports.for_chat(context, None, False)[1].threshold == 2.0
 
 
 def test_chat_says_why_review_is_off_and_what_turns_it_on(tmp_path):

@@ -31,6 +31,10 @@ class Settings:
     seed: int = 0
     prompt_folder: str = ""
 
+    def request(self, messages: prompts.Messages, stop: tuple[str, ...] = ()) -> Request:
+        """A request for one text."""
+        return Request(messages, (), self.max_tokens, self.temperature, self.top_p, self.seed, stop)
+
     @classmethod
     def of(cls, config: Config, cutoff: Cutoff | None, off: str) -> "Settings":
         """The settings of a configuration that corrects steps by a cutoff; without review if `off` says why."""
@@ -119,15 +123,8 @@ def solve_and_review(question: str, settings: Settings) -> Script[Answer]:
     """Solve a question, then review the solution. A failed reply is not reviewed."""
     began = time.monotonic()
     yield Writing("solution")
-    reply = yield Request(
-        prompts.solve_messages(question, settings.prompt_folder),
-        max_tokens=settings.max_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=settings.seed,
-    )
-    if not isinstance(reply, Reply):
-        reply = Reply(0, "", 0, 0, "error", "no reply")
+    reply = yield settings.request(prompts.solve_messages(question, settings.prompt_folder))
+    assert isinstance(reply, Reply)
     trace = parse(reply.text).trace
     if reply.finish == "error" or not trace.steps:
         note = reply.error or "the answer has no steps to review"
@@ -139,7 +136,10 @@ def solve_and_review(question: str, settings: Settings) -> Script[Answer]:
         reviewed = yield from review(question, trace, chosen, settings.mode)
     note = "" if reviewed is None else reviewed.note
     if reply.finish == "length":
-        note = f"the answer was cut off at {reply.tokens} tokens; increase max_tokens"
+        remedy = "increase max_tokens"
+        if 0 < reply.tokens < settings.max_tokens:
+            remedy = "the context is full: shorten the question, or increase eval.context"
+        note = f"the answer was cut off at {reply.tokens} tokens; {remedy}"
     elif trace.answer is None:
         note = note or "the steps reach no answer"
     ended = time.monotonic()

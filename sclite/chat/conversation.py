@@ -80,7 +80,10 @@ class Chat:
                 answer = view.answer
                 assert answer is not None  # the last event
                 failed = answer.first.finish == "error"
-                if not failed or not earlier or not self.context:  # an endpoint fails for other reasons
+                cut_off = answer.first.finish == "length" and answer.first.tokens < settings.max_tokens
+                if (
+                    not (failed or cut_off) or not earlier or not self.context
+                ):  # endpoints fail for other reasons
                     break
                 earlier = earlier[1:]  # too long: the oldest go first
         answer = replace(answer, question=question, asked=asked)
@@ -208,9 +211,12 @@ class Chat:
     def do_compare(self, _: str) -> None:
         """the base model's answer beside the trained one's"""
         answer = self.last(complete=True)
-        base = next(iter(sorted(self.path.parent.glob("base-*.gguf"))), None)
+        if not self.context:
+            raise UsageError(f"{self.name} is an endpoint: it has no base model here", "chat with a GGUF")
+        folders = (self.path.parent, self.run.path("export"))
+        base = next((path for folder in folders for path in sorted(folder.glob("base-*.gguf"))), None)
         if base is None:
-            message = f"there is no base-*.gguf beside {self.path.name}"
+            message = f"there is no base-*.gguf beside {self.path.name} or in the run"
             raise UsageError(message, "run `sclite eval PROBLEMS --models base`")
         with console.spinner(f"loading {base.name}"):
             engine = Engine(base, parallel=1, context=self.context)
@@ -234,17 +240,23 @@ class Chat:
         review = answer.review
         if review is None or not review.scores:
             hint = "/set mode guided, then /retry" if self.context else "only the steps of a GGUF have scores"
+            hint = answer.note or hint
             raise UsageError("the last answer has no scores", hint)
         rows, limit = [], self.settings.threshold
+        first = next((number for number, odds in enumerate(review.scores, 1) if odds > limit), None)
+        accused = first if review.accused is not None else None  # the scores are those of the first round
         steps = corrected(answer.trace).steps
         for number, (step, odds) in enumerate(zip(steps, review.scores, strict=False), 1):
-            flag = "flagged" if number == review.accused else "above" if odds > limit else ""
+            flag = "flagged" if number == accused else "above" if odds > limit else ""
             score = f"{100 * probability(odds):.1f} %", f"{odds:+.2f}"
             rows.append([str(number), readable(step.text), *score, flag])
         title = f"corrected from log-odds {limit:+.2f} ({100 * probability(limit):.0f} %)"
         console.print_table(title, ["step", "text", "error", "log-odds", ""], rows, texts=2)
         if review.cause:
-            console.print(f"  why: {escape(review.cause)}\n  corrected: {escape(review.correction or '')}")
+            later = "" if review.accused == accused else f"step {review.accused} of the corrected work, "
+            console.print(
+                f"  {later}why: {escape(review.cause)}\n  corrected: {escape(review.correction or '')}"
+            )
         if answer.note:
             console.print(f"  {escape(answer.note)}")
 

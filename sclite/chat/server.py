@@ -1,6 +1,7 @@
 """An OpenAI-compatible server (extra `serve`): the first attempt and its review are the reasoning of an answer."""
 
 import asyncio
+import errno
 import hmac
 import json
 import os
@@ -105,7 +106,7 @@ class Api:
     async def metrics(self, request: HttpRequest) -> Response:
         """GET /metrics, for Prometheus."""
         self.authorize(request)
-        rows = [f"sclite_{name} {value:g}" for name, value in sorted(self.service.counts.items())]
+        rows = [f"sclite_{name} {value:.15g}" for name, value in sorted(self.service.counts.items())]
         return PlainTextResponse("\n".join([*rows, f"sclite_active_choices {self.service.active}", ""]))
 
     async def page(self, request: HttpRequest) -> Response:
@@ -229,8 +230,9 @@ def run_server(
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
+        wrong = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
         message = f"cannot listen on {host}:{port}: {error.strerror}"
-        raise UsageError(message, "choose another --port") from None
+        raise UsageError(message, f"choose another {wrong}") from None
     with listener, open_gguf(path, config, parallel) as engine:
         service = Service(engine, name, Settings.of(config, cutoff, off), engine.parallel)
         shown = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from sclite.chat.answer import Answer, Settings, probability, solve_and_review
 from sclite.errors import ScliteError
-from sclite.student.base import Reply, Request, Student
+from sclite.student.base import Reply, Student
 from sclite.student.self_correction import StepsScored, Writing, stream
 from sclite.trace import TAG, tag_name
 
@@ -226,14 +226,7 @@ class Service:
         """The model's reply to the messages as they are."""
         roles = {"developer": "system"}
         messages = tuple({"role": roles.get(m.role, m.role), "content": m.text} for m in asked.messages)
-        request = Request(
-            messages,
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=settings.seed,
-            stop=asked.stops,
-        )
+        request = settings.request(messages, asked.stops)
         began = time.monotonic()
         held, hold = "", max(map(len, asked.stops), default=0)  # a stop string is not part of the reply
         for found in self.student.stream(request, cancel, asked.stream):
@@ -259,11 +252,8 @@ class Service:
         # without a review, what is written is the content at once, unless a stop string may end it
         field, shown = "reasoning_content" if settings.mode else "content", settings.mode or not asked.stops
         for event in stream(self.student, solve_and_review(question, settings), cancel, asked.stream):
-            text = ""
-            if isinstance(event, str):
-                text = plain.feed(event)
-            elif isinstance(event, Writing):
-                text = plain.feed("", last=True)
+            text = plain.feed(event) if isinstance(event, str) else plain.feed("", last=True)
+            if isinstance(event, Writing):
                 plain = PlainText()
                 guided = f"\n\nReview of step {accused}\nWhy wrong: "
                 parts = {"review": "\n\nReview\n", "correction": guided, "continuation": "\n"}
@@ -272,9 +262,7 @@ class Service:
                 accused = event.accused
                 errors = [f"{100 * probability(odds):.0f} %" for odds in event.scores]
                 listed = ", ".join(f"step {n}: {error}" for n, error in enumerate(errors, 1))
-                text = plain.feed("", last=True) + f"\n\nProbability of an error: {listed}"
-            else:
-                text = plain.feed("", last=True)
+                text += f"\n\nProbability of an error: {listed}"
             if text and shown:
                 yield Piece(index, field, text)
             if isinstance(event, Answer):

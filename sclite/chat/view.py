@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 INDENT = 12
 """Columns before the text of a step: mark, number, probability."""
 DOING = {
+    "start": "starting",
     "solution": "solving",
     "review": "reviewing",
     "scores": "reviewing",
@@ -60,7 +61,7 @@ class AnswerView:
     def __init__(self) -> None:
         self.lines: list[Line] = []
         self.kept = 0  # lines before those that the text now being written replaces
-        self.part, self.text, self.unread = "", "", False
+        self.part, self.text, self.unread = "start", "", False
         self.first_answer: str | None = None
         self.final: str | None = None
         self.answer: Answer | None = None
@@ -75,6 +76,8 @@ class AnswerView:
                 return
             self._read()
             if isinstance(event, Writing):
+                if event.part == "solution":
+                    self.lines.clear()  # of an earlier try, whose prompt was too long
                 self.part, self.text, self.kept = event.part, "", len(self.lines)
             elif isinstance(event, StepsScored):
                 self.part = "scores"
@@ -174,11 +177,11 @@ class AnswerView:
         from rich.spinner import Spinner
 
         rows = self.render(options.max_width)
-        if not self.part and (self.answer is not None or rows):
+        if not self.part:
             yield from rows
             return
         yield from rows[-max(1, console.height - 3) :]
-        doing = f"{DOING.get(self.part, 'starting')} · {time.monotonic() - self.began:.0f} s · Ctrl-C stops"
+        doing = f"{DOING[self.part]} · {time.monotonic() - self.began:.0f} s · Ctrl-C stops"
         yield Spinner("dots", f"[dim]{doing}[/]")
 
 

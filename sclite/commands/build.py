@@ -42,6 +42,7 @@ def build_data(
     """
     from sclite import forecast, pipeline
     from sclite.inspect import summaries
+    from sclite.inspect.plan import correction_cost_text
 
     if only not in (None, "templates", "corrections"):
         raise UsageError(f"invalid value for --only: {only}", "use --only templates or --only corrections")
@@ -51,12 +52,14 @@ def build_data(
     if dry_run:
         context.dry = True
         with console.spinner("estimating"):
-            found = forecast.estimate_cost(context, only or "templates")
+            found, later = forecast.estimate_cost(context, only or "templates"), ""
+            if only is None and ("sft" in context.students() or context.config.attempts.student):
+                later = correction_cost_text(context, pipeline.unseen(context))
         request = found["first_request"]
         if common.json:
             console.print_json(found)
         elif request is None:
-            console.print("No requests are left to send.")
+            console.print(f"No requests for {only or 'templates'} are left to send.")
         else:
             settings = [f"{name} {value}" for name, value in request.items() if name != "messages"]
             console.print(console.escape(", ".join(settings)))
@@ -67,6 +70,8 @@ def build_data(
             tokens = f"{found['prompt_tokens']} prompt tokens, {found['completion_tokens']} completion tokens"
             requests = f"{found['requests']} requests plus repairs"
             console.print(f"\n{requests}: about {tokens}, {cost}. Nothing was sent.")
+        if later and not common.json:
+            console.print(console.escape(later))
         return
     context.ask_before_paying = not yes
     with context.run.recording(context.config):

@@ -99,16 +99,15 @@ def init(config: ConfigOption = None, json: JsonOption = False) -> None:
         if key not in FIRST and named != section:
             lines += ["", f"## {'All other settings, with their defaults' if section == 'most' else named}"]
             section = named
-        default = field.get_default(call_default_factory=True)
-        value, comment = chosen.get(key, default), field.description or ""
+        value, comment = chosen.get(key, field.default), field.description
         if value is None:
             value, comment = EXAMPLES[key], f"{comment}; example, not set by default"
         if isinstance(value, dict):
             table = tomlkit.inline_table()
             table.update(value)
             value = table
-        prefix, suffix = "" if key in chosen else "# ", f"  # {comment}" if comment else ""
-        lines.append(f"{prefix}{key} = {tomlkit.item(value).as_string()}{suffix}")
+        prefix = "" if key in chosen else "# "
+        lines.append(f"{prefix}{key} = {tomlkit.item(value).as_string()}  # {comment}")
     try:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from sclite import prompts
 from sclite.config import Config, without_password
 from sclite.data.imported import import_attempts, read_imported_attempts
+from sclite.files import file_digest
 from sclite.grading.extract import answer_of
 from sclite.grading.grader import Grader
 from sclite.progress import Progress, no_progress
@@ -26,11 +27,9 @@ _FATAL_ISSUES = ("no_steps", "no_answer", "empty_step", "wrong_step_number", "st
 def attempts_inputs(config: Config, run: Run, problems: Sequence[Problem]) -> dict[str, object]:
     """The inputs that decide the attempts: student, problems, sampling settings."""
     source = config.attempts.source
-    if source and not Path(source).is_file() and (manifest := run.manifest("attempts")):
-        # deleted, or the run was moved: keep the digest of what was read
+    read = file_digest(Path(source)) if source else ""
+    if source and not read and (manifest := run.manifest("attempts")):  # deleted, or the run was moved
         read = manifest["inputs"].get("source", "")
-    else:
-        read = run.file_digest(str(Path(source).resolve())) if source else ""
     return {
         "problems": digest_rows(problems),
         "student": external_student_digest(config) or run.file_digest(adapter_weights("sft")),
@@ -46,8 +45,7 @@ def external_student_digest(config: Config) -> str:
     settings = config.attempts
     if settings.kind == "endpoint":
         return digest([settings.student, without_password(settings.api_base).rstrip("/")])
-    path = Path(settings.student)
-    return Run(path.parent).file_digest(path.name) if settings.kind == "gguf" and path.is_file() else ""
+    return file_digest(Path(settings.student)) if settings.kind == "gguf" else ""
 
 
 def endpoint_cost_usd(run: Run, stage: str) -> float:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from sclite import prompts
-from sclite.config import Config, without_password
+from sclite.config import Config
 from sclite.data.attempts import deduplicate, find_fatal_issue
 from sclite.data.imported import reject_row
 from sclite.data.templates import find_leak
@@ -17,19 +17,25 @@ from sclite.progress import Progress, no_progress
 from sclite.records import Attempt, Drop, Problem, Review, from_feedback
 from sclite.run import Report, Run, timed
 from sclite.signature import digest, with_unanswered
-from sclite.teacher.client import Job, Rejection, Teacher, basis_of, count_unanswered, refuse_other_basis
-from sclite.trace import Trace, first_corrected, parse, render
+from sclite.teacher.client import (
+    Job,
+    Rejection,
+    Teacher,
+    basis_of,
+    count_unanswered,
+    identity,
+    refuse_other_basis,
+)  # fmt: skip
+from sclite.trace import Step, Trace, first_corrected, parse, render
 
 
 def corrections_inputs(config: Config, run: Run) -> dict[str, object]:
     """The inputs that decide the teacher's reviews."""
-    teacher = config.teacher
-    sampling = (teacher.temperature, teacher.max_tokens, teacher.repairs, teacher.inspector, teacher.extra)
     used = ["teacher_system", "teacher_correction"]
-    used += ["inspector_correction"] if teacher.inspector else []
+    used += ["inspector_correction"] if config.teacher.inspector else []
     return {
         "attempts": run.file_digest("attempts.jsonl"),
-        "teacher": digest([teacher.model, without_password(teacher.api_base), *sampling]),
+        "teacher": digest([identity(config.teacher), config.teacher.repairs]),
         "confirmations": config.attempts.confirmation_share,
         "seed": config.seed,
         "prompts": prompts.digest_prompts(*used, folder=config.prompts.folder),
@@ -132,20 +138,25 @@ def check_review(text: str, attempt: Attempt, problem: Problem, grader: Grader) 
     review = parsed.trace
     if parsed.issues:
         return Rejection("not_readable", str(parsed.issues[0]))
-    if "\ufffd" in text:
-        return Rejection("broken_text", "it contains broken characters")
     if rejection := step_rejection(work, review, attempt.first_error):
         return rejection
-    if find_leak(render(review)):
+    step = first_corrected(review)
+    assert step is not None  # or `step_rejection` would have said so
+    notes = review.steps[step - 1]
+    own = (
+        Step("", None, notes.cause, notes.correction),
+        *review.steps[step:],
+    )  # the rest is the student's text
+    written = render(replace(review, steps=own))
+    if "\ufffd" in written:
+        return Rejection("broken_text", "it contains broken characters")
+    if find_leak(written):
         return Rejection("leak", "the text mentions a given solution or answer")
     right = grader.equal(review.answer, problem.answer)
     if right is None:
         return Rejection("grader_unknown", "the answer could not be compared")
     if not right:
         return Rejection("wrong_answer", f"{review.answer} is not the right final answer")
-    step = first_corrected(review)
-    assert step is not None  # or `step_rejection` would have said so
-    notes = review.steps[step - 1]
     noted = replace(work.steps[step - 1], cause=notes.cause, correction=notes.correction)
     return replace(review, steps=(*work.steps[: step - 1], noted, *review.steps[step:]))
 
@@ -175,13 +186,15 @@ def step_rejection(work: Trace, review: Trace, label: int | None) -> Rejection |
 def _validate_imported(run: Run) -> Report:
     """The report of an imported reviews.jsonl, each row checked against its attempt."""
     attempts = {(attempt.id, attempt.sample): attempt for attempt in run.read("attempts.jsonl", Attempt)}
-    reviews = run.read("reviews.jsonl", Review)
+    reviews, problems = run.read("reviews.jsonl", Review), {p.id for p in run.rows("problems.jsonl", Problem)}
     for number, row in enumerate(reviews, 1):
         parsed, attempt = row.parsed, attempts.get((row.id, row.sample))
         step, why, hint = first_corrected(parsed.trace), "", "fix or remove it"
         if attempt is None:
             why = f"attempts.jsonl has no attempt with this id and sample {row.sample}"
             hint = "add the attempt to attempts.jsonl, or remove the review"
+        elif row.id not in problems:
+            why, hint = "no problem has this id", "use the ids of problems.jsonl"
         elif parsed.issues:
             why = str(parsed.issues[0])
         elif row.step != step:

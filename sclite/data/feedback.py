@@ -134,16 +134,17 @@ def _find_golds(
         return Job(question, lambda _: messages, parse, sample)
 
     jobs = [ask(question, sample) for question in unknown for sample in range(SOLUTIONS)]
-    solutions: dict[str, list[ParsedTrace]] = {question: [] for question in unknown}
+    solutions: dict[str, dict[int, ParsedTrace]] = {question: {} for question in unknown}  # by sample
     for done, result in enumerate(teacher.ask_after_pilot(jobs, len(jobs), "feedback"), 1):
         if result.rejection is not None:
             golds[result.id] = result.rejection
         elif result.made is not None:
-            solutions[result.id].append(result.made)
+            solutions[result.id][result.sample] = result.made
         progress(done, len(jobs), teacher.ledger.spent_usd)
-    for question, found in solutions.items():
+    for question, by_sample in solutions.items():
         if question in golds:  # the rejection of a reply
             continue
+        found = [by_sample[sample] for sample in sorted(by_sample)]
         first, *others = (parsed.trace.answer for parsed in found)
         if first is None or any(parsed.issues for parsed in found):
             golds[question] = Rejection("no_gold_answer", "the teacher's solution cannot be read")

@@ -70,7 +70,7 @@ def load_problems(
     if not place:
         raise DataError(f"{name} is empty", f"it needs rows with {FORMS}")
     if not problems:
-        _raise_none_usable(name, drops, first)
+        _raise_none_usable(name, drops, first, key.partition(".")[0])
     return problems
 
 
@@ -255,12 +255,14 @@ def _location(source: Source) -> tuple[str, ...]:
     return source.source, source.subset, source.split
 
 
-def _raise_none_usable(name: str, drops: list[Drop], first: tuple[str, BadRow] | None) -> NoReturn:
+def _raise_none_usable(
+    name: str, drops: list[Drop], first: tuple[str, BadRow] | None, section: str = "problems"
+) -> NoReturn:
     if first is None:
         why = f"{name}: every problem overlaps an evaluation problem"
         raise DataError(why, "train and evaluate on different problems")
     place, bad = first
     counts = Counter(drop.reason.replace("_", " ") for drop in drops)
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
-    hint = bad.hint or f"it needs rows with {FORMS}"
+    hint = bad.hint.replace("problems.", f"{section}.") or f"it needs rows with {FORMS}"
     raise DataError(f"{name}: no usable row ({reasons}); {place}: {bad.message}", hint)

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from sclite.records import Row
 from sclite.student.self_correction import NEVER
@@ -49,12 +49,6 @@ class Outcome(Row):
     def work(self) -> Trace:
         """The steps and the answer of the first answer."""
         return parse(self.first).work
-
-    @model_validator(mode="after")
-    def _labels_end_at_the_first_wrong_step(self):
-        if any(self.step_labels[:-1]):
-            raise ValueError("step_labels must end at the first wrong step")
-        return self
 
 
 def compute_metrics(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The converter is part of llama-cpp-python's source distribution: it is downloade
 """
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -33,22 +34,20 @@ LARGE = 3_000_000_000
 
 
 def convert_model(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
-    """Write the model in `folder` as the GGUF `out` (f32, f16 or bf16). Returns `out`, which is complete or absent.
+    """Write the model in `folder` as the GGUF `out` (f32 or f16). Returns `out`, which is complete or absent.
 
     Small Llamas with a tokenizer.model do not need the converter; larger ones are written without it if it cannot be
     downloaded. Raises DataError (the converter rejects the model) or NetworkError (no converter and no network).
     """
     supported, tensors = not unsupported_feature(folder), Tensors(folder)
-    if supported and sum(map(tensors.size, tensors)) < SMALL:
-        return write_gguf(folder, out, outtype=outtype)
-    try:
-        source = converter()
-    except NetworkError:
-        if not supported:
-            raise
-        return write_gguf(folder, out, outtype=outtype)
-    run_converter(source, folder, out, outtype=outtype)
-    return out
+    if not supported or sum(map(tensors.size, tensors)) >= SMALL:
+        try:
+            run_converter(converter(), folder, out, outtype=outtype)
+            return out
+        except NetworkError:
+            if not supported:
+                raise
+    return write_gguf(folder, out, outtype=outtype)
 
 
 def check_convertible(base: Path, adapter: Path | None) -> None:
@@ -146,6 +145,9 @@ def converter() -> Path:
         message = f"sclite does not know the source distribution of llama-cpp-python {installed}, which has the converter"
         hint = f"pip install llama-cpp-python=={max(SHA256)}, or set SCLITE_LLAMA_CPP to a llama.cpp checkout"
         raise ScliteError(message, hint)
+    if importlib.util.find_spec("pip") is None:
+        hint = "python -m ensurepip, or uv pip install pip; or set SCLITE_LLAMA_CPP to a llama.cpp checkout"
+        raise ScliteError("pip, which downloads llama.cpp's converter, is not installed", hint)
     package = f"llama-cpp-python=={installed}"
     arguments = ["download", "--no-deps", "--no-binary", "llama-cpp-python", package]
     with tempfile.TemporaryDirectory() as place:

@@ -14,7 +14,7 @@ from sclite.export.tensors import Tensors, read_json
 if TYPE_CHECKING:
     import gguf
 
-FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32}
+FILE_TYPES = {"f32": 0, "f16": 1}
 
 
 def unsupported_feature(folder: Path) -> str:
@@ -39,7 +39,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_gguf(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
-    """Write the model in `folder` to the GGUF `out` (f32, f16 or bf16; norms are always f32). Returns `out`.
+    """Write the model in `folder` to the GGUF `out` (f32 or f16; norms are always f32). Returns `out`.
 
     `out` is complete or absent. Raises DataError for a model that is not a plain Llama with tokenizer.model.
     """
@@ -82,14 +82,8 @@ def write_gguf(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
             # each head's rows from transformers' layout (two halves) to llama.cpp's (pairs)
             halves = tensor.unflatten(0, (heads if name.endswith("q_proj.weight") else kv_heads, 2, -1))
             tensor = halves.swapaxes(1, 2).flatten(0, 2)
-        data = tensor.float().numpy()
-        if data.ndim == 1 or outtype == "f32":
-            writer.add_tensor(target, data)
-        elif outtype == "f16":
-            writer.add_tensor(target, data.astype("float16"))
-        else:
-            bf16 = gguf.GGMLQuantizationType.BF16
-            writer.add_tensor(target, gguf.quants.quantize(data, bf16), raw_dtype=bf16)
+        half = outtype == "f16" and tensor.ndim > 1
+        writer.add_tensor(target, (tensor.half() if half else tensor.float()).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -23,12 +23,10 @@ def open_repository(settings: Export, kind: str = "model") -> str:
 
     name = settings.push
     try:
-        validate_repo_id(name)
-        valid = "/" in name
+        validate_repo_id(name if "/" in name else "")
     except HFValidationError:
-        valid = False
-    if not valid:
-        raise UsageError(f"export.push = {name!r} is not the name of a repository", "write --push OWNER/NAME")
+        message = f"export.push = {name!r} is not the name of a repository"
+        raise UsageError(message, "write --push OWNER/NAME") from None
     if not get_token():
         hint = f"create one with write access at {TOKENS}, then: export HF_TOKEN=.."
         raise UsageError("there is no token for the Hub", hint)
@@ -42,19 +40,18 @@ def open_repository(settings: Export, kind: str = "model") -> str:
     return str(url)
 
 
-def files_of(folder: Path, names: Sequence[str] = ()) -> dict[str, Path | str]:
+def files_of(folder: Path, names: Sequence[str] = ()) -> dict[str, Path]:
     """These files of a folder (default: all), by their names."""
     found = [folder / name for name in names] or sorted(folder.rglob("*"))
     return {str(p.relative_to(folder)): p for p in found if p.is_file()}
 
 
-def upload(settings: Export, files: Mapping[str, Path | str], kind: str = "model") -> None:
-    """Upload files or texts, by their names in the repository, in one commit; what has not changed is skipped."""
+def upload(settings: Export, files: Mapping[str, Path], kind: str = "model") -> None:
+    """Upload files, by their names in the repository, in one commit; what has not changed is skipped."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     with _hub_errors(settings.push):
-        contents = ((name, text.encode() if isinstance(text, str) else text) for name, text in files.items())
-        added = [CommitOperationAdd(name, content) for name, content in contents]
+        added = [CommitOperationAdd(name, path) for name, path in files.items()]
         HfApi().create_commit(settings.push, added, commit_message="Upload with sclite", repo_type=kind)
 
 

@@ -118,33 +118,29 @@ def check_merge(base: Path, adapter: Path, merged: Path) -> None:
             name = path.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
             saved[name if name == "lm_head.weight" else weights.base_name(path)] = path
 
-    wrong = min(set(written) ^ {*weights.base, *saved}, default=None)  # one that is missing, or too many
-    names = written if wrong is None else ()
-    for name in names:
+    def is_right(name: str) -> bool:
         given = weights[saved[name]] if name in saved else weights.base[name]
         whole, given = torch.atleast_1d(written[name], given)
         rows, dtype = slice(None, None, max(1, -(-len(whole) // ROWS))), whole.dtype  # every n-th row
         stored, wanted = whole[rows].float(), given[rows].float()
         if whole.shape != given.shape:
-            right = False
-        elif name not in updates:
-            right = stored.equal(wanted.to(dtype).float())
-        else:
-            path, module = updates[name]
-            empty = {key: each for key, each in module.named_parameters() if "lora_" in key}
-            factors = {key: weights[f"{path}.{key}"] for key in empty}
-            module.load_state_dict(factors, strict=False, assign=True)
-            update = module.get_delta_weight("default").detach()[rows]
-            module.load_state_dict(empty, strict=False, assign=True)
-            wanted += update
-            # never that of bfloat16, which is larger than many updates
-            precision, error = min(torch.finfo(dtype).eps, 2**-10), stored - wanted
-            size, noise = float(update.norm()), precision * float(wanted.norm()) / wanted.numel() ** 0.5
-            complete = abs(float((error * update).sum())) <= size * (0.01 * size + 8 * noise)
-            right = complete and bool((error.abs_() <= 2 * precision * wanted.abs_() + 1e-6).all())
-        if not right:
-            wrong = name
-            break
-    if wrong:
+            return False
+        if name not in updates:
+            return stored.equal(wanted.to(dtype).float())
+        path, module = updates[name]
+        empty = {key: each for key, each in module.named_parameters() if "lora_" in key}
+        factors = {key: weights[f"{path}.{key}"] for key in empty}
+        module.load_state_dict(factors, strict=False, assign=True)
+        update = module.get_delta_weight("default").detach()[rows]
+        module.load_state_dict(empty, strict=False, assign=True)
+        wanted += update
+        # never that of bfloat16, which is larger than many updates
+        precision, error = min(torch.finfo(dtype).eps, 2**-10), stored - wanted
+        size, noise = float(update.norm()), precision * float(wanted.norm()) / wanted.numel() ** 0.5
+        complete = abs(float((error * update).sum())) <= size * (0.01 * size + 8 * noise)
+        return complete and bool((error.abs_() <= 2 * precision * wanted.abs_() + 1e-6).all())
+
+    unmatched = min(set(written) ^ {*weights.base, *saved}, default=None)  # one that is missing, or too many
+    if wrong := unmatched or next((name for name in written if not is_right(name)), None):
         hint = "run `sclite export` again; if it fails in the same way, please report it"
         raise ScliteError(f"{wrong} of the merged model is not the base with the adapter added once", hint)

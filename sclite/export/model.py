@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from sclite.export.merge import Adapter, BaseWeights, copy_settings, merge
 from sclite.export.quantize import estimate_bytes, measure_importance, quantization_type, quantize
 from sclite.export.reference import Trained, compute_references, format_size
 from sclite.export.samples import Sample, read_samples, solve_chats, split_samples
+from sclite.export.tensors import read_json
 from sclite.files import sync, write_text
 from sclite.run import Report, Run, timed
 from sclite.student.adapters import STUDENTS, adapter_weights
@@ -57,8 +59,11 @@ def export_model(config: Config, run: Run, name: str) -> Report:
     names = [f"{name}-{quant}.gguf" for quant in types]
     manifest = run.done(stage, inputs)
     if manifest and manifest["figures"].get("files") == _describe(run, names):
-        _check_bounds(config, run, names, manifest["figures"]["parity"])
-        return Report.of(manifest)
+        found = Report.of(manifest)
+        found.figures["gguf"] = str(folder / names[0])  # the run may have been moved
+        run.write_json("export/parity.json", found.figures["parity"])  # not that of another student
+        _check_bounds(config, run, names, found.figures["parity"])
+        return found
     run.path("export/parity.json").unlink(missing_ok=True)
     work = run.path(UNFINISHED)
     with timed(report):
@@ -212,6 +217,12 @@ def export_merged(config: Config, run: Run, name: str) -> dict[str, Any]:
     with _workplace(run, "merged") as work:
         _check_space(work, student.size("f16"))
         folder = _merge(config, student, work / out.name, "f16")
+        # the base's bfloat16 would round the changes of a small adapter away when the folder is loaded
+        settings = read_json(folder / "config.json")
+        for part in filter(None, (settings, settings.get("text_config"))):
+            part.pop("torch_dtype", None)
+            part["dtype"] = "float16"
+        write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
         merged = Trained(folder, None, load_tokenizer(str(folder)))
         equal = sum(merged.ids(sample) == student.ids(sample) for sample in samples)
         sequences, shortage = student.held_out(samples), student.ram_shortage()

@@ -40,8 +40,8 @@ def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, list[str
         template = ""
         warnings.append(f"the Modelfile has no TEMPLATE, which Ollama before 0.30 needs: {error.message}")
     system = prompts.solve_messages("", config.prompts.folder)[0]["content"]
-    num_ctx, stops = min(config.export.num_ctx, max_context), (tokens["eos_token"],)
-    text = build_modelfile(out.name, template, system=system, num_ctx=num_ctx, stops=stops)
+    num_ctx, stop = min(config.export.num_ctx, max_context), tokens["eos_token"]
+    text = build_modelfile(out.name, template, system=system, num_ctx=num_ctx, stop=stop)
     if manifest := run.manifest(f"export-{name}"):
         warnings += manifest["figures"]["warnings"]
         card = build_model_card(config, run, name, "gguf", manifest["figures"])
@@ -57,7 +57,7 @@ def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, list[str
 
 
 def build_modelfile(
-    gguf_name: str, template: str, *, system: str = "", num_ctx: int = 8192, stops: tuple[str, ...] = ()
+    gguf_name: str, template: str, *, system: str = "", num_ctx: int = 8192, stop: str = ""
 ) -> str:
     """The text of a Modelfile for a GGUF in the same folder.
 
@@ -70,12 +70,10 @@ def build_modelfile(
     lines = [f"FROM ./{gguf_name}"]
     lines += [f'TEMPLATE """{template}"""'] if template else []
     lines += [f'SYSTEM """{system}"""'] if system else []
-    for stop in dict.fromkeys(stops):
-        if '"' in stop or "\n" in stop:
-            message = f"a Modelfile cannot hold the stop {stop!r}, which contains a quote or a newline"
-            hint = "use a student with another end token"
-            raise DataError(message, hint)
-        lines += [f'PARAMETER stop "{stop}"'] if stop else []
+    if '"' in stop or "\n" in stop:
+        message = f"a Modelfile cannot hold the stop {stop!r}, which contains a quote or a newline"
+        raise DataError(message, "use a student with another end token")
+    lines += [f'PARAMETER stop "{stop}"'] if stop else []
     lines += [f"PARAMETER num_ctx {num_ctx}", "PARAMETER temperature 0"]
     return "\n".join(lines) + "\n"
 

@@ -50,8 +50,6 @@ def quantize(
     from gguf import GGMLQuantizationType
 
     number = quantization_type(name)
-    if not source.is_file():
-        raise DataError(f"{source} does not exist", "run `sclite export` first")
     part = out.with_name(out.name + ".part")
     if read_gguf(source)[0].get("general.file_type") == number:
         shutil.copyfile(source, part)

@@ -13,7 +13,7 @@ from sclite.export.merge import BaseWeights
 from sclite.export.quantize import estimate_bytes
 from sclite.export.samples import Sample, split_samples
 from sclite.student.cuda_memory import available_ram
-from sclite.student.loader import nf4_config
+from sclite.student.loader import max_positions, nf4_config, read_config
 from sclite.student.origin import read_origin
 from sclite.student.tokenization import piece_ids, prompt_ids
 
@@ -57,9 +57,10 @@ class Trained(NamedTuple):
     def held_out(self, samples: list[Sample]) -> list[tuple[list[int], int]]:
         """The token ids of the samples on which probabilities are compared, and where each answer begins."""
         found, rows = [], REFERENCE_BYTES // (4 * len(self.tokenizer))
+        most = max_positions(read_config(str(self.base)))
         for sample in split_samples(samples)[0]:
             ids, start = self.ids(sample), len(prompt_ids(self.tokenizer, sample.chat))
-            if (rows := rows - len(ids) + start) > 0:
+            if len(ids) <= most and (rows := rows - len(ids) + start) > 0:
                 found.append((ids, start))
         return found
 

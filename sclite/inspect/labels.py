@@ -9,10 +9,10 @@ from rich.text import Text
 from sclite import prompts
 from sclite.config import Config
 from sclite.console import visible
-from sclite.errors import UsageError
+from sclite.errors import DataError, UsageError
 from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Run
-from sclite.student.loader import fetch_model, load_tokenizer, model_name
+from sclite.student.loader import load_tokenizer, model_name
 from sclite.student.tokenization import TrainingSequence, encode_solution, end_id
 from sclite.trace import CAUSE
 from sclite.train.bundle import build_bundles
@@ -34,7 +34,7 @@ class Labels:
         if what not in SHOWN:
             raise UsageError(f"--labels: {what} are not trained on", f"show any of {', '.join(SHOWN)}")
         self.config = config
-        self.tokenizer = load_tokenizer(str(fetch_model(model_name(config.student))))
+        self.tokenizer = load_tokenizer(model_name(config.student))
         self.end = end_id(self.tokenizer)
         self.problems = {problem.id: problem for problem in run.read("problems.jsonl", Problem)}
         attempts = run.rows("attempts.jsonl", Attempt) if what == "reviews" else ()
@@ -50,7 +50,11 @@ class Labels:
         problem = self.problems.get(row.id)
         question = problem.question if problem is not None else ""
         if isinstance(row, Review):
-            work = self.works[row.id, row.sample].parsed.work
+            attempt = self.works.get((row.id, row.sample))
+            if attempt is None:
+                why = f"attempts.jsonl has no sample {row.sample} of {row.id} any more"
+                raise DataError(why, "re-run `sclite train`: it corrects the new attempts")
+            work = attempt.parsed.work
             yield from rows_of_review(self.tokenizer, question, work, row, self.config).items()
         else:
             bundle = build_bundles(self.tokenizer, [row], {row.id: question}, folder)[0]

@@ -16,7 +16,7 @@ from sclite.console import escape, format_duration
 from sclite.data.corrections import count_pending_corrections
 from sclite.errors import DataError, DeviceError, NetworkError
 from sclite.export.quantize import estimate_bytes
-from sclite.records import Pair, Problem, Review, Template
+from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Run
 from sclite.student.loader import model_name, read_config
 from sclite.student.tokenization import TrainingSequence
@@ -141,11 +141,9 @@ def _forecast(
     The speed is the median over the steps of this stage that the run has timed; the warm-up may take SFT's.
     """
     settings, folder = config.stage(stage), config.prompts.folder
-    timed = [row for name in STAGES for row in read_metrics(run.path(f"{name}/metrics.jsonl"))]
-    speeds = [
-        [row["tokens_per_second"] for row in timed if row["phase"] == phase and row.get("tokens_per_second")]
-        for phase in (stage, *(["sft"] if stage == "warmup" else []))
-    ]
+    phases = ("warmup", "sft") if stage == "warmup" else (stage,)
+    logs = (read_metrics(run.path(f"{phase}/metrics.jsonl")) for phase in phases)
+    speeds = ([row["tokens_per_second"] for row in log if row.get("tokens_per_second")] for log in logs)
     speed = next((round(statistics.median(found), 1) for found in speeds if found), None)
     known = {"epochs": settings.num_train_epochs, "tokens_per_second": speed}
 
@@ -153,14 +151,20 @@ def _forecast(
     if tokenizer is not None:
         templates = run.read("templates.jsonl", Template)
         replayed = replay_templates(templates, unseen)
+        questions = {row.id: row.question for row in run.read("problems.jsonl", Problem)}
         if stage == "sft":
             taught = [row for row in templates if row.id not in unseen]
             rows = [[row] for row in solve_rows(tokenizer, taught, folder)]
         elif stage == "warmup":
-            reviews = run.read("reviews.jsonl", Review)
+            # those of an earlier state, whose attempts are sampled again, are still there
+            works = {(row.id, row.sample) for row in run.rows("attempts.jsonl", Attempt)}
+            reviews = [
+                review
+                for review in run.read("reviews.jsonl", Review)
+                if (review.id, review.sample) in works and review.id in questions
+            ]
             rows = [[row] for row in mixed_rows(tokenizer, run, reviews, replayed, config)[1]]
         else:
-            questions = {row.id: row.question for row in run.read("problems.jsonl", Problem)}
             pairs = [pair for pair in run.read("pairs.jsonl", Pair) if pair.id in questions]
             bundles = build_bundles(tokenizer, pairs, questions, folder)
             solved = solve_rows(tokenizer, replayed, folder) if pairs else []

@@ -78,14 +78,11 @@ def count_rows(run: Run) -> list[dict[str, Any]]:
     require_run(run)
     found = []
     for what, (name, row_type) in FILES.items():
-        kinds: Counter[str] = Counter()
-        reasons: Counter[str] = Counter()
-        total = 0
-        for total, row in enumerate(run.rows(name, row_type), 1):  # noqa: B007 - the last one counts
-            kinds.update([KINDS[what](row)] if what in KINDS else [])
-            reasons.update([row.reason] if isinstance(row, Drop) else [])
+        rows: list[Any] = run.read(name, row_type)
+        kinds = Counter(map(KINDS[what], rows)) if what in KINDS else Counter[str]()
+        reasons = Counter(row.reason for row in rows) if what == "drops" else Counter[str]()
         counts = {"kinds": dict(kinds.most_common()), "reasons": dict(reasons.most_common())}
-        found.append({"what": what, "rows": total, **counts})
+        found.append({"what": what, "rows": len(rows), **counts})
     return found
 
 

@@ -21,7 +21,7 @@ from sclite.data.sources import is_local_source
 from sclite.errors import DataError, ScliteError
 from sclite.evaluate.results import summaries
 from sclite.evaluate.threshold import FILE as THRESHOLDS
-from sclite.evaluate.threshold import FittedThreshold, find_threshold
+from sclite.evaluate.threshold import FittedThreshold, find_threshold, is_current
 from sclite.inspect.rows import require_run
 from sclite.records import Drop, Problem
 from sclite.run import Run
@@ -120,13 +120,13 @@ def read_status(config: Config, run: Run) -> dict[str, Any]:
     totals = {"templates": len(taught), "attempts": len(split.stage2) * config.attempts.samples}
     for name, output in OUTPUTS.items():
         stages[name] = _read_stage(run, name, output, inputs[name], asked.get(name), totals.get(name))
-    stages |= _read_model_stages(config, run)
+    stages |= _read_model_stages(config, run, len(split.fit))
 
     stale = ""
     for name, stage in stages.items():
         if stale and stage.state == DONE:  # what follows a stale stage is stale too
             stage.state, stage.why = STALE, [f"{stale} is stale"]
-        stale = stale or (name if stage.state == STALE else "")
+        stale = stale or (name if stage.state == STALE and name not in _older_exports(stages) else "")
         stage.dropped = dict(dropped.get(name, Counter()).most_common())
         if stage.dropped and stage.state == NOT_BEGUN:
             stage.state, stage.why = HALF_WAY, ["only dropped rows so far"]
@@ -188,7 +188,7 @@ def _read_stage(
     return Stage(HALF_WAY, rows=rows, total=total or None) if rows else Stage()
 
 
-def _read_model_stages(config: Config, run: Run) -> dict[str, Stage]:
+def _read_model_stages(config: Config, run: Run, fitting: int) -> dict[str, Stage]:
     """The exports of the students, the fits of their review thresholds, and the evaluation.
 
     "threshold" is that of the newest student, "threshold-sft" .. are those of others. Without one if no threshold is
@@ -199,9 +199,10 @@ def _read_model_stages(config: Config, run: Run) -> dict[str, Stage]:
     known = {name: run.manifest(f"export-{name}") for name in STUDENTS}
     made = {name: manifest for name, manifest in known.items() if manifest is not None}
     for name, manifest in made.items():
-        # --quant applies to one export: compare with the quantization of the existing file
-        quant = config.export.model_copy(update={"quant": str(manifest["inputs"].get("quant"))})
-        own = config.model_copy(update={"export": quant})
+        # the options of one export are not kept: compare with those that the existing file was made with
+        options = {key: manifest["inputs"].get(key) for key in ("imatrix", "keep_template")}
+        options["quant"] = str(manifest["inputs"].get("quant"))
+        own = config.model_copy(update={"export": config.export.model_copy(update=options)})
         output = f"export/{gguf_path(run, name, own).name}"
         inputs = partial(inputs_of, own, run, name)
         found[f"export-{name}"] = _read_stage(run, f"export-{name}", output, inputs)
@@ -214,7 +215,7 @@ def _read_model_stages(config: Config, run: Run) -> dict[str, Stage]:
             digests = [file["sha256"] for file in manifest["figures"].get("files", {}).values()]
             fitted = next(filter(None, (find_threshold(fits, each, config) for each in digests)), None)
             stage = "threshold" if name == list(made)[-1] else f"threshold-{name}"
-            if fitted is not None and fitted.max_harm == config.review.max_harm:
+            if fitted is not None and is_current(config, fitted, fitting):
                 counts = {"problems": fitted.problems, "fitted": int(fitted.threshold is not None)}
                 found[stage] = Stage(DONE, [fitted.off] if fitted.off else [], counts)
             elif name == "dpo":
@@ -238,6 +239,11 @@ def _read_model_stages(config: Config, run: Run) -> dict[str, Stage]:
     return found
 
 
+def _older_exports(stages: Mapping[str, Stage]) -> list[str]:
+    """The exports of all students but the newest: `sclite eval` makes them again."""
+    return [name for name in stages if name.startswith("export-")][:-1]
+
+
 def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
     """The command for the first unfinished stage, or the keys that must be set first."""
     held_out = config.eval.source
@@ -247,6 +253,7 @@ def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
         name
         for name, stage in stages.items()
         if stage.state != DONE and (name != EVAL or testable or quickstart)
+        if name not in _older_exports(stages)
     ]
     name, needed = unfinished[0] if unfinished else None, []
     teacher = [] if config.teacher.model else ["teacher.model"]
@@ -268,7 +275,7 @@ def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
     elif others and stages["corrections" if config.attempts.source else "pairs"].state != DONE:
         words, needed = ["build-data", "--only", "corrections"], teacher
     else:
-        retrained = name in TRAINED and stages[name].state == STALE
+        retrained = any(stages[each].state == STALE for each in TRAINED)
         words = ["train", "--fresh"] if retrained else ["train"]
         corrected = stages["corrections"].state == DONE or stages["pairs"].state == DONE
         needed = [*([] if config.student.model else ["student.model"]), *([] if corrected else teacher)]

@@ -86,14 +86,8 @@ CHANGES = {
 }
 """What each form does to the amount, and what the result is."""
 _PEOPLE = "|".join(name for names in NAMES.values() for name in names)
-_SLOTS = {
-    "name": _PEOPLE,
-    "other": _PEOPLE,
-    "they": "She|He",
-    "item": "|".join(ITEMS),
-    "box": "|".join(BOXES),
-}
-_SLOTS |= {"a": r"\d+", "b": r"\d+"}
+_SLOTS = {"they": "She|He", "item": "|".join(ITEMS), "box": "|".join(BOXES), "a": r"\d+", "b": r"\d+"}
+_SLOTS |= dict.fromkeys(("name", "other"), _PEOPLE)
 
 
 @cache

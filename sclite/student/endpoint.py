@@ -50,8 +50,8 @@ class Endpoint(Student):
         self, ask: Request | ScoreRequest, cancel: Event | None = None, pieces: bool = True
     ) -> Iterator[str | Reply | Scores]:
         """Yield the text of a reply as it arrives, without thoughts and what follows a stop string; then the reply."""
-        if isinstance(ask, ScoreRequest):
-            yield from self.score([ask])
+        if isinstance(ask, ScoreRequest) or not pieces:
+            yield from super().stream(ask, cancel, pieces)
             return
         received = shown = ""
         with self._named_errors(), closing(self.teacher.stream(self._job(0, ask), self.stage)) as arriving:

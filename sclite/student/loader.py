@@ -95,7 +95,8 @@ def select_gpu(gpu: int | None) -> None:
 
     if not torch.cuda.is_available():
         build = "" if torch.version.cuda else "; this PyTorch is a CPU build"
-        hint = "omit --gpu to train on the CPU (small students only); run `sclite doctor` for details"
+        hint = "omit --gpu to train on the first GPU, or on the CPU if there is none (small students only); "
+        hint += "run `sclite doctor` for details"
         raise DeviceError(f"CUDA GPU {gpu} not found{build}", hint)
 
 

@@ -4,9 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
 
-CORRECTIONS = 1.0
-"""Texts of corrections that are expected for each scored one: rather too many, so that the time left does not reach 0 early."""
-
 
 class WorkCounter(Student):
     """Passes everything on to `student`, which is to write `texts` (without corrections) and have `scores` scored.
@@ -38,7 +35,7 @@ class WorkCounter(Student):
     def _count(self) -> None:
         scored = max(self.scored.values())
         texts, scores = min(self.texts, self.written), min(self.scores, scored)
-        later = CORRECTIONS * self.scores
-        done = texts + scores + min(later, self.corrections)
+        # as many corrections as scores: rather too many, so that the time left does not reach 0 early
+        done = texts + scores + min(self.scores, self.corrections)
         note = f"{self.written + self.corrections} texts written" + (f", {scored} reviewed" if scored else "")
-        self.report(texts, done / (self.texts + self.scores + later), note)
+        self.report(texts, done / (self.texts + 2 * self.scores), note)

@@ -15,7 +15,6 @@ from sclite.errors import BudgetError, DeclinedError, UsageError
 from sclite.signature import differences
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.teacher.limits import Budget, Price
-from sclite.teacher.provider import require_model
 from sclite.teacher.reply import CUT_IN_REASONING, EMPTY, ONLY_REASONING, REFUSAL
 from sclite.teacher.sender import (
     MIN_FAILURES,
@@ -130,7 +129,7 @@ class Teacher(AbstractContextManager["Teacher"]):
         self._inspector = None
         if settings.inspector:
             other = {"model": settings.inspector, "api_base": settings.inspector_api_base}
-            chosen = settings.model_copy(update={**other, "price": None, "extra": {}})
+            chosen = settings.model_copy(update={**other, "price": settings.inspector_price, "extra": {}})
             self._inspector = Sender(chosen, ledger, budget, prepare)
         self._runner = asyncio.Runner()
         # not the loop's default executor, in which LiteLLM needs a thread for each call
@@ -165,7 +164,6 @@ class Teacher(AbstractContextManager["Teacher"]):
         Raises TeacherError if no further request can succeed. At the spending limit, calls in flight are completed and
         yielded, then BudgetError is raised. Leaving the iterator early cancels the rest. `stage` labels the ledger's rows.
         """
-        require_model(self.settings)
         loop, pending = self._runner.get_loop(), iter(jobs)
         active, done = set[asyncio.Task[Result[T]]](), asyncio.Queue[asyncio.Task[Result[T]]]()
         limit_error: BudgetError | None = None
@@ -205,7 +203,6 @@ class Teacher(AbstractContextManager["Teacher"]):
 
     def stream(self, job: Job[T], stage: str = "") -> Generator[str | Result[T], None, None]:
         """Yield the text of one reply as it arrives, then the result (alone if it is in the ledger); else as `ask_all`."""
-        require_model(self.settings)
         texts = asyncio.Queue[str | None]()
         task = self._runner.get_loop().create_task(self._work(job, stage, texts.put_nowait))
         task.add_done_callback(lambda _: texts.put_nowait(None))
@@ -283,7 +280,8 @@ class Teacher(AbstractContextManager["Teacher"]):
         judged = await self._inspector.reply(job.inspect(entry.text), job.sample, 0, f"{stage} inspection")
         verdict, reason = _VERDICT.search(judged.text), _REASON.search(judged.text)
         if verdict is None:
-            return Rejection("inspector_not_readable", "the inspector gave no verdict")
+            why = "the inspector gave no verdict; if it was cut off, raise teacher.max_tokens"
+            raise NoReplyError("inspector_not_readable", why)  # another reply of the teacher would not help
         if verdict[1].lower() == "accept":
             return made
         text = " ".join(reason[1].split()) if reason else "the inspector rejects it"

@@ -124,9 +124,14 @@ def teacher_error(
     address, status = config.without_password(settings.api_base), failure.status
     where = f"teacher {settings.model} at {address}" if address else f"teacher {settings.model}"
     if attempts:
+        hint = "check that it is running and that teacher.api_base is correct"
+        if failure.overload:
+            hint = (
+                "raise teacher.timeout_seconds, or lower teacher.concurrency or teacher.requests_per_minute"
+            )
         return TeacherError(
             f"{where} does not answer after {attempts} attempt{'s' * (attempts != 1)}: {failure.message}",
-            "check that it is running and that teacher.api_base is correct; paid replies are kept, re-run to resume",
+            f"{hint}; paid replies are kept, re-run to resume",
         )
     if failure.no_key or status == 401:
         problem = "has no key" if failure.no_key else "rejects the key (HTTP 401)"

@@ -165,16 +165,11 @@ def prepare_process(connections: int) -> None:
             os.environ[variable] = value.strip()
 
 
-def require_model(settings: config.Teacher) -> None:
-    """Raise UsageError if no teacher is set."""
+def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None) -> Provider:
+    """Import LiteLLM and resolve the model; `prepare` is called between the two. UsageError if it cannot be called."""
     if not settings.model:
         hint = "add a LiteLLM model, as in --set teacher.model=openai/gpt-5.4-mini, or set it in sclite.toml"
         raise UsageError("teacher.model is not set", hint)
-
-
-def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None) -> Provider:
-    """Import LiteLLM and resolve the model; `prepare` is called between the two. UsageError if it cannot be called."""
-    require_model(settings)
     address = config.without_password(settings.api_base)
     try:
         parts = urlsplit(settings.api_base)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -96,9 +97,7 @@ def with_replay(bundles: Sequence[Bundle], rows: Sequence[TrainingSequence], sha
     """Spread solved rows over the bundles, for the `share` of them, cycling through the rows."""
     numbers = [int(share * number) if rows else 0 for number in range(len(bundles) + 1)]
     return [
-        Bundle(
-            bundle.key, bundle.review, bundle.rejected, rows[before % len(rows)] if after > before else None
-        )
+        replace(bundle, replay=rows[before % len(rows)] if after > before else None)
         for bundle, (before, after) in zip(bundles, pairwise(numbers), strict=True)
     ]
 

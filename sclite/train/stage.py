@@ -139,13 +139,14 @@ class TrainingJob:
         if manifest and manifest["figures"].get("adapter") in (None, run.file_digest(weights)):
             return Report.of(manifest)
         started = checkpoints.recorded_inputs()
-        if not (self.fresh or copies):
+        trained = run.manifest(stage)
+        copied = trained is not None and not started and not trained["inputs"][stage]["num_train_epochs"]
+        if not (self.fresh or copied):
             if manifest:
                 raise DataError(
                     f"{run.path(weights)} is not the adapter that {stage} wrote: it is damaged or was replaced",
                     "restore it from a backup, or add --fresh to train it again",
                 )
-            trained = run.manifest(stage)
             before = trained["inputs"] if trained else started
             # equal if the training was begun with --fresh, then interrupted
             if started != inputs and before not in (None, inputs):

@@ -53,10 +53,7 @@ class TrainingTask:
 
     def totals(self, numbers: Sequence[int]) -> Counter[str]:
         """The denominators of these rows together."""
-        total: Counter[str] = Counter()
-        for number in numbers:
-            total.update(self.counts[number])
-        return total
+        return sum((Counter(self.counts[number]) for number in numbers), Counter[str]())
 
     def order(self, settings: TrainingStage, seed: int) -> list[int]:
         """The numbers of the rows that are trained, in order (`training_order`)."""

@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def chatted(monkeypatch, run, student, at=None, lines=("How many?",), config=Non
         (Scripted(), {"off": "review is off: too few problems"}, "review is off: too few problems"),
         (Scripted(scores=()), {}, "too long to review"),
         (Scripted(scores=(-3.0, 3.0)), {}, "the review could not be read"),
-        (Scripted(finish="length"), {}, "cut off at 5 tokens; increase max_tokens"),
+        (Scripted(finish="length"), {}, "cut off at 5 tokens; the context is full"),
         (Scripted(text="<Step1>blue\n</Step1>", scores=(-3.0,)), {}, "the steps reach no answer"),
         (Scripted(text="asdf"), {}, "the answer has no steps to review"),
         (Scripted(), {"familiar": lambda _: False}, "not trained on this kind of problem"),
@@ -186,6 +187,23 @@ def test_oldest_questions_are_left_out_of_a_history_that_is_too_long(chat):
     with pytest.raises(DataError, match="cannot answer the question: too long"):
         chat.ask("word " * 100)
     assert [answer.complete for answer in chat.answers] == [True, True, False]
+
+
+def test_history_that_leaves_no_room_for_the_answer_loses_its_oldest_question(chat):
+    """llama.cpp ends an answer where the context ends, before max_tokens."""
+
+    class Full(Scripted):
+        def generate(self, requests):
+            for reply in super().generate(requests):
+                full = requests[0].messages[-1]["content"].count("word") > 60
+                yield replace(reply, finish="length") if full else reply
+
+    chat.student = Full()
+    chat.command("/set history on")
+    chat.ask("old " + "word " * 40)
+    answer = chat.ask("new " + "word " * 40)
+    assert (answer.complete, "old" in answer.asked) == (True, False)
+    assert answer.first.finish == "stop"
 
 
 def test_failed_call_of_an_endpoint_is_not_repeated_with_less_history(chat):

@@ -223,6 +223,8 @@ def test_models_health_and_metrics(scripted):
     assert httpx.get(f"{url}/health").json() == {"status": "ok", "model": "tom", "active": 0}
     lines = httpx.get(f"{url}/metrics").text.splitlines()
     assert "sclite_corrected_total 1" in lines
+    scripted[1].counts['tokens_total{kind="prompt"}'] = 123456789
+    assert 'sclite_tokens_total{kind="prompt"} 123456789' in httpx.get(f"{url}/metrics").text
     assert 'sclite_tokens_total{kind="generated"} 15' in lines
     assert all(re.fullmatch(r'sclite_\w+(\{\w+="\w+"\})? [\d.e+-]+', line) for line in lines)
 
@@ -381,6 +383,10 @@ def test_open_address_needs_a_key_and_a_port_must_be_free(scripted, monkeypatch,
     taken = int(scripted[0].rpartition(":")[2])
     with pytest.raises(UsageError, match="cannot listen"):
         run_server(gguf, Config(), None, host="127.0.0.1", port=taken, **options)
+    monkeypatch.setenv("SCLITE_API_KEY", "secret")
+    with pytest.raises(UsageError) as error:
+        run_server(gguf, Config(), None, host="no.such.host.invalid", port=0, **options)
+    assert error.value.hint == "choose another --host"
 
 
 class Blocked(Scripted):

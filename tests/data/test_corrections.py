@@ -119,6 +119,23 @@ def test_nothing_is_paid_for_twice_when_settings_change(run, grader):
         assert len(server.requests) == 7
 
 
+def test_teacher_at_another_address_is_the_same_teacher(run, grader):
+    fill(run, wrong=2)
+    first, asked = build(run, grader)
+    again, asked_again = build(run, grader)  # on another port
+    assert (len(asked), len(asked_again), again.skipped) == (2, 0, True)
+    assert first.counts == again.counts
+
+
+def test_what_the_student_wrote_is_no_leak(grader):
+    text = "as in the reference solution \ufffd 48 + 24 = 72"
+    attempt = ATTEMPT.model_copy(update={"trace": ATTEMPT.trace.replace("48 + 24 = 72", text)})
+    kept = GOOD.replace("48 + 24 = 72", text)
+    assert isinstance(check_review(kept, attempt, PROBLEM, grader), Trace)
+    leak = kept.replace("36 + 5 = 41", "36 + 5 = 41, as in the reference solution")
+    assert check_review(leak, attempt, PROBLEM, grader).reason == "leak"
+
+
 def test_stage_without_a_usable_reply_keeps_its_teacher_too(run, grader):
     fill(run, wrong=2)
 

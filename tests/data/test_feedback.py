@@ -9,7 +9,8 @@ from sclite.data.feedback import write_feedback
 from sclite.data.problems import gather_problems
 from sclite.records import FEEDBACK, Attempt, Drop, Feedback, Problem
 from sclite.run import Report
-from sclite.trace import Step, Trace, render
+from sclite.teacher.client import Result
+from sclite.trace import Step, Trace, parse, render
 from tests.replay import TeacherServer, client, say
 
 QUESTION = "What is 48 + 24, halved?"
@@ -46,6 +47,28 @@ def test_bad_answer_is_wrong_if_the_teacher_finds_another_one_twice(run, grader)
     assert (problem.question, problem.answer, problem.solution) == (QUESTION, "36", solved("36"))
     (attempt,) = run.read("attempts.jsonl", Attempt)
     assert (attempt.id, attempt.trace, attempt.correct) == (problem.id, solved("38"), False)
+
+
+def test_solution_is_that_of_the_first_sample_whichever_reply_comes_first(run, grader):
+    judge(run, False, "38")
+    other = solved("36").replace("72 / 2", "72 : 2")
+    texts = {0: solved("36"), 1: other}
+
+    class Late:
+        """A teacher whose second sample is answered first."""
+
+        def __init__(self, teacher):
+            self.teacher, self.ledger = teacher, teacher.ledger
+
+        def ask_after_pilot(self, jobs, total, stage):
+            for job in reversed(jobs):
+                yield Result(job.id, job.sample, "", parse(texts[job.sample]), None, "", 1)
+
+    config = Config.model_validate({"teacher": {"model": "openai/replay"}})
+    with client(run, config.teacher) as made:
+        write_feedback(config, run, teacher=Late(made), grader=grader, fit=())
+    (problem,) = run.read("problems.jsonl", Problem)
+    assert problem.solution == solved("36")
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,15 @@ from safetensors.numpy import save
 from sclite import config, pipeline
 from sclite.context import Context
 from sclite.data.pairs import write_pairs
-from sclite.errors import DataError
+from sclite.errors import DataError, UsageError
 from sclite.progress import ProgressDisplay
 from sclite.records import Attempt, Pair, Problem, Review, Template
+from sclite.run import Report
 from sclite.settings import load
 from sclite.student.base import Reply
 from sclite.trace import CAUSE, Step, Trace, parse, render
 from sclite.train.sft import train_sft
+from sclite.train.stage import training_inputs
 from sclite.train.warmup import train_warmup
 from tests.replay import TeacherServer, say, template
 
@@ -171,6 +173,13 @@ def test_imported_attempts_are_corrected_and_unsigned_rows_are_not_imported(fill
     assert not filled.is_imported("pairs", "pairs.jsonl")
 
 
+def test_reviews_and_attempts_of_no_problem_are_reported(filled):
+    filled.replace("attempts.jsonl", [ATTEMPT.model_copy(update={"id": "p9"})])
+    filled.replace("reviews.jsonl", [REVIEW.model_copy(update={"id": "p9"})])
+    with pytest.raises(DataError, match=r"reviews\.jsonl, row 1 \(p9\): no problem has this id"):
+        pipeline.build_corrections(context_of(filled))
+
+
 CHANGED = render(NOTED).replace("48 + 24", "24 + 48")
 
 
@@ -242,3 +251,17 @@ def test_without_warmup_epochs_the_adapter_is_copied_without_reviews(run):
     assert train_warmup(chosen, run).skipped
     run.path("attempts.jsonl").write_text("other inputs\n")
     assert not train_warmup(chosen, run).skipped  # a copy costs nothing, so it is repeated and not refused
+
+
+def test_a_trained_warmup_is_not_replaced_by_a_copy_without_fresh(run):
+    put_adapter(run)
+    trained = load(None, ["student.model=embedded"], {}, own_file=False)
+    run.path("warmup/adapter").mkdir(parents=True)
+    run.path("warmup/adapter/adapter_model.safetensors").write_bytes(b"trained")
+    run.sign("warmup", training_inputs(trained, run, "warmup"), Report("warmup"))
+    chosen = load(None, ["student.model=embedded", "warmup.num_train_epochs=0"], {}, own_file=False)
+    with pytest.raises(UsageError, match="warmup was trained with other inputs"):
+        train_warmup(chosen, run)
+    assert run.path("warmup/adapter/adapter_model.safetensors").read_bytes() == b"trained"
+    train_warmup(chosen, run, fresh=True)
+    assert run.path("warmup/adapter/adapter_model.safetensors").read_bytes() == WEIGHTS

@@ -94,11 +94,9 @@ def test_auc_uses_only_labelled_scores_and_resampled_problems():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, NEVER, -NEVER])
-def test_scores_are_finite_and_labels_end_at_the_first_wrong_step(value):
+def test_scores_are_finite(value):
     with pytest.raises(ValidationError):
         outcome(True, True, step_scores=(value,))
-    with pytest.raises(ValidationError, match="must end at the first wrong step"):
-        outcome(False, False, step_labels=(True, False))
 
 
 def test_intervals_match_the_binomial_and_depend_on_the_seed_alone():

@@ -241,3 +241,36 @@ def test_rejection_by_the_inspector_is_repaired_with_its_reason(ask, ledger, con
         assert ledger.totals("templates inspection")["requests"] == 2
     else:
         assert (result.rejection.reason, result.requests) == ("rejected_by_inspector", 4)
+
+
+def test_inspector_without_a_verdict_costs_no_further_replies_of_the_teacher(ask, ledger):
+    def answer(request, nth):
+        return say("Hm.", "length") if request["model"] == "judge" else say("good")
+
+    asked = job(1, inspect=lambda reply: [{"role": "user", "content": f"INSPECT {reply}"}])
+    with TeacherServer(answer) as server:
+        (result,) = ask(server, [asked], inspector="openai/judge", inspector_api_base=server.url)
+    assert (result.rejection.reason, len(server.requests)) == ("inspector_not_readable", 2)
+    assert "teacher.max_tokens" in result.rejection.text
+
+
+def test_inspector_has_a_price_of_its_own(ask, ledger):
+    def answer(request, nth):
+        return say("<Verdict>accept</Verdict>" if request["model"] == "judge" else "good")
+
+    asked = job(1, inspect=lambda reply: [{"role": "user", "content": f"INSPECT {reply}"}])
+    prices = {"price": (1.0, 1.0), "inspector_price": (2.0, 2.0), "max_cost": 1.0}
+    with TeacherServer(answer) as server:
+        ask(server, [asked], inspector="openai/judge", inspector_api_base=server.url, **prices)
+    teacher, judge = (ledger.totals(f"templates{kind}") for kind in ("", " inspection"))
+    assert 0 < teacher["cost_usd"] * 2 == pytest.approx(judge["cost_usd"])
+
+
+def test_slow_teacher_is_not_taken_for_one_at_a_wrong_address(ask):
+    def answer(request, nth):
+        time.sleep(0.5)
+        return say("late")
+
+    with TeacherServer(answer) as server, pytest.raises(TeacherError, match="does not answer") as error:
+        ask(server, [job(n) for n in range(9)], attempts_per_call=1, timeout_seconds=0.05, concurrency=2)
+    assert "raise teacher.timeout_seconds" in error.value.hint

@@ -29,7 +29,7 @@ def test_limit_is_never_exceeded_and_calls_in_flight_are_completed(teacher_of, a
         assert (len(results), totals["given_up"]) == (first, 0)
         assert caught.value.code == 4
         assert "limit of $0.0100 is reached" in caught.value.message
-        assert "--max-cost" in caught.value.hint
+        assert "--set teacher.max_cost=" in caught.value.hint
         # 32 jobs may wait at once, so any of the first `first + 32` may have had its reply before the limit
         assert len(ask(server, map(job, range(first + 40)), **PRICE, max_cost=1)) == first + 40
         assert len(server.requests) == first + 40

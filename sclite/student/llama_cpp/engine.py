@@ -16,7 +16,7 @@ import numpy as np
 from sclite.errors import DataError, DeviceError, UsageError
 from sclite.student.base import Messages, Reply, Request, ScoreRequest, Scores
 from sclite.student.chat_template import render_chat, start_renderer
-from sclite.student.llama_cpp.scheduler import Scheduler
+from sclite.student.llama_cpp.scheduler import MEMORY_HINT, Scheduler
 from sclite.student.llama_cpp.sequence import Option, TokenSequence, log_odds
 from sclite.student.llama_cpp.vocabulary import Vocabulary
 from sclite.threads import wait_briefly
@@ -101,8 +101,10 @@ class Engine:
         parameters.n_gpu_layers = gpu_layers
         self._model = api.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._model:
-            hint = "re-create it with `sclite export`, or copy it again"
-            raise DataError(f"llama.cpp cannot load {path}: {last_errors()}", hint)
+            why, hint = last_errors(), "re-create it with `sclite export`, or copy it again"
+            if "allocate" in why or "out of memory" in why:
+                raise DeviceError(f"{path} does not fit in memory: {why}", MEMORY_HINT)
+            raise DataError(f"llama.cpp cannot load {path}: {why}", hint)
         self.offloaded: bool = bool(api.llama_supports_gpu_offload()) and gpu_layers != 0
         self.vocabulary = Vocabulary(api, self._model)
         self.vocabulary_size = self.vocabulary.size
@@ -168,7 +170,7 @@ class Engine:
             self.close()
             raise DeviceError(
                 f"llama.cpp cannot open {self.path} with a cache of {self.cells} tokens: {last_errors()}",
-                "use fewer parallel sequences, a shorter context, or fewer GPU layers",
+                MEMORY_HINT,
             )
         shares = not (api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model))
         return Scheduler(

@@ -22,10 +22,9 @@ from sclite.student.llama_cpp.vocabulary import Vocabulary
 
 WORTH_SHARING = 16
 """A shorter common prefix, in tokens, is recomputed."""
-
-
 MOST_READ = 256
 """Logits read from a batch, one row of the vocabulary each: 0.16 GB for 152k tokens."""
+MEMORY_HINT = "close other programs that use the GPU, lower eval.context, or export a smaller quantization"
 
 
 @dataclass(eq=False)
@@ -218,8 +217,7 @@ class Scheduler:
             return
         if code != 0:
             what = f"llama.cpp could not compute a batch of {count} tokens (code {code})"
-            hint = "use fewer parallel sequences, a shorter context, or fewer GPU layers"
-            self._fail(DeviceError(what, hint))
+            self._fail(DeviceError(what, MEMORY_HINT))
             return
         self.steps += 1
         self._read(spans)
