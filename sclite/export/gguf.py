@@ -147,7 +147,7 @@ def converter() -> Path:
         raise ScliteError(message, hint)
     if importlib.util.find_spec("pip") is None:
         hint = "python -m ensurepip, or uv pip install pip; or set SCLITE_LLAMA_CPP to a llama.cpp checkout"
-        raise ScliteError("pip, which downloads llama.cpp's converter, is not installed", hint)
+        raise NetworkError("cannot download llama.cpp's converter: pip is not installed", hint)
     package = f"llama-cpp-python=={installed}"
     arguments = ["download", "--no-deps", "--no-binary", "llama-cpp-python", package]
     with tempfile.TemporaryDirectory() as place:

@@ -128,3 +128,22 @@ def test_unreachable_hub_and_full_disk_are_different_errors(monkeypatch):
     raised = OSError(28, "No space left on device")
     with pytest.raises(DataError, match="No space left"):
         load("openai/gsm8k")
+
+
+def test_gated_dataset_is_not_taken_for_a_missing_one(monkeypatch):
+    def gated(name, *_, **__):
+        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' is a gated dataset on the Hub.")
+
+    monkeypatch.setattr(datasets, "load_dataset", gated)
+    with pytest.raises(DataError, match="some/gated is gated") as error:
+        load("some/gated")
+    assert "HF_TOKEN" in error.value.hint
+
+
+def test_unknown_columns_name_the_settings_of_their_section(tmp_path):
+    path = tmp_path / "test.jsonl"
+    path.write_text('{"q": "1 + 1?", "a": "2"}\n')
+    for section in ("problems", "eval"):
+        with pytest.raises(DataError) as error:
+            load_problems(Source(source=str(path)), key=f"{section}.source")
+        assert f"--set {section}.question_column=NAME and {section}.answer_column=NAME" in error.value.hint

@@ -28,6 +28,7 @@ from sclite.export import ollama, parity, reference
 from sclite.export.cards import build_model_card
 from sclite.export.gguf import run_converter
 from sclite.export.merge import BaseWeights
+from sclite.export.reference import Trained
 from sclite.export.samples import Sample, split_samples
 from sclite.progress import ProgressDisplay
 from sclite.records import Template
@@ -540,6 +541,25 @@ def test_export_that_fails_leaves_no_comparison_of_an_earlier_one(base, run):
     assert not run.path("export/parity.json").exists()
 
 
+def test_finished_export_is_described_where_it_is_now(base, run, tmp_path):
+    shutil.copytree(run.path("sft/adapter"), run.path("dpo/adapter"))
+    for name in ("sft", "dpo"):
+        export.export_model(config_of(base), run, name)
+    moved = Run(run.folder.rename(tmp_path / "moved"))
+    report = export.export_model(config_of(base), moved, "sft")
+    assert (report.skipped, report.figures["gguf"]) == (True, str(moved.path("export/sft-q8_0.gguf")))
+    kept = json.loads(moved.path("export/parity.json").read_text())
+    assert list(kept["files"]) == ["sft-q8_0.gguf"]
+
+
+def test_texts_longer_than_the_student_supports_are_not_compared(base, run, monkeypatch):
+    chats = export.read_samples(config_of(base), run)
+    student = Trained(base, None, AutoTokenizer.from_pretrained(base))
+    lengths = sorted(len(student.ids(sample)) for sample in chats)
+    monkeypatch.setattr("sclite.export.reference.max_positions", lambda _: lengths[-1] - 1)
+    assert [len(ids) for ids, _ in student.held_out(chats)] == lengths[:-1]
+
+
 def test_merged_folder_is_what_was_trained(base, run, monkeypatch):
     found, folder = export.export_merged(config_of(base), run, "sft"), run.path("export/sft-merged")
     assert found["merged"] == str(folder)
@@ -548,6 +568,9 @@ def test_merged_folder_is_what_was_trained(base, run, monkeypatch):
     assert 0 <= found["kl"] < 1e-3
     assert [path.name for path in run.path("export").iterdir()] == ["sft-merged"]
     ids = torch.tensor([list(range(300, 340))])
+    assert (
+        AutoModelForCausalLM.from_pretrained(folder).dtype == torch.float16
+    )  # bfloat16 would round the adapter away
     before, merged = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (base, folder))
     trained = PeftModel.from_pretrained(before, run.path("sft/adapter"))
     with torch.inference_mode():

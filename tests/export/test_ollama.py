@@ -20,10 +20,8 @@ from tests.replay import Answer, TeacherServer
 from tests.toy import CHATML
 
 
-def test_modelfile_has_template_system_prompt_stops_and_context():
-    text = build_modelfile(
-        "m.gguf", "{{ .Prompt }}", system="Be right.", stops=("</s>", "</s>", ""), num_ctx=4096
-    )
+def test_modelfile_has_template_system_prompt_stop_and_context():
+    text = build_modelfile("m.gguf", "{{ .Prompt }}", system="Be right.", stop="</s>", num_ctx=4096)
     assert text.splitlines() == [
         "FROM ./m.gguf",
         'TEMPLATE """{{ .Prompt }}"""',
@@ -35,7 +33,7 @@ def test_modelfile_has_template_system_prompt_stops_and_context():
     assert "TEMPLATE" not in build_modelfile("m.gguf", "")
 
 
-@pytest.mark.parametrize("given", [{"system": 'say """'}, {"system": 'say "stop"'}, {"stops": ('"',)}])
+@pytest.mark.parametrize("given", [{"system": 'say """'}, {"system": 'say "stop"'}, {"stop": '"'}])
 def test_text_that_a_modelfile_cannot_hold_is_an_error(given):
     with pytest.raises(DataError, match="cannot hold"):
         build_modelfile("m.gguf", "", **given)

@@ -3,7 +3,7 @@
 import pytest
 
 from sclite.data.pairs import continuation, make_pairs
-from sclite.errors import UsageError
+from sclite.errors import DataError, UsageError
 from sclite.inspect.labels import Labels
 from sclite.records import Review, Template
 from sclite.run import Run
@@ -78,3 +78,10 @@ def test_rows_that_are_not_trained_on_are_refused(config, run):
     with pytest.raises(UsageError, match="attempts are not trained on") as error:
         Labels(config, run, "attempts")
     assert "templates, reviews, pairs" in error.value.hint
+
+
+def test_review_of_an_attempt_that_is_gone_is_reported(config, run):
+    (review, *_) = run.read("reviews.jsonl", Review)
+    labels = Labels(config, run, "reviews")
+    with pytest.raises(DataError, match="has no sample 7 of"):
+        list(labels.sequences(review.model_copy(update={"sample": 7})))

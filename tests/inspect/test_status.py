@@ -303,6 +303,11 @@ def test_the_next_command_runs_the_first_unfinished_stage(trained):
     assert following(trained, "teacher.model=openai/other") == "sclite build-data --fresh"
     assert following(trained, "seed=1") == "sclite build-data"
     assert following(trained, "sft.num_train_epochs=7") == "sclite train --fresh"  # else it is refused
+    adapter(trained, "warmup/adapter")
+    trained.sign("warmup", training_inputs(config(trained), trained, "warmup"), Report("warmup"))
+    assert (
+        following(trained, "attempts.temperature=0.1") == "sclite train --fresh"
+    )  # the warm-up would be refused
     trained.path("done/sft.json").unlink()
     assert following(trained, "student.model=") == "sclite init"
     Path("sclite.toml").write_text("")
@@ -344,6 +349,13 @@ def test_the_thresholds_of_all_exported_students_are_found(built):
             store_threshold(made, built, gguf, FittedThreshold(threshold=2.0, problems=70, max_harm=0.005))
             assert read(built)["stages"]["threshold"]["counts"] == {"problems": 70, "fitted": 1}
     assert (states(built)["threshold"], states(built)["threshold-sft"]) == ("not_begun", "done")
+    built.path(
+        "export/sft-q4_k_m.gguf"
+    ).unlink()  # `sclite export` would not make it again, `sclite eval` does
+    assert states(built)["export-sft"] == "stale"
+    assert following(built, "sft.num_train_epochs=3") != "sclite export"
+    assert states(built)["export-dpo"] == "done"
+    built.path("export/sft-q4_k_m.gguf").write_bytes(b"GGUF" + b"sft")
     store_threshold(made, built, gguf, FittedThreshold(threshold=1.0, problems=60, max_harm=0.005))
     stage = read(built)["stages"]["threshold"]
     assert (stage["state"], stage["counts"]) == ("done", {"problems": 60, "fitted": 1})
@@ -359,3 +371,27 @@ def test_imported_attempts_need_no_training(built):
     assert following(built, named) == "sclite build-data --only corrections"
     write_corrections(built, named)
     assert following(built, named) == "sclite train"
+
+
+def test_options_of_one_export_do_not_make_it_stale(built):
+    adapter(built, "dpo/adapter")
+    gguf = built.path("export/dpo-q4_k_m.gguf")
+    gguf.parent.mkdir()
+    gguf.write_bytes(b"GGUF")
+    made = config(built, "export.imatrix=true", "export.keep_template=true")
+    built.sign("export-dpo", inputs_of(made, built, "dpo"), Report("export-dpo", figures={"files": {}}))
+    assert states(built)["export-dpo"] == "done"
+
+
+def test_threshold_on_few_problems_stays_fitted_with_another_limit(built):
+    adapter(built, "dpo/adapter")
+    gguf = built.path("export/dpo-q4_k_m.gguf")
+    gguf.parent.mkdir()
+    gguf.write_bytes(b"GGUF")
+    files = {gguf.name: {"megabytes": 0.0, "sha256": built.file_digest(str(gguf.resolve()))}}
+    built.sign(
+        "export-dpo", inputs_of(config(built), built, "dpo"), Report("export-dpo", figures={"files": files})
+    )
+    fitted = FittedThreshold(threshold=None, problems=8, max_harm=0.01)
+    store_threshold(config(built), built, gguf, fitted)
+    assert states(built, "review.max_harm=0.2")["threshold"] == "done"  # `train` would fit no other

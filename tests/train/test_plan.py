@@ -10,7 +10,7 @@ from sclite.config import Config
 from sclite.data import corrections
 from sclite.errors import DataError, DeviceError, NetworkError
 from sclite.inspect.plan import plan, print_plan
-from sclite.records import Attempt, Pair, Template
+from sclite.records import Attempt, Pair, Review, Template
 from sclite.run import Report
 from sclite.student.loader import EMBEDDED_FOLDER, load_tokenizer, read_config
 from sclite.train.memory import Setting, architecture, estimate
@@ -112,6 +112,17 @@ def test_the_plan_of_the_warmup_has_solving_and_closed_rows(toy, tokenizer):
     assert (one["rows"], one["steps"]) == (16, 4)
     assert (none["rows"], none["steps"]) == (10, 3)
     assert one["tokens"] > none["tokens"]
+
+
+def test_reviews_of_attempts_that_are_sampled_again_are_not_planned(toy, tokenizer):
+    attempts, reviews = toy.read("attempts.jsonl", Attempt), toy.read("reviews.jsonl", Review)
+    gone = reviews[0].id
+    toy.replace("attempts.jsonl", [attempt for attempt in attempts if attempt.id != gone])
+    warmup = {"replay_share": 0.0, "batch_size": 4}
+    some = stage_of("warmup", toy, tokenizer=tokenizer, warmup=warmup)["rows"]
+    assert 0 < some < 10
+    toy.replace("attempts.jsonl", [])
+    assert stage_of("warmup", toy, tokenizer=tokenizer, warmup=warmup)["rows"] is None
 
 
 def test_the_plan_of_dpo_counts_both_sides_and_replay(toy, tokenizer):
