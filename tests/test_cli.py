@@ -256,6 +256,20 @@ def test_a_dry_run_of_corrections_needs_attempts(sclite):
     assert json.loads(sclite(*asked, "--json").out)["requests"] == 0  # imported reviews: no requests
 
 
+def test_a_dry_run_names_the_corrections_that_would_follow(sclite):
+    run = Path("runs/default")
+    write_rows(run / "problems.jsonl", [{"id": "p0", "question": "What is 2 + 2?", "answer": "4"}])
+    work = {"id": "p0", "sample": 0, "trace": "<Step1>2 + 2 = 5\n</Step1>\n<Answer>5</Answer>"}
+    write_rows(run / "attempts.jsonl", [{**work, "answer": "5", "correct": False}])
+    write_rows(run / "templates.jsonl", [{**json.loads(TEMPLATE), "id": "p0"}])
+    price = ("--set", "teacher.price=[1000, 1000]")
+    shown = sclite("build-data", "--dry-run", *TEACHER, *price).out
+    assert shown.startswith("No requests for templates are left to send.")
+    assert "corrections" not in shown
+    shown = sclite("build-data", "--dry-run", *TEACHER, *price, "--set", "attempts.student=openai/other").out
+    assert re.search(r"^corrections after SFT: 1 by .*, about \$\d", shown, re.M)
+
+
 def test_exported_data_is_printed_as_one_json_object(sclite):
     write_rows("runs/default/templates.jsonl", [TEMPLATE])
     found = json.loads(sclite("export", "--format", "data", "--json").out)

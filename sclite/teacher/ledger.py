@@ -171,11 +171,17 @@ class Ledger(AbstractContextManager["Ledger"]):
     def totals(self, stage: str | None = None) -> dict[str, float]:
         """Totals of one stage or of all: `requests` with a reply, times `sent`, `given_up` after sending, tokens, cost.
 
-        `lost_usd` is the maximum cost of those given up, `unpriced` counts replies of unknown cost.
+        `lost_usd` is the maximum cost of those given up, `unpriced` counts replies of unknown cost. These and the cost of a
+        stage include its inspections.
         """
         self.flush()
         where, values = ("", ()) if stage is None else (" WHERE stage = ?", (stage,))
-        return dict(zip(_TOTAL_NAMES, self._row(_TOTALS + where, values) or (), strict=True))
+        found = dict(zip(_TOTAL_NAMES, self._row(_TOTALS + where, values) or (), strict=True))
+        if stage is not None:
+            inspections = self._row(_TOTALS + where, (f"{stage} inspection",)) or ()
+            for name, value in zip(_TOTAL_NAMES[-3:], inspections[-3:], strict=True):
+                found[name] += value
+        return found
 
     def _row(self, statement: str, values: tuple) -> tuple | None:
         try:

@@ -263,7 +263,8 @@ def test_inspector_has_a_price_of_its_own(ask, ledger):
     with TeacherServer(answer) as server:
         ask(server, [asked], inspector="openai/judge", inspector_api_base=server.url, **prices)
     teacher, judge = (ledger.totals(f"templates{kind}") for kind in ("", " inspection"))
-    assert 0 < teacher["cost_usd"] * 2 == pytest.approx(judge["cost_usd"])
+    # at twice the price for as many tokens; the cost of the stage is that of both
+    assert 0 < judge["cost_usd"] * 1.5 == pytest.approx(teacher["cost_usd"])
 
 
 def test_slow_teacher_is_not_taken_for_one_at_a_wrong_address(ask):
