@@ -290,7 +290,7 @@ class Eval(Source):
 
     source: str = setting("", "held-out problems: a file or a Hub ID, as problems.source")
     split: str = setting("test", "split of a Hub dataset")
-    limit: int | None = setting(500, "number of problems to evaluate", ge=1)
+    limit: int = setting(500, "number of problems to evaluate", ge=1)
     max_tokens: int = setting(1024, "maximum number of tokens per answer", ge=16)
     context: int = setting(4096, "maximum length of a conversation in tokens", ge=256)
     baselines: bool = setting(

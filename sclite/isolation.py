@@ -89,9 +89,6 @@ def _forward_interrupts(process: BaseProcess) -> Iterator[list[int]]:
         with suppress(ProcessLookupError):
             os.kill(process.pid, number)
 
-    if threading.current_thread() is not threading.main_thread():  # Ctrl-C goes to the main thread
-        yield presses
-        return
     before = signal.signal(signal.SIGINT, forward)
     try:
         yield presses

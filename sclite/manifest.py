@@ -25,7 +25,7 @@ class Manifest(BaseModel):
     counts: dict[str, int]
     dropped: dict[str, int]
     seconds: float
-    cost_usd: float | None
+    cost_usd: float
     figures: dict[str, Any]
     outputs: dict[str, Output] = {}
 

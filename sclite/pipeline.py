@@ -202,12 +202,12 @@ def build_pairs(context: Context) -> Report:
 def train(context: Context, only: str | None = None, fresh: bool = False) -> list[Report]:
     """SFT, stage 2, export and the fit of the threshold; `only` "sft" or "dpo"; `fresh` retrains after other inputs."""
     from sclite.inspect.plan import correction_cost_text
-    from sclite.train.sft import check_templates
+    from sclite.train.sft import read_templates
 
     if only not in (None, "sft", "dpo"):
         raise UsageError(f"--only {only}: no such stage", "use --only sft or --only dpo")
     if only != "dpo" and not context.run.is_imported("sft", adapter_weights("sft")):
-        check_templates(context.run)
+        read_templates(context.run)
     data = {name: context.run.path(f"{name}.jsonl").is_file() for name in ("templates", "reviews", "pairs")}
     ready = data["templates"] and not (data["reviews"] or data["pairs"])
     if only != "sft" and ready and not context.config.teacher.model:

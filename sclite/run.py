@@ -239,10 +239,9 @@ class Run:
             raise DataError(f"{self.path(name)} is missing or empty", hint)
         return rows
 
-    def replace_drops(self, stages: Iterable[str], drops: Iterable[Drop]) -> None:
-        """Replace the drops of these stages and keep those of the others."""
-        stages = set(stages)
-        kept = [drop for drop in self.read("dropped.jsonl", Drop) if drop.stage not in stages]
+    def replace_drops(self, stage: str, drops: Iterable[Drop]) -> None:
+        """Replace the drops of a stage and keep those of the others."""
+        kept = [drop for drop in self.read("dropped.jsonl", Drop) if drop.stage != stage]
         self.replace("dropped.jsonl", [*kept, *drops])
 
     def read_json(self, name: str, shape: Any = Any) -> Any:

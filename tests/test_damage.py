@@ -106,7 +106,7 @@ def test_damaged_drops_are_skipped_with_a_warning(run, capsys):
     run.replace("dropped.jsonl", [Drop(stage="a", id=str(n), reason="x") for n in range(3)])
     lines = run.path("dropped.jsonl").read_bytes().splitlines(keepends=True)
     run.path("dropped.jsonl").write_bytes(lines[0] + b"\xff\xfe{\n" + lines[2])
-    run.replace_drops(["b"], [Drop(stage="b", id="9", reason="y")])
+    run.replace_drops("b", [Drop(stage="b", id="9", reason="y")])
     assert [drop.id for drop in run.read("dropped.jsonl", Drop)] == ["0", "2", "9"]
     assert "dropped.jsonl: line 2 damaged" in capsys.readouterr().err
 

@@ -68,8 +68,8 @@ def test_a_damaged_line_is_reported_with_file_and_line(run, line):
 
 
 def test_drops_are_replaced_stage_by_stage(run):
-    run.replace_drops(["a"], [Drop(stage="a", id="1", reason="x"), Drop(stage="b", id="2", reason="y")])
-    run.replace_drops({"a"}, [Drop(stage="a", id="3", reason="z")])
+    run.replace_drops("a", [Drop(stage="a", id="1", reason="x"), Drop(stage="b", id="2", reason="y")])
+    run.replace_drops("a", [Drop(stage="a", id="3", reason="z")])
     assert [(d.stage, d.id) for d in run.read("dropped.jsonl", Drop)] == [("b", "2"), ("a", "3")]
 
 

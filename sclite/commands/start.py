@@ -45,10 +45,9 @@ def quickstart(
     from sclite.evaluate.metrics import Outcome
     from sclite.inspect import summaries
 
-    summaries.print_results(summary)
+    summaries.print_results(run, summary)
     summaries.print_example(run.rows(f"{summary['folder']}/dpo.jsonl", Outcome, whole=False))
-    report = run.path(f"{summary['folder']}/report.html")
-    console.print(f"\nReport: {console.escape(str(report))}\n\nNext steps:")
+    console.print("\nNext steps:")
     chat = console.escape(f"sclite chat --self-correct --run {quote(str(loaded.run))}")
     console.print(f"  [bold cyan]{chat}[/]  talk to the student", wrap=False)
     console.print("  [bold cyan]sclite init[/]  a configuration for your own problems", wrap=False)

@@ -52,9 +52,7 @@ def evaluate(
     if common.json:
         console.print_json(summary)
         return
-    summaries.print_results(summary)
-    report = context.run.path(f"{summary['folder']}/report.html")
-    console.print(f"Report: {console.escape(str(report))}", wrap=False)
+    summaries.print_results(context.run, summary)
 
 
 @common_options

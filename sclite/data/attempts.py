@@ -82,7 +82,7 @@ def write_attempts(
             try:
                 rows = import_attempts(Path(settings.source), problems, grader, drops)
             finally:
-                run.replace_drops(["attempts"], drops)
+                run.replace_drops("attempts", drops)
         else:
             assert student is not None
             rows = _sample(config, run, inputs, problems, student, grader, progress)

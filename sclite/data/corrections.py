@@ -88,7 +88,7 @@ def write_corrections(
                 reviews.append(Review(**given, step=step, **parts))
             progress(done, len(wrong), teacher.ledger.spent_usd)
         report.cost_usd = teacher.ledger.totals("corrections")["cost_usd"]
-        run.replace_drops({"corrections"}, drops)
+        run.replace_drops("corrections", drops)
         report.dropped = dict(Counter(drop.reason for drop in drops))
         if not reviews:
             reasons = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in report.dropped.items())

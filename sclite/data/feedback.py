@@ -77,7 +77,7 @@ def write_feedback(
         attempts = [*added, *(row for row in attempts if not from_feedback(row))]
         run.replace("problems.jsonl", problems)
         run.replace("attempts.jsonl", attempts)
-        run.replace_drops(["feedback"], drops)
+        run.replace_drops("feedback", drops)
         if signed := run.manifest("problems"):
             now = signed["inputs"] | {"problems": run.file_digest("problems.jsonl")}
             run.sign("problems", now, Report.of(signed))

@@ -51,14 +51,12 @@ class Case:
 
 def pairs_inputs(config: Config, run: Run) -> dict[str, object]:
     """The inputs that decide the pairs."""
-    trained = config.attempts.kind == "trained"
-    external = [external_student_digest(config), config.attempts.max_tokens]
-    used = ("student_system", "student_solve", "student_review")
-    inputs: dict[str, object] = {} if trained else {"student": digest(external)}
-    return inputs | {
+    settings, used = config.attempts, ("student_system", "student_solve", "student_review")
+    sampling = [settings.reviews, settings.temperature, settings.max_tokens, config.seed]
+    return {
         "reviews": run.file_digest("reviews.jsonl"),
-        "warmup": run.file_digest(adapter_weights("warmup")) if trained else "",
-        "sampling": digest([config.attempts.reviews, config.attempts.temperature, config.seed]),
+        "student": external_student_digest(config) or run.file_digest(adapter_weights("warmup")),
+        "sampling": digest(sampling),
         "prompts": prompts.digest_prompts(*used, folder=config.prompts.folder),
     }
 
@@ -89,7 +87,7 @@ def write_pairs(
         drops = [drop for _, drop in made if drop is not None]
         run.mark_started("pairs")
         run.replace("pairs.jsonl", pairs)
-        run.replace_drops({"pairs"}, drops)
+        run.replace_drops("pairs", drops)
     report.counts |= Counter(pair.kind for pair in pairs)
     report.counts["own_corrections_chosen"] = sum(pair.origin == "student" for pair in pairs)
     report.dropped = dict(Counter(drop.reason for drop in drops))
@@ -202,13 +200,12 @@ def make_pairs(
 
     The content is the chosen cause and correction against a wrong one by the student; a drop says why there is none.
     """
+    of = {"id": review.id, "sample": review.sample, "attempt": render(work)}
     pairs = [
         Pair(
-            id=review.id,
-            sample=review.sample,
+            **of,
             step=step,
             kind="decision",
-            attempt=render(work),
             prefix=_prefix(work, step),
             chosen=CAUSE if step == review.step else close_piece(step),
             rejected=close_piece(step) if step == review.step else CAUSE,
@@ -222,11 +219,9 @@ def make_pairs(
     chosen = right[0] if right else continuation(review)
     if wrong and wrong[0] != chosen:
         content = Pair(
-            id=review.id,
-            sample=review.sample,
+            **of,
             step=review.step,
             kind="content",
-            attempt=render(work),
             prefix=(*_prefix(work, review.step), CAUSE),
             chosen=chosen,
             rejected=wrong[0],

@@ -148,7 +148,7 @@ def gather_problems(
             run.mark_started("problems")
             kept = filter(from_feedback, run.read("problems.jsonl", Problem, whole=False))
             run.replace("problems.jsonl", [*kept, *problems])
-        run.replace_drops(["problems"], drops)
+        run.replace_drops("problems", drops)
         run.sign("problems", {**inputs, "problems": run.file_digest("problems.jsonl")}, report)
     return problems
 

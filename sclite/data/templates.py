@@ -83,7 +83,7 @@ def write_templates(
         basis = basis_of(config.teacher, inputs["prompts"])
         drops = _request_missing(config, run, teacher, grader, problems, basis, fresh, progress)
         run.reorder("templates.jsonl", Template, (problem.id for problem in problems))
-        run.replace_drops(["templates"], [drops[problem.id] for problem in problems if problem.id in drops])
+        run.replace_drops("templates", [drops[problem.id] for problem in problems if problem.id in drops])
         requests = [row.requests for row in run.rows("templates.jsonl", Template)]
         totals = teacher.ledger.totals("templates")
         report.counts = {"problems": len(problems), "templates": len(requests)}
@@ -155,7 +155,7 @@ def _request_missing(
     rows = run.rows("templates.jsonl", Template, whole=False)
     kept = {row.id: None for row in rows if wanted.get(row.id) == (row.question, row.answer)}  # in order
     run.reorder("templates.jsonl", Template, kept)
-    run.replace_drops(["templates"], [])
+    run.replace_drops("templates", [])
     missing = [problem for problem in problems if problem.id not in kept]
     drops: dict[str, Drop] = {}
     add, done, total = None, len(problems) - len(missing), len(problems)

@@ -10,14 +10,12 @@ from sclite.signature import digest
 SUMMARY, REPORT = "summary.json", "report.html"
 
 
-def result_folder(
-    run: Run, dataset: str, names: Sequence[str], limit: int | None, default: int | None
-) -> str:
+def result_folder(run: Run, dataset: str, names: Sequence[str], limit: int, default: int) -> str:
     """eval/<names>, plus -limit-<N> if the limit is not the `default`, plus a hash if another dataset uses that name.
 
     `dataset` is a path or Hub ID.
     """
-    parts = [*filter(None, names), *([] if limit == default else [f"limit-{limit or 'none'}"])]
+    parts = [*filter(None, names), *([] if limit == default else [f"limit-{limit}"])]
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", "-".join(parts)).strip("-.")[:100] or "problems"
     existing = run.read_json(f"eval/{name}/{SUMMARY}", dict[str, Any])
     taken = existing is not None and existing.get("dataset") != dataset

@@ -288,11 +288,8 @@ def find_threshold(
 ) -> FittedThreshold | None:
     """What was fitted on a file with these prompts and weights, for this `review.max_harm` or the next lower, else higher one."""
     wanted = config.review.max_harm
-
-    def distance(fit: FittedThreshold) -> tuple[bool, float]:
-        return fit.max_harm > wanted, abs(fit.max_harm - wanted)
-
     fits = [each for key, each in known.items() if key.startswith(gguf_digest) and each.is_for(config)]
+    distance = lambda fit: (fit.max_harm > wanted, abs(fit.max_harm - wanted))  # noqa: E731
     return min(reversed(fits), key=distance, default=None)  # the newest of equals
 
 

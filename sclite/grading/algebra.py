@@ -103,9 +103,7 @@ def _parse(text: str) -> Any:
 
 
 def _is_relation(read: object) -> bool:
-    from sympy.core.relational import Relational
-
-    return isinstance(read, Relational)
+    return getattr(read, "is_Relational", False)
 
 
 def _solutions(read: Any, other: Any) -> Any:

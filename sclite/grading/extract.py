@@ -1,6 +1,7 @@
 """Extraction of the final answer from a trace, a published solution or free text."""
 
 import re
+from collections import deque
 
 from sclite.trace import ParsedTrace
 
@@ -48,10 +49,7 @@ def answer_of(parsed: ParsedTrace) -> str | None:
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    found = None
-    for found in pattern.finditer(text):  # noqa: B007
-        pass
-    return found
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
 
 
 def boxed(text: str) -> str | None:

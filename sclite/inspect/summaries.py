@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from sclite import console
 from sclite.console import escape, format_percent
-from sclite.run import Report
+from sclite.evaluate.results import REPORT
+from sclite.run import Report, Run
 
 if TYPE_CHECKING:
     from sclite.context import Context
@@ -22,21 +23,17 @@ HEADER = (
 
 def print_build_data(context: "Context", only: str | None, json: bool) -> None:
     """Print the templates, pairs, cost and drops of build-data, and the next command."""
-    run, reports = context.run, context.reports
-    dropped: Counter[str] = Counter()
-    for report in reports:
-        dropped.update(report.dropped)
-    counts = {name: value for report in reports for name, value in report.counts.items()}
-    paired = any(report.stage == "pairs" for report in reports)
-    costs = [report.cost_usd for report in reports]
+    run, reports = context.run, {report.stage: report for report in context.reports}
+    dropped = sum((Counter(report.dropped) for report in reports.values()), Counter[str]())
+    counts = {name: value for report in reports.values() for name, value in report.counts.items()}
+    paired, judged = "pairs" in reports, reports.get("feedback")
     totals: dict[str, Any] = {
         "templates": counts.get("templates", 0),
         "pairs": sum(counts.get(kind, 0) for kind in (("decision", "content") if paired else ("corrected",))),
         "dropped": dict(dropped),
-        "cost_usd": None if None in costs else round(sum(costs), 6),
-        "seconds": round(sum(report.seconds for report in reports), 3),
+        "cost_usd": round(sum(report.cost_usd for report in reports.values()), 6),
+        "seconds": round(sum(report.seconds for report in reports.values()), 3),
     }
-    judged = next((report for report in reports if report.stage == "feedback"), None)
     if judged is not None:
         totals["feedback"] = {verdict: judged.counts[verdict] for verdict in ("good", "bad")}
     if json:
@@ -67,9 +64,7 @@ def print_train(
         console.print_json(found if evaluation is None else {**found, "eval": evaluation})
         return
     if evaluation is not None:
-        print_results(evaluation)
-        report = context.run.path(evaluation["folder"]) / "report.html"
-        console.print(f"Report: {escape(str(report))}", wrap=False)
+        print_results(context.run, evaluation)
     elif only == "sft":
         console.print(f"Adapter: {escape(str(context.run.path('sft/adapter')))}")
     _print_next(context)
@@ -146,7 +141,7 @@ def print_files(what: str, report: Report, license: str, json: bool) -> None:
         console.print("Set a license, export.license, before you publish the data.")
 
 
-def print_results(summary: Mapping[str, Any]) -> None:
+def print_results(run: Run, summary: Mapping[str, Any]) -> None:
     """Print one row per student: shares of the problems in percent, with 95 % intervals."""
     rows = []
     for name, figures in (summary["models"] | summary.get("baselines", {})).items():
@@ -174,6 +169,7 @@ def print_results(summary: Mapping[str, Any]) -> None:
         console.print(f"{unknown} answers could not be graded and are not counted")
     for note in summary["notes"]:
         console.print(escape(note))
+    console.print(f"Report: {escape(str(run.path(summary['folder']) / REPORT))}", wrap=False)
 
 
 def print_example(outcomes: "Iterable[Outcome]") -> None:

@@ -79,7 +79,7 @@ def quickstart(config: Config, quiet: bool = False, fresh: bool = False) -> dict
     pipeline.build_templates(context, fresh)
     pipeline.train(context, fresh=fresh)
     exports.export(context, STUDENTS)
-    count = config.eval.limit or 300
+    count = config.eval.limit
     held_out = HeldOut(
         problems=problem_set("test", count),
         fitting=problems.fit,

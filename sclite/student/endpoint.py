@@ -72,9 +72,6 @@ class Endpoint(Student):
                 if text.startswith(shown) and text != shown:
                     yield text[len(shown) :]
                     shown = text
-                if cancel is not None and cancel.is_set():
-                    yield Reply(0, shown, 0, 0, "cancelled")
-                    return
 
     def _job(self, index: int, request: Request) -> Job:
         if request.pieces:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 from sclite.config import Config, Dpo
 from sclite.errors import DataError
 from sclite.progress import Progress, no_progress
-from sclite.records import Pair, Problem, Template
+from sclite.records import Pair, Problem
 from sclite.run import Report, Run
 from sclite.signature import digest
 from sclite.student.tokenization import TrainingSequence, decision_ids
 from sclite.train.bundle import Bundle, build_bundles, check_bundles, collate
 from sclite.train.losses import DpoLoss, Reference, reference_log_probs
-from sclite.train.sft import replay_templates, solve_rows
+from sclite.train.sft import read_templates, replay_templates, solve_rows
 from sclite.train.stage import BuildTask, TrainingJob
 from sclite.train.trainer import TrainingTask, catch_out_of_memory, held_out_rows
 
@@ -46,11 +46,10 @@ def train_dpo(
     def prepare(job: TrainingJob, tokenizer: Tokenizer) -> BuildTask:
         hint = "run `sclite train`, which builds them from the student's attempts"
         pairs = run.require("pairs.jsonl", Pair, hint)
-        templates = run.require("templates.jsonl", Template, "run `sclite build-data` first")
         questions = {problem.id: problem.question for problem in run.read("problems.jsonl", Problem)}
         folder, limit = config.prompts.folder, config.dpo.max_length
         bundles = build_bundles(tokenizer, pairs, questions, folder)
-        solved = solve_rows(tokenizer, replay_templates(templates, unseen), folder)
+        solved = solve_rows(tokenizer, replay_templates(read_templates(run), unseen), folder)
         job.warn_of_long_rows("solved rows", [len(row.ids) for row in solved])
         keys = [bundle.key.rpartition("/") for bundle in bundles]
         kept = job.drop_long_rows(

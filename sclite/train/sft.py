@@ -47,8 +47,7 @@ def train_sft(
         return Report("sft", {"imported": 1}, skipped=True)
 
     def prepare(job: TrainingJob, tokenizer: Tokenizer) -> BuildTask:
-        check_templates(run)
-        templates = run.read("templates.jsonl", Template)
+        templates = read_templates(run)
         rows = [row for row in templates if row.id not in unseen]
         if not rows:
             raise DataError(
@@ -65,11 +64,10 @@ def train_sft(
     return TrainingJob("sft", config, run, unseen, fresh, progress).train(prepare)
 
 
-def check_templates(run: Run) -> None:
-    """Raise DataError if the run has no templates."""
-    if next(run.rows("templates.jsonl", Template), None) is None:
-        hint = "run `sclite build-data` first, or put your own templates there"
-        raise DataError(f"{run.path('templates.jsonl')} is missing or empty", hint)
+def read_templates(run: Run) -> list[Template]:
+    """The run's templates. Raises DataError if there are none."""
+    hint = "run `sclite build-data` first, or put your own templates there"
+    return run.require("templates.jsonl", Template, hint)
 
 
 def replay_templates(templates: Sequence[Template], unseen: frozenset[str]) -> list[Template]:

@@ -117,7 +117,7 @@ class TrainingJob:
             for (id, sample), tokens in zip(keys, lengths, strict=True)
             if tokens > limit
         ]
-        self.run.replace_drops({self.stage}, drops)
+        self.run.replace_drops(self.stage, drops)
         if drops:
             self.report.dropped[reason] = len(drops)
         fitting = [number for number, tokens in enumerate(lengths) if tokens <= limit]

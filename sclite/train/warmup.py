@@ -25,7 +25,7 @@ from sclite.records import Attempt, Problem, Review, Template
 from sclite.run import Report, Run
 from sclite.student.tokenization import TrainingSequence, encode_pieces, encode_review, encode_solution
 from sclite.trace import Trace, all_pieces, corrected, render
-from sclite.train.sft import replay_templates, solve_rows, supervised
+from sclite.train.sft import read_templates, replay_templates, solve_rows, supervised
 from sclite.train.stage import BuildTask, TrainingJob
 
 if TYPE_CHECKING:
@@ -45,8 +45,9 @@ def train_warmup(
     def prepare(job: TrainingJob, tokenizer: Tokenizer) -> BuildTask:
         hint = "run `sclite build-data --only corrections` first, or skip the warm-up: --set warmup.num_train_epochs=0"
         reviews = run.require("reviews.jsonl", Review, hint)
-        templates = run.require("templates.jsonl", Template, "run `sclite build-data` first")
-        names, rows = mixed_rows(tokenizer, run, reviews, replay_templates(templates, unseen), config)
+        names, rows = mixed_rows(
+            tokenizer, run, reviews, replay_templates(read_templates(run), unseen), config
+        )
         job.report.counts["reviews"] = len(reviews)
         return supervised(job, names, rows, tokenizer)
 

@@ -11,6 +11,7 @@ from sclite.evaluate.metrics import Outcome, compute_metrics
 from sclite.evaluate.threshold import FittedThreshold, store_threshold
 from sclite.inspect.summaries import print_example, print_results
 from sclite.records import Problem
+from sclite.run import Run
 from sclite.student.work_counter import WorkCounter
 from sclite.trace import Step, Trace, render
 from tests.toy import SameVerdict, ScriptedStudent
@@ -128,8 +129,11 @@ def test_example_prefers_an_answer_and_a_located_step(capsys):
 def table_of(capsys, outcomes, **figures):
     """What is printed of one student."""
     figures = compute_metrics(outcomes, bootstrap=10) | {"correction_rate_given_location": None, **figures}
-    print_results({"models": {"dpo": figures}, "n": len(outcomes), "notes": []})
-    return capsys.readouterr().out
+    summary = {"models": {"dpo": figures}, "n": len(outcomes), "notes": [], "folder": "eval/p"}
+    print_results(Run("run"), summary)
+    *shown, report = capsys.readouterr().out.splitlines(keepends=True)
+    assert report == "Report: run/eval/p/report.html\n"
+    return "".join(shown)
 
 
 def test_table_has_dashes_for_ungraded_answers_and_the_cost_of_the_review(capsys, monkeypatch):

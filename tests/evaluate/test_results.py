@@ -17,7 +17,6 @@ from sclite.records import Problem
     [
         ({"source": "data/gsm8k-test.jsonl"}, "eval/gsm8k-test"),
         ({"source": "gsm8k-test.jsonl.gz", "limit": 20}, "eval/gsm8k-test-limit-20"),
-        ({"source": "gsm8k-test.jsonl", "limit": None}, "eval/gsm8k-test-limit-none"),
         ({"source": "openai/gsm8k", "subset": "main"}, "eval/gsm8k-main-test"),
         ({"source": "openai/gsm8k", "subset": "main", "split": "test[:20]"}, "eval/gsm8k-main-test-20"),
         ({"source": "../Aufgaben: ä & b.csv"}, "eval/Aufgaben-b"),

@@ -72,7 +72,7 @@ def built(run) -> Run:
     run.replace("problems.jsonl", PROBLEMS)
     run.write_json("templates.begun.json", {})
     run.replace("templates.jsonl", TEMPLATES[:7])
-    run.replace_drops(["templates"], [Drop(stage="templates", id="p7", reason="no_steps")])
+    run.replace_drops("templates", [Drop(stage="templates", id="p7", reason="no_steps")])
     pay(run, "templates", 0.25, None)
     report = Report("templates", {"problems": 8, "templates": 7}, {"no_steps": 1}, 2.5, 0.25)
     run.sign("templates", templates.templates_inputs(config(run), [*TAUGHT, *KEPT]), report)
