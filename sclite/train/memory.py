@@ -260,12 +260,11 @@ def estimate_on_cpu(model: Architecture, setting: Setting) -> Estimate:
     """A rough estimate of RAM without a GPU: every layer is kept.
 
     Autograd saves of a layer the inputs and outputs of the norms; q, k, v and the attention's output; gate, up, their
-    product and its factor; and the output of every LoRA's A. In bfloat16 the norms still have float32 inputs, and PEFT
-    copies a layer's input for each LoRA.
+    product and its factor; and the output of every LoRA's A. In bfloat16 the norms still have float32 inputs.
     """
     parts, tensors = estimate(model, setting).parts, model.lora_tensors(setting.rank)
     element = 2 if model.bf16_on_cpu else 4  # bytes
-    hidden = (10 if model.bf16_on_cpu else 4) * model.hidden
+    hidden = (6 if model.bf16_on_cpu else 4) * model.hidden
     kept = (
         model.layers * (hidden + 4 * (model.query + model.intermediate))
         + model.adapted.total() * setting.rank
