@@ -154,7 +154,7 @@ class Teacher(Section):
     extra: Object = setting({}, 'more request parameters (a TOML table or JSON): {"reasoning_effort": "low"}')
     inspector: str = setting("", "LiteLLM model name of a second model that checks each reply")
     inspector_api_base: Address = setting("", "base URL of the inspector's endpoint")
-    inspector_price: Prices = setting(None, "the inspector's US dollars per million input and output tokens")
+    inspector_price: Prices = setting(None, "as price, for the inspector")
 
     @field_validator("extra")
     @classmethod
@@ -188,7 +188,7 @@ class Student(Section):
     backend: Literal["auto", "unsloth", "plain"] = setting(
         "auto", "auto: Unsloth on CUDA, else plain transformers"
     )
-    load_in_4bit: bool = setting(True, "load the base model in 4 bits (QLoRA)")
+    load_in_4bit: bool = setting(True, "on a GPU, load the base model in 4 bits (QLoRA)")
     batch: int = setting(64, "batch size for sampling, in sequences", ge=1)
 
 
@@ -269,7 +269,7 @@ class Export(Section):
     )
     ollama: str = setting("", "model name for `ollama create`")
     push: str = setting("", "repository on the Hub, OWNER/NAME, for the files and their card")
-    private: bool = setting(True, "create the repository as private")
+    private: bool = setting(True, "keep the repository private: create it so, refuse a public one")
     license: str = setting("", "license on the model card, as the Hub names it: apache-2.0 ..")
     num_ctx: int = setting(8192, "context length in Ollama, in tokens (in the Modelfile)", ge=256)
     keep_template: bool = setting(False, "export the model's own chat template as it is")
@@ -311,11 +311,11 @@ class Review(Section):
     )
     confidence_weight: float | None = setting(
         None,
-        "share of the confidence in a step's score, the rest is the review's (default: chosen with the threshold)",
+        "share of the confidence in a step's score, the rest is the review's (default: chosen with the threshold, else 0)",
         ge=0,
         le=1,
     )
-    rounds: int = setting(1, "maximum number of review rounds per answer", ge=0, le=8)
+    rounds: int = setting(1, "maximum number of guided review rounds per answer", ge=0, le=8)
     max_harm: float = setting(
         0.005, "share of answers that a fitted threshold may spoil (test at 5 %)", ge=0, le=1
     )

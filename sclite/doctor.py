@@ -122,7 +122,7 @@ def cuda_wheel(cuda: str) -> str:
 
 def run_checks(config: Config) -> Iterator[Check]:
     """Every check. Takes seconds: torch, llama.cpp and LiteLLM are imported in subprocesses, at the same time."""
-    from sclite.export.gguf import cache_folder
+    from sclite.export.gguf import SHA256, cache_folder
     from sclite.student.cuda_memory import available_ram
 
     taught = config.teacher.model and not config.teacher.embedded
@@ -164,8 +164,8 @@ def run_checks(config: Config) -> Iterator[Check]:
         fix = f"free {needed} GB for a run with {student}, or choose another --run"
         yield Check("disk", free > needed, f"{free:.0f} GB free in {found}", fix, required=free < 1)
 
-    llama = _version("llama-cpp-python")
-    fix = "pip install --force-reinstall --no-cache-dir llama-cpp-python"
+    llama, package = _version("llama-cpp-python"), f"llama-cpp-python=={max(SHA256)}"
+    fix = f"pip install --force-reinstall --no-cache-dir {package}"
     if gpus and torch["cuda"]:
         fix += f" --no-deps --index-url {CUDA_INDEX}/{cuda_wheel(torch['cuda'])}"
     if isinstance(offload, str):
@@ -175,7 +175,7 @@ def run_checks(config: Config) -> Iterator[Check]:
         yield Check("llama.cpp", works, found, fix, required=works)
     checkout = os.environ.get("SCLITE_LLAMA_CPP", "")
     if not llama:
-        found, fix = "llama-cpp-python is not installed", "pip install llama-cpp-python"
+        found, fix = "llama-cpp-python is not installed", f"pip install {package}"
         yield Check("GGUF converter", False, found, fix)
     elif checkout:
         fix = "set SCLITE_LLAMA_CPP to a llama.cpp checkout"

@@ -131,7 +131,7 @@ def find_gguf(context: Context, model: Path | None) -> Path:
     """The GGUF to chat with: the one given, or the run's last trained student. Raises DataError if there is none."""
     if model is not None:
         if not model.is_file():
-            hint = "give the path of a GGUF file; `sclite chat` also takes a LiteLLM model"
+            hint = "give the path of a GGUF file; a LiteLLM model is PROVIDER/NAME"
             raise DataError(f"{model} does not exist", hint)
         with open(model, "rb") as file:
             if file.read(4) != b"GGUF":

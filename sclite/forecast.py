@@ -69,7 +69,7 @@ def report_plan(context: Context, plan: Mapping[str, Any]) -> None:
     """Print `plan_run` in two lines, or raise DeviceError if a stage will not fit."""
     if misfits := [name for name, stage in plan["stages"].items() if stage["fits"] is False]:
         message = f"{', '.join(misfits)} will not fit in GPU memory"
-        raise DeviceError(message, "`sclite train --plan` shows settings that fit")
+        raise DeviceError(message, "add --plan to see settings that fit")
     templates, corrections = plan["templates"], plan["teacher"]
     if corrections["requests"] is not None:
         most = "at most " if corrections["at_most"] else ""
@@ -79,6 +79,10 @@ def report_plan(context: Context, plan: Mapping[str, Any]) -> None:
         context.display.print(f"plan: {paid} by {context.config.teacher.model}, {price}")
     needs = ", ".join(f"{name} {stage['total_gb']:.1f} GB" for name, stage in plan["stages"].items())
     where = "host RAM" if plan["gpu"] is None else f"of {plan['gpu']['free_gb']:.0f} GB GPU memory"
-    hours = "unknown until the first steps" if plan["hours"] is None else f"about {plan['hours']:.1f} h"
+    hours = (
+        "unknown until every stage has timed a step"
+        if plan["hours"] is None
+        else f"about {plan['hours']:.1f} h"
+    )
     disk = f"about {plan['disk_gb']['total']:.1f} GB of disk"
     context.display.print(f"plan: training needs {needs} ({where}) and {disk}; time {hours}")

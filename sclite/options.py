@@ -25,7 +25,9 @@ SetOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="Retrain if the inputs of a model have changed.")]
+FreshOption = Annotated[
+    bool, typer.Option("--fresh", help="Redo what has other inputs; pay again for other replies.")
+]
 GpuOption = Annotated[
     int | None,
     typer.Option("--gpu", metavar="N", min=0, help="The CUDA GPU (default: the first, or the CPU)."),

@@ -267,7 +267,7 @@ def test_a_dry_run_names_the_corrections_that_would_follow(sclite):
     assert shown.startswith("No requests for templates are left to send.")
     assert "corrections" not in shown
     shown = sclite("build-data", "--dry-run", *TEACHER, *price, "--set", "attempts.student=openai/other").out
-    assert re.search(r"^corrections after SFT: 1 by .*, about \$\d", shown, re.M)
+    assert re.search(r"^corrections: 1 by .*, about \$\d", shown, re.M)
 
 
 def test_exported_data_is_printed_as_one_json_object(sclite):

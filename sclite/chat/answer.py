@@ -64,6 +64,8 @@ class Answer:
     """The part of `seconds` that the review took."""
     asked: str = ""
     """The question with the earlier ones before it, as the student got it."""
+    threshold: float = 0.0
+    """That of its review."""
 
     @property
     def complete(self) -> bool:
@@ -138,12 +140,15 @@ def solve_and_review(question: str, settings: Settings) -> Script[Answer]:
     if reply.finish == "length":
         remedy = "increase max_tokens"
         if 0 < reply.tokens < settings.max_tokens:
-            remedy = "the context is full: shorten the question, or increase eval.context"
+            remedy = (
+                "the context is full: shorten the question, or use a longer one (eval.context for a GGUF)"
+            )
         note = f"the answer was cut off at {reply.tokens} tokens; {remedy}"
     elif trace.answer is None:
         note = note or "the steps reach no answer"
     ended = time.monotonic()
-    return Answer(question, reply, trace, reviewed, note, ended - began, ended - solved)
+    times = (ended - began, ended - solved)
+    return Answer(question, reply, trace, reviewed, note, *times, threshold=settings.threshold)
 
 
 @contextmanager

@@ -61,9 +61,10 @@ class Chat:
             console.note(f"[yellow]note:[/] {unknown}")
         earlier = [each for each in self.answers if self.history and each.complete]
         settings = self.settings if temperature is None else replace(self.settings, temperature=temperature)
-        view, solution = AnswerView(), ""
+        view = AnswerView()
         with nullcontext(lambda: None) if quiet else showing(view) as draw:
             while True:
+                solution = ""
                 # one text, as students are trained on single problems
                 texts = [*(f"{each.question}\nAnswer: {each.result}" for each in earlier), question]
                 asked = "\n\n".join(texts)
@@ -81,11 +82,10 @@ class Chat:
                 assert answer is not None  # the last event
                 failed = answer.first.finish == "error"
                 cut_off = answer.first.finish == "length" and answer.first.tokens < settings.max_tokens
-                if (
-                    not (failed or cut_off) or not earlier or not self.context
-                ):  # endpoints fail for other reasons
+                # too long: the oldest question goes first; an endpoint fails for other reasons
+                if not (failed or cut_off) or not earlier or not self.context:
                     break
-                earlier = earlier[1:]  # too long: the oldest go first
+                earlier = earlier[1:]
         answer = replace(answer, question=question, asked=asked)
         self.answers.append(answer)
         if failed:
@@ -240,9 +240,9 @@ class Chat:
         review = answer.review
         if review is None or not review.scores:
             hint = "/set mode guided, then /retry" if self.context else "only the steps of a GGUF have scores"
-            hint = answer.note or hint
+            hint = answer.note if answer.note and self.settings.mode == "guided" else hint
             raise UsageError("the last answer has no scores", hint)
-        rows, limit = [], self.settings.threshold
+        rows, limit = [], answer.threshold
         first = next((number for number, odds in enumerate(review.scores, 1) if odds > limit), None)
         accused = first if review.accused is not None else None  # the scores are those of the first round
         steps = corrected(answer.trace).steps
@@ -305,10 +305,11 @@ class Chat:
             self.run.append(FEEDBACK, [row])
         except OSError as error:
             raise DataError(f"{path} cannot be written: {error.strerror}", "check its permissions") from error
-        console.note(f"[dim]noted in {escape(str(path))}; `sclite build-data` uses it[/]")
+        command = f"sclite build-data --run {shlex.quote(str(self.run.folder))}"
+        console.note(f"[dim]noted in {escape(str(path))}; `{escape(command)}` uses it[/]")
 
     def do_bye(self, _: str) -> None:
-        """leave; so do exit, quit and Ctrl-D"""
+        """exit; so do exit, quit and Ctrl-D"""
         self.left = True
 
 

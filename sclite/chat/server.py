@@ -195,7 +195,7 @@ def reviewed(end: End) -> dict[str, Any]:
 
 
 def usage(items: Sequence[Piece | End]) -> dict[str, Any]:
-    """The token counts of a response: the prompt once, and all that was written; `sclite` has prefilled tokens and seconds."""
+    """The token counts of a response: the prompt once, and all that was written; `sclite` has prefill tokens and seconds."""
     ends = [item for item in items if isinstance(item, End)]
     prompt, written = max(end.prompt_tokens for end in ends), sum(end.tokens for end in ends)
     answers = [end.answer for end in ends if end.answer is not None]

@@ -61,7 +61,7 @@ class AnswerView:
     def __init__(self) -> None:
         self.lines: list[Line] = []
         self.kept = 0  # lines before those that the text now being written replaces
-        self.part, self.text, self.unread = "start", "", False
+        self.part, self.text, self.unread, self.tries = "start", "", False, 0
         self.first_answer: str | None = None
         self.final: str | None = None
         self.answer: Answer | None = None
@@ -77,7 +77,10 @@ class AnswerView:
             self._read()
             if isinstance(event, Writing):
                 if event.part == "solution":
-                    self.lines.clear()  # of an earlier try, whose prompt was too long
+                    # an earlier try did not fit in the context
+                    self.lines.clear()
+                    self.final = self.first_answer = self.answer = None
+                    self.tries += 1
                 self.part, self.text, self.kept = event.part, "", len(self.lines)
             elif isinstance(event, StepsScored):
                 self.part = "scores"
@@ -205,10 +208,12 @@ def showing(view: AnswerView) -> Iterator[Callable[[], None]]:
     out = console.make_console()
     if not out.is_terminal or out.is_dumb_terminal:
         # without cursor control complete steps, in a pipe only the end
-        printed = 0
+        printed = tries = 0
 
         def append() -> None:
-            nonlocal printed
+            nonlocal printed, tries
+            if view.tries != tries:
+                printed, tries = 0, view.tries
             solving = view.part == "solution" and out.is_terminal
             for row in view.render(out.width, complete=True)[printed:] if solving else ():
                 out.print(row, soft_wrap=True)

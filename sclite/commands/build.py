@@ -26,7 +26,7 @@ def build_data(
         str | None, typer.Option("--only", metavar="PART", help="Build only templates or corrections.")
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Discard replies to another teacher model or prompt.")
+        bool, typer.Option("--fresh", help="Discard replies of another teacher or prompt; pay again.")
     ] = False,
     max_cost: MaxCostOption = None,
     yes: YesOption = False,
@@ -53,7 +53,11 @@ def build_data(
         context.dry = True
         with console.spinner("estimating"):
             found, later = forecast.estimate_cost(context, only or "templates"), ""
-            if only is None and ("sft" in context.students() or context.config.attempts.student):
+            if (
+                not common.json
+                and only is None
+                and ("sft" in context.students() or context.config.attempts.student)
+            ):
                 later = correction_cost_text(context, pipeline.unseen(context))
         request = found["first_request"]
         if common.json:
@@ -70,7 +74,7 @@ def build_data(
             tokens = f"{found['prompt_tokens']} prompt tokens, {found['completion_tokens']} completion tokens"
             requests = f"{found['requests']} requests plus repairs"
             console.print(f"\n{requests}: about {tokens}, {cost}. Nothing was sent.")
-        if later and not common.json:
+        if later:
             console.print(console.escape(later))
         return
     context.ask_before_paying = not yes
@@ -92,7 +96,7 @@ def train(
     only: Annotated[str | None, typer.Option("--only", metavar="STAGE", help="Run only sft or dpo.")] = None,
     fresh: FreshOption = False,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Show memory, time, disk and cost; train nothing.")
+        bool, typer.Option("--plan", help="Show memory, disk, cost and known times; train nothing.")
     ] = False,
     *,
     common: Common,
@@ -127,7 +131,7 @@ def run(
     max_cost: MaxCostOption = None,
     yes: YesOption = False,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Show memory, time, disk and cost; start nothing.")
+        bool, typer.Option("--plan", help="Show memory, disk, cost and known times; start nothing.")
     ] = False,
     *,
     common: Common,

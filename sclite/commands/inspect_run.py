@@ -73,7 +73,10 @@ def show(
     ] = None,
     first: Annotated[int, typer.Option("--from", metavar="N", min=1, help="Start at row N.")] = 1,
     limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", min=1, help="Show at most N rows (default: all).")
+        int | None,
+        typer.Option(
+            "--limit", metavar="N", min=1, help="Show at most N rows (default: all; 1 with --labels)."
+        ),
     ] = None,
     labels: Annotated[bool, typer.Option("--labels", help="Show the tokens and their loss mask.")] = False,
     *,

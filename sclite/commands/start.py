@@ -1,5 +1,6 @@
 """The commands to start with: quickstart, init and doctor."""
 
+import os
 from itertools import chain
 from pathlib import Path
 from shlex import quote
@@ -31,6 +32,7 @@ def quickstart(
     from sclite.quickstart import flow
     from sclite.run import Run
 
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the toy is faster on the CPU than a GPU starts
     loaded = common.load({"problems.limit": problems}, flow.DEFAULTS)
     if source := loaded.problems.source:
         raise UsageError(
@@ -56,6 +58,7 @@ def quickstart(
 EXAMPLES: dict[str, Any] = {
     "problems.limit": 1000,
     "attempts.price": (0.5, 1.5),
+    "teacher.inspector_price": (0.5, 1.5),
     "teacher.temperature": 0.7,
     "teacher.requests_per_minute": 500.0,
     "teacher.tokens_per_minute": 200_000.0,

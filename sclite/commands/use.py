@@ -28,7 +28,7 @@ def evaluate(
         typer.Option(
             "--models",
             metavar="LIST",
-            help="Comma-separated: base, sft, dpo, ollama/NAME (default: all trained).",
+            help="Comma-separated: base, sft, dpo, ollama/NAME (default: all).",
         ),
     ] = None,
     *,
@@ -62,7 +62,8 @@ def export(
         typer.Option("--quant", metavar="TYPES", help="q4_k_m (default), q8_0 .., or several: q4_k_m,q8_0."),
     ] = None,
     ollama: Annotated[
-        str | None, typer.Option("--ollama", metavar="NAME", help="Also create this model in Ollama.")
+        str | None,
+        typer.Option("--ollama", metavar="NAME", help="Also create this model in Ollama (gguf only)."),
     ] = None,
     push: Annotated[
         str | None,
@@ -96,6 +97,10 @@ def export(
 
     if format not in ("gguf", "lora", "merged", "data"):
         raise UsageError(f"invalid value for --format: {format}", "use --format gguf, lora, merged or data")
+    if format != "gguf" and (quant or ollama or imatrix is not None):
+        raise UsageError(
+            f"--format {format} takes no --quant, --imatrix or --ollama", "omit it, or use --format gguf"
+        )
     chosen = dict(quant=quant, ollama=ollama, push=push, imatrix=imatrix, keep_template=keep_template)
     context = common.context({f"export.{name}": value for name, value in chosen.items()})
     settings, kind = context.config.export, "dataset" if format == "data" else "model"
@@ -243,7 +248,7 @@ def serve(
     ] = 8000,
     parallel: Annotated[
         int | None,
-        typer.Option("--parallel", metavar="N", min=1, help="Answers at once (default: 32, small models 4)."),
+        typer.Option("--parallel", metavar="N", min=1, help="Answers at once (default: up to 32)."),
     ] = None,
     *,
     common: Common,

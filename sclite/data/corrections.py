@@ -25,7 +25,7 @@ from sclite.teacher.client import (
     count_unanswered,
     identity,
     refuse_other_basis,
-)  # fmt: skip
+)
 from sclite.trace import Step, Trace, first_corrected, parse, render
 
 
@@ -143,10 +143,8 @@ def check_review(text: str, attempt: Attempt, problem: Problem, grader: Grader) 
     step = first_corrected(review)
     assert step is not None  # or `step_rejection` would have said so
     notes = review.steps[step - 1]
-    own = (
-        Step("", None, notes.cause, notes.correction),
-        *review.steps[step:],
-    )  # the rest is the student's text
+    # the rest is the student's text
+    own = (Step("", None, notes.cause, notes.correction), *review.steps[step:])
     written = render(replace(review, steps=own))
     if "\ufffd" in written:
         return Rejection("broken_text", "it contains broken characters")

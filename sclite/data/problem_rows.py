@@ -53,7 +53,7 @@ def read_problem(row: Cells | BadRow, columns: Mapping[str, str]) -> Problem:
             raise bad_answer
         if given:
             why = f"no answer: {columns.get('answer', 'answer')} is a worked solution without {MARKS}"
-            raise BadRow("no_answer", why, "set answer_column to the column of the final answer")
+            raise BadRow("no_answer", why, "set problems.answer_column to the column of the final answer")
         raise BadRow("no_answer", "no answer", f"add `answer`, or end the solution with {MARKS}")
     # already validated; sharing the set of fields saves a tenth of the memory
     return Problem.model_construct(
@@ -96,7 +96,7 @@ def to_text(value: object, name: str) -> str:
     if not isinstance(value, str | int | float | Decimal):
         kind = "an object" if isinstance(value, dict) else type(value).__name__
         kind = f"a list of {len(value)}" if isinstance(value, list | tuple) else kind
-        hint = f"write it as a string, or set {name.split()[-1]}_column to another column"
+        hint = f"write it as a string, or set problems.{name.split()[-1]}_column to another column"
         raise BadRow("not_text", f"{name} is {kind}", hint)
     return replace_surrogates(str(value)).strip()
 

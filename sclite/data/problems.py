@@ -140,7 +140,7 @@ def gather_problems(
                     detail = _OVERLAP.format(f"{path}, row {number}", overlaps[row.id])
                     drops.append(_drop(row, OVERLAPS, detail))
             if not problems:
-                _raise_none_usable(str(path), drops, None)
+                _raise_none_usable(str(path), drops, None, "problems")
     report.counts = {"problems": len(problems)}
     report.dropped = dict(Counter(drop.reason for drop in drops))
     if keep:
@@ -256,7 +256,7 @@ def _location(source: Source) -> tuple[str, ...]:
 
 
 def _raise_none_usable(
-    name: str, drops: list[Drop], first: tuple[str, BadRow] | None, section: str = "problems"
+    name: str, drops: list[Drop], first: tuple[str, BadRow] | None, section: str
 ) -> NoReturn:
     if first is None:
         why = f"{name}: every problem overlaps an evaluation problem"

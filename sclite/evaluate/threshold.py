@@ -289,8 +289,10 @@ def find_threshold(
     """What was fitted on a file with these prompts and weights, for this `review.max_harm` or the next lower, else higher one."""
     wanted = config.review.max_harm
     fits = [each for key, each in known.items() if key.startswith(gguf_digest) and each.is_for(config)]
-    distance = lambda fit: (fit.max_harm > wanted, abs(fit.max_harm - wanted))  # noqa: E731
-    return min(reversed(fits), key=distance, default=None)  # the newest of equals
+    # the newest of equals
+    return min(
+        reversed(fits), key=lambda fit: (fit.max_harm > wanted, abs(fit.max_harm - wanted)), default=None
+    )
 
 
 def load_threshold(config: Config, run: Run, gguf: Path) -> FittedThreshold | None:

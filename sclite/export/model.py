@@ -61,7 +61,8 @@ def export_model(config: Config, run: Run, name: str) -> Report:
     if manifest and manifest["figures"].get("files") == _describe(run, names):
         found = Report.of(manifest)
         found.figures["gguf"] = str(folder / names[0])  # the run may have been moved
-        run.write_json("export/parity.json", found.figures["parity"])  # not that of another student
+        if run.read_json("export/parity.json") != found.figures["parity"]:  # it is of another student
+            run.write_json("export/parity.json", found.figures["parity"])
         _check_bounds(config, run, names, found.figures["parity"])
         return found
     run.path("export/parity.json").unlink(missing_ok=True)
@@ -107,7 +108,7 @@ def _check_bounds(config: Config, run: Run, names: list[str], result: dict[str, 
     if violations := parity.find_violations(result, config.export):
         raise ScliteError(
             f"{', '.join(names)} does not match the trained model: {'; '.join(violations)}",
-            f"nothing was exported; see {run.path('export/parity.json')}. Try another --quant. If tokens differ, add "
+            f"nothing was exported; see {run.path('export/parity.json')}. Try another type (export.quant). If tokens differ, add "
             "tokens with special=False or use another base model",
         )
 
@@ -117,7 +118,7 @@ def _check_space(folder: Path, needed: int) -> None:
     if needed > (free := shutil.disk_usage(folder).free):
         raise ScliteError(
             f"the export needs about {format_size(needed)} of disk space in {folder}, {format_size(free)} are free",
-            "free some space, or export fewer or smaller types with --quant",
+            "free some space, or export fewer or smaller types (export.quant)",
         )
 
 

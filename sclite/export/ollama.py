@@ -65,7 +65,7 @@ def build_modelfile(
     between three quotes, or one for a stop; a text that could end early is refused.
     """
     if '"""' in system or system.endswith('"'):
-        hint = "change prompts/student_system"
+        hint = "change student_system.txt in prompts.folder"
         raise DataError('a Modelfile cannot hold a system prompt that contains """ or ends in "', hint)
     lines = [f"FROM ./{gguf_name}"]
     lines += [f'TEMPLATE """{template}"""'] if template else []

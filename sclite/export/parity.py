@@ -216,7 +216,7 @@ def find_violations(result: Mapping[str, Any], settings: Export) -> list[str]:
         found.append(f"the token that ends a turn in training does not end one in {result['tokens_of']}")
     for name, figures in result["files"].items():
         if figures["changed"]:
-            found.append(f"{figures['changed']} of {name} is not that of the unquantized model")
+            found.append(f"{figures['changed']} of {name} differs from the unquantized tensor")
     if result["skipped"]:
         return found
     found += find_inexact(result["unquantized"])

@@ -68,7 +68,7 @@ def quantize(
     code = api.llama_model_quantize(os.fsencode(source), os.fsencode(part), parameters)
     if code != 0:
         part.unlink(missing_ok=True)
-        hint = "check the free disk space, or choose another --quant"
+        hint = "check the free disk space, or choose another type (export.quant)"
         raise DataError(f"llama.cpp cannot quantize {source} to {name}: {last_errors()}", hint)
     part.replace(out)
     if not re.search("_k|iq|tq", name):

@@ -17,7 +17,7 @@ ROWS = 100
 """Rows of each file of the run."""
 HELD_OUT = 8
 """Samples of the run on which probabilities are compared."""
-QUESTION = "Anna has 12 nuts and buys 3 more. How many has she?"
+QUESTION = "Anna has 12 nuts and buys 3 more. How many does she have?"
 TRACE = Trace((Step("12 + 3 = 15.", "Add.", "The sum is 15.", "12 + 3 = 15."),), "Add what is bought.", "15")
 TRICKY = (
     "\n", "\n\n", "\n \n", "  ", " 7", "  42", " 1234567890", "3.14159", "1,234.5", "x1y2", "a\tb", "- one\n- two",

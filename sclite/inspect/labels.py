@@ -52,7 +52,7 @@ class Labels:
         if isinstance(row, Review):
             attempt = self.works.get((row.id, row.sample))
             if attempt is None:
-                why = f"attempts.jsonl has no sample {row.sample} of {row.id} any more"
+                why = f"attempts.jsonl no longer has sample {row.sample} of {row.id}"
                 raise DataError(why, "re-run `sclite train`: it corrects the new attempts")
             work = attempt.parsed.work
             yield from rows_of_review(self.tokenizer, question, work, row, self.config).items()

@@ -156,7 +156,7 @@ def _forecast(
             taught = [row for row in templates if row.id not in unseen]
             rows = [[row] for row in solve_rows(tokenizer, taught, folder)]
         elif stage == "warmup":
-            # those of an earlier state, whose attempts are sampled again, are still there
+            # the file may still hold reviews of replaced attempts
             works = {(row.id, row.sample) for row in run.rows("attempts.jsonl", Attempt)}
             reviews = [
                 review
@@ -239,7 +239,7 @@ def correction_cost_text(context: "Context", unseen: frozenset[str]) -> str:
     if not cost:
         return ""
     most = "at most " if found["at_most"] else ""
-    text = f"corrections after SFT: {most}{found['requests']:,} by {config.teacher.model}, about ${cost:.2f}"
+    text = f"corrections: {most}{found['requests']:,} by {config.teacher.model}, about ${cost:.2f}"
     limit, spent = config.teacher.max_cost, found["spent_usd"] or 0.0
     if limit is not None and spent + cost > limit:
         text += f"; teacher.max_cost is ${limit:g}, ${spent:.2f} is spent"
@@ -294,7 +294,9 @@ def print_plan(plan: Mapping[str, Any], json: bool = False) -> None:
     rows = [(name, *(_number(s[key]) for key in keys), _time(s["hours"], "–")) for name, s in stages.items()]
     console.print_table("Forecast", header, rows)
 
-    console.print(f"Training time: {_time(plan['hours'], 'unknown until this run has timed a step')}")
+    console.print(
+        f"Training time: {_time(plan['hours'], 'unknown until every stage of this run has timed a step')}"
+    )
     disk = {}
     for name, gb in plan["disk_gb"].items():
         size = f"{1000 * gb:.2g} MB" if gb < 0.1 else f"{gb:.1f} GB" if gb < 10 else f"{gb:.0f} GB"

@@ -23,7 +23,7 @@ from sclite.evaluate.results import summaries
 from sclite.evaluate.threshold import FILE as THRESHOLDS
 from sclite.evaluate.threshold import FittedThreshold, find_threshold, is_current
 from sclite.inspect.rows import require_run
-from sclite.records import Drop, Problem
+from sclite.records import Drop, Problem, Review
 from sclite.run import Run
 from sclite.settings import FILE as SETTINGS
 from sclite.signature import differences
@@ -120,13 +120,14 @@ def read_status(config: Config, run: Run) -> dict[str, Any]:
     totals = {"templates": len(taught), "attempts": len(split.stage2) * config.attempts.samples}
     for name, output in OUTPUTS.items():
         stages[name] = _read_stage(run, name, output, inputs[name], asked.get(name), totals.get(name))
-    stages |= _read_model_stages(config, run, len(split.fit))
+    reviewed = {row.id for row in run.rows("reviews.jsonl", Review, whole=False)}
+    stages |= _read_model_stages(config, run, sum(problem.id not in reviewed for problem in split.fit))
 
-    stale = ""
+    stale, older = "", _older_exports(stages)
     for name, stage in stages.items():
         if stale and stage.state == DONE:  # what follows a stale stage is stale too
             stage.state, stage.why = STALE, [f"{stale} is stale"]
-        stale = stale or (name if stage.state == STALE and name not in _older_exports(stages) else "")
+        stale = stale or (name if stage.state == STALE and name not in older else "")
         stage.dropped = dict(dropped.get(name, Counter()).most_common())
         if stage.dropped and stage.state == NOT_BEGUN:
             stage.state, stage.why = HALF_WAY, ["only dropped rows so far"]
@@ -249,11 +250,12 @@ def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
     held_out = config.eval.source
     testable = bool(held_out) and (not is_local_source(held_out) or Path(held_out).expanduser().is_file())
     quickstart = config.teacher.embedded and not config.problems.source
+    older = _older_exports(stages)
     unfinished = [
         name
         for name, stage in stages.items()
         if stage.state != DONE and (name != EVAL or testable or quickstart)
-        if name not in _older_exports(stages)
+        if name not in older
     ]
     name, needed = unfinished[0] if unfinished else None, []
     teacher = [] if config.teacher.model else ["teacher.model"]

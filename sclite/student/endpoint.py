@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from threading import Event
 
-from sclite.errors import TeacherError, UsageError
+from sclite.errors import BudgetError, TeacherError, UsageError
 from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
 from sclite.teacher.client import CUT_OFF, EMPTY_REPLY, REASONING_TOO_LONG, Job, Result, Teacher
 from sclite.trace import THOUGHT, without_thoughts
@@ -15,6 +15,8 @@ from sclite.trace import THOUGHT, without_thoughts
 RENAMED = (
     ("teacher.model", "attempts.student"),
     ("teacher.api_base", "attempts.api_base"),
+    ("teacher.concurrency", "attempts.concurrency"),
+    ("teacher.max_tokens", "attempts.max_tokens"),
     ("teacher ", "student "),
 )
 """What the client's messages call the endpoint, and what the configuration calls it."""
@@ -94,7 +96,7 @@ class Endpoint(Student):
         """Errors of the client in terms of the student's settings."""
         try:
             yield
-        except (TeacherError, UsageError) as error:
+        except (BudgetError, TeacherError, UsageError) as error:
             message, hint = error.message, error.hint
             for known, ours in ((self.teacher.settings.model, self.name), *RENAMED):
                 message, hint = message.replace(known, ours), hint.replace(known, ours)

@@ -167,7 +167,7 @@ def stream(
 
 
 def review(question: str, attempt: Trace, settings: ReviewSettings, mode: str) -> Script[Reviewed]:
-    """Review an attempt, guided or free, and count the tokens that it feeds."""
+    """Review an attempt, guided or free, and count the prompt tokens that it computes."""
     script = (guided if mode == "guided" else free)(question, attempt, settings)
     prefill, answer = 0, None
     while True:

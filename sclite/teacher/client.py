@@ -5,13 +5,13 @@ import re
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from sclite import config, console
-from sclite.errors import BudgetError, DeclinedError, UsageError
+from sclite.errors import BudgetError, DeclinedError, TeacherError, UsageError
 from sclite.signature import differences
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.teacher.limits import Budget, Price
@@ -107,6 +107,20 @@ def refuse_other_basis(
 def count_unanswered(dropped: Mapping[str, int]) -> int:
     """How many drops are due to missing replies, so that re-running the command requests them again."""
     return sum(dropped.get(reason, 0) for reason in ("no_reply", "unreadable_reply", EMPTY_REPLY))
+
+
+@contextmanager
+def _inspector_errors() -> Iterator[None]:
+    """Errors of the inspector in terms of its own settings."""
+    try:
+        yield
+    except (TeacherError, UsageError) as error:
+        texts = (
+            re.sub(r"teacher\.(price|api_base)", r"teacher.inspector_\1", x)
+            for x in (error.message, error.hint)
+        )
+        message, hint = (re.sub("teacher.model", "teacher.inspector", text) for text in texts)
+        raise type(error)(message, hint) from None
 
 
 class Teacher(AbstractContextManager["Teacher"]):
@@ -271,14 +285,20 @@ class Teacher(AbstractContextManager["Teacher"]):
                 ONLY_REASONING: ("only_reasoning", "there is reasoning but no reply after it"),
                 EMPTY: (EMPTY_REPLY, "the reply is empty"),
             }
-            other = (f"finish_{finish}", f"it ended with {finish} and not by itself")
+            other = (f"finish_{finish}", f"it ended with finish reason {finish}")
             return Rejection(*rejections.get(finish, other))
         loop = asyncio.get_running_loop()
         made = await loop.run_in_executor(self._threads, job.check, entry.text)
         if isinstance(made, Rejection) or self._inspector is None or job.inspect is None:
             return made
-        judged = await self._inspector.reply(job.inspect(entry.text), job.sample, 0, f"{stage} inspection")
-        verdict, reason = _VERDICT.search(judged.text), _REASON.search(judged.text)
+        for repair in range(2):
+            with _inspector_errors():
+                judged = await self._inspector.reply(
+                    job.inspect(entry.text), job.sample, repair, f"{stage} inspection"
+                )
+            verdict, reason = _VERDICT.search(judged.text), _REASON.search(judged.text)
+            if verdict is not None or judged.finish_reason != "stop":
+                break
         if verdict is None:
             why = "the inspector gave no verdict; if it was cut off, raise teacher.max_tokens"
             raise NoReplyError("inspector_not_readable", why)  # another reply of the teacher would not help

@@ -125,10 +125,10 @@ def teacher_error(
     where = f"teacher {settings.model} at {address}" if address else f"teacher {settings.model}"
     if attempts:
         hint = "check that it is running and that teacher.api_base is correct"
-        if failure.overload:
-            hint = (
-                "raise teacher.timeout_seconds, or lower teacher.concurrency or teacher.requests_per_minute"
-            )
+        if failure.overload and status in (429, 529):
+            hint = "lower teacher.concurrency, or set teacher.requests_per_minute"
+        elif failure.overload:
+            hint += "; if it is only slow, raise teacher.timeout_seconds or lower teacher.concurrency"
         return TeacherError(
             f"{where} does not answer after {attempts} attempt{'s' * (attempts != 1)}: {failure.message}",
             f"{hint}; paid replies are kept, re-run to resume",

@@ -107,7 +107,7 @@ def architecture(config: PretrainedConfig, targets: Sequence[str] = ()) -> Archi
     if experts := next((key for key in EXPERTS if getattr(text, key, None)), None):
         raise DataError(
             f"{text.model_type}: the memory of a mixture of experts ({experts} = {getattr(text, experts)}) cannot be estimated",
-            "use a dense student, or train without --plan",
+            "use a dense student, or `sclite build-data` and `sclite train` without --plan",
         )
     model = meta_model(config)
     endings = tuple(f".{target}" for target in lora_targets(model, targets))

@@ -233,11 +233,11 @@ def truncated(path):
     ("fault", "message"),
     [
         (noisy, "sft-q8_0.gguf has a KL divergence"),
-        (with_scaled_tensor, "blk.1.ffn_down.weight of sft-q8_0.gguf is not that of the unquantized model"),
+        (with_scaled_tensor, "blk.1.ffn_down.weight of sft-q8_0.gguf differs from the unquantized tensor"),
         (with_scale_that_is_no_number, "sft-q8_0.gguf has a KL divergence of nan nats"),
         (
             with_scale_that_is_no_number,
-            "blk.1.ffn_down.weight of sft-q8_0.gguf is not that of the unquantized",
+            "blk.1.ffn_down.weight of sft-q8_0.gguf differs from the unquantized",
         ),
         (without_end_of_turn, "the token that ends a turn in training does not end one in sft-q8_0.gguf"),
         (with_swapped_tokens, "sft-q8_0.gguf splits"),

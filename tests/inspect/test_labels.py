@@ -83,5 +83,5 @@ def test_rows_that_are_not_trained_on_are_refused(config, run):
 def test_review_of_an_attempt_that_is_gone_is_reported(config, run):
     (review, *_) = run.read("reviews.jsonl", Review)
     labels = Labels(config, run, "reviews")
-    with pytest.raises(DataError, match="has no sample 7 of"):
+    with pytest.raises(DataError, match="no longer has sample 7 of"):
         list(labels.sequences(review.model_copy(update={"sample": 7})))

@@ -254,24 +254,23 @@ def test_inspector_without_a_verdict_costs_no_further_replies_of_the_teacher(ask
     assert "teacher.max_tokens" in result.rejection.text
 
 
-def test_inspector_has_a_price_of_its_own(ask, ledger):
+def test_inspector_that_forgets_its_verdict_is_asked_once_more(ask):
     def answer(request, nth):
-        return say("<Verdict>accept</Verdict>" if request["model"] == "judge" else "good")
+        verdict = (
+            "Hm."
+            if len([r for r in server.requests if r["model"] == "judge"]) == 1
+            else "<Verdict>accept</Verdict>"
+        )
+        return say(verdict if request["model"] == "judge" else "good")
 
     asked = job(1, inspect=lambda reply: [{"role": "user", "content": f"INSPECT {reply}"}])
-    prices = {"price": (1.0, 1.0), "inspector_price": (2.0, 2.0), "max_cost": 1.0}
     with TeacherServer(answer) as server:
-        ask(server, [asked], inspector="openai/judge", inspector_api_base=server.url, **prices)
-    teacher, judge = (ledger.totals(f"templates{kind}") for kind in ("", " inspection"))
-    # at twice the price for as many tokens; the cost of the stage is that of both
-    assert 0 < judge["cost_usd"] * 1.5 == pytest.approx(teacher["cost_usd"])
+        (result,) = ask(server, [asked], inspector="openai/judge", inspector_api_base=server.url)
+    assert (result.text, len(server.requests)) == ("good", 3)
 
 
-def test_slow_teacher_is_not_taken_for_one_at_a_wrong_address(ask):
-    def answer(request, nth):
-        time.sleep(0.5)
-        return say("late")
-
-    with TeacherServer(answer) as server, pytest.raises(TeacherError, match="does not answer") as error:
-        ask(server, [job(n) for n in range(9)], attempts_per_call=1, timeout_seconds=0.05, concurrency=2)
-    assert "raise teacher.timeout_seconds" in error.value.hint
+def test_errors_of_the_inspector_name_its_settings(ask):
+    asked = job(1, inspect=lambda reply: [{"role": "user", "content": "INSPECT"}])
+    with TeacherServer(lambda request, nth: say("good")) as server:
+        with pytest.raises(UsageError, match=r"^teacher\.inspector judge: LiteLLM knows no provider"):
+            ask(server, [asked], inspector="judge")
