@@ -28,9 +28,8 @@ from sclite.quickstart.stories import generate
 from sclite.quickstart.tutor import template
 
 LENGTH = 512  # tokens in a training sequence
-JUDGEMENT_WEIGHT = (
-    10.0  # of the one token in thirty that judges a line: at weight 1 the model does not learn to check
-)
+# of the one token in forty that judges a line: at weight 1 the model does not learn to check
+JUDGEMENT_WEIGHT = 10.0
 
 
 def vocabulary_texts() -> list[str]:

@@ -271,6 +271,6 @@ def test_inspector_that_forgets_its_verdict_is_asked_once_more(ask):
 
 def test_errors_of_the_inspector_name_its_settings(ask):
     asked = job(1, inspect=lambda reply: [{"role": "user", "content": "INSPECT"}])
-    with TeacherServer(lambda request, nth: say("good")) as server:
-        with pytest.raises(UsageError, match=r"^teacher\.inspector judge: LiteLLM knows no provider"):
-            ask(server, [asked], inspector="judge")
+    wrong = pytest.raises(UsageError, match=r"^teacher\.inspector judge: LiteLLM knows no provider")
+    with TeacherServer(lambda request, nth: say("good")) as server, wrong:
+        ask(server, [asked], inspector="judge")
