@@ -66,7 +66,7 @@ COPIES = {
     "unsloth": Copies(hidden=4, query=2, keys=2, intermediate=3, buffers=2, outside=2),
     # PyTorch and PEFT under autocast, measured on a CPU by tests/train/test_memory.py; k and v are counted in `query`,
     # repeated to all heads
-    "plain": Copies(hidden=12, query=5, keys=0, intermediate=7, buffers=1, outside=3),
+    "plain": Copies(hidden=5, query=5, keys=0, intermediate=6, buffers=1, outside=3),
 }
 
 # -- the model -----------------------------------------------------------------------------------------------------
