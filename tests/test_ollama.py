@@ -39,7 +39,7 @@ def test_chat_names_the_model_alone_or_as_an_option(sclite, ollama, monkeypatch)
     assert (ended.code, ended.error) == (DONE, "")
     found = json.loads(ended.out)
     assert (found["answer"], found["accused"], found["correction"]) == ("5", 2, "4 + 1 = 5")
-    assert [(body["model"], body["stream"]) for body in ollama.requests] == [("me", True)] * 2
+    assert [body["model"] for body in ollama.requests] == ["me"] * 2
     assert "sk-secret" not in str(ollama.keys)
     monkeypatch.setattr("sys.stdin", io.StringIO("How many?\nHow many?\n"))
     assert sclite("chat", "ollama/me").out.split() == ["5", "5"]

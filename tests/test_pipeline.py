@@ -206,10 +206,11 @@ def test_where_a_student_is_trained_the_pairs_wait_for_its_warm_up(run, more):
     problems(4)
     run.path("sft/adapter").mkdir(parents=True)
     run.path("sft/adapter/adapter_model.safetensors").write_bytes(b"trained")
-    row = {"id": "p1", "sample": 0, "trace": attempt("2")}
+    context = context_of(run, "http://x", **more)
+    (problem, *_) = pipeline.divided_problems(context).stage2
+    row = {"id": problem.id, "sample": 0, "trace": attempt("2")}
     write_rows(run.path("attempts.jsonl"), [{**row, "answer": "2", "correct": True}])
     write_rows(run.path("reviews.jsonl"), [{**row, "step": None}])
-    context = context_of(run, "http://x", **more)
     pipeline.build_corrections(context, alone=True)
     assert [report.stage for report in context.reports] == ["problems", "corrections"]
 

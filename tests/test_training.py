@@ -206,7 +206,7 @@ def test_a_plan_that_does_not_fit_ends_with_exit_5_as_json_too(capsys):
 SUMS = {"model": "openai/teacher", "api_base": "http://127.0.0.1:9/v1"}
 PRICED = {**SUMS, "price": (1000.0, 1000.0)}
 # five problems, two samples each
-MOST = "corrections after SFT: at most 10 by openai/teacher, about $"
+MOST = "corrections: at most 10 by openai/teacher, about $"
 
 
 @pytest.mark.parametrize(

@@ -316,8 +316,8 @@ def _load(
             return model
         torch.manual_seed(config.seed)
         student = get_peft_model(model, lora)
-        if trained:
-            # Training autocasts inputs to 16 bits. PEFT would convert each to float32 first.
+        if trained and (torch.cuda.is_available() or next(model.parameters()).dtype.itemsize == 2):
+            # The trainer autocasts inputs to 16 bits. PEFT would convert each to float32 first.
             for module in student.modules():
                 if isinstance(module, LoraLayer):
                     module.cast_input_dtype_enabled = False

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sclite.student.loader import EMBEDDED_FOLDER, load_student
+from sclite.student.log_probs import autocast
 from tests.gpu.models import random_model
 from tests.toy import toy_config
 
@@ -37,7 +38,9 @@ def test_a_4_bit_checkpoint_trains_with_the_plain_backend(quantized):
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
     ids = tokenizer("1 + 1 = 2", return_tensors="pt")["input_ids"]
-    model(input_ids=ids, labels=ids).loss.backward()
+    with autocast(model):  # as the trainer does
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert len(trainable) == 2 * 7 * 2
     assert {p.dtype for p in trainable} == {torch.float32}
