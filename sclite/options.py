@@ -26,7 +26,7 @@ SetOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 FreshOption = Annotated[
-    bool, typer.Option("--fresh", help="Redo what has other inputs; pay again for other replies.")
+    bool, typer.Option("--fresh", help="Redo stages whose inputs have changed, and pay again.")
 ]
 GpuOption = Annotated[
     int | None,

@@ -215,7 +215,7 @@ def test_where_a_student_is_trained_the_pairs_wait_for_its_warm_up(run, more):
     assert [report.stage for report in context.reports] == ["problems", "corrections"]
 
 
-def test_attempts_brought_along_become_decisions_without_any_student(run):
+def test_imported_attempts_become_decisions_without_any_student(run):
     problems(4)
     work = {"steps": list(STEPS), "answer": "80", "first_error_step": 2}
     write_rows("tries.jsonl", [{"question": f"What is {n} + {n}?", **work} for n in range(1, 5)])

@@ -309,7 +309,7 @@ class Chat:
         console.note(f"[dim]noted in {escape(str(path))}; `{escape(command)}` uses it[/]")
 
     def do_bye(self, _: str) -> None:
-        """exit; so do exit, quit and Ctrl-D"""
+        """leave the chat, as do exit, quit and Ctrl-D"""
         self.left = True
 
 

@@ -32,7 +32,7 @@ def quickstart(
     from sclite.quickstart import flow
     from sclite.run import Run
 
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the toy is faster on the CPU than a GPU starts
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same run on every machine
     loaded = common.load({"problems.limit": problems}, flow.DEFAULTS)
     if source := loaded.problems.source:
         raise UsageError(
