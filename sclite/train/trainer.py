@@ -162,7 +162,7 @@ def training_arguments(
     cuda, evaluates = torch.cuda.is_available(), bool(task.held_out)
     bf16_on_cpu = next(model.parameters()).dtype.itemsize == 2
     assert settings.batch_size % micro_batch == 0, f"{micro_batch} does not divide {settings.batch_size}"
-    every = max(1, -(-rows // settings.batch_size) // settings.checkpoints)
+    every = math.ceil(math.ceil(rows / settings.batch_size) / settings.checkpoints)
     return {
         "output_dir": str(out),
         "per_device_train_batch_size": micro_batch,
