@@ -26,7 +26,8 @@ rows again. `eval`, `export` and `chat` save nothing. The quickstart has its own
 `--config` names one.
 
 An unknown key or an invalid value is an error; all of them are reported at once, with the nearest known key. API keys are
-read from the environment only (`OPENAI_API_KEY`, ..) and are never written to disk.
+read from the environment only (`OPENAI_API_KEY`, ..) and are never written to disk. In a path, a leading `~`
+is the home folder.
 """
 
 

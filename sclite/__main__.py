@@ -48,7 +48,6 @@ def main() -> None:
             code = UsageError.code
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
-        if code == INTERRUPTED:
             if as_json:
                 console.print_json({"error": "interrupted", "hint": "re-run to resume", "exit_code": code})
             console.note("interrupted; re-run to resume")

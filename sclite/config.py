@@ -2,11 +2,14 @@
 
 import json
 import math
+import os
 import re
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -19,11 +22,14 @@ from pydantic.fields import FieldInfo
 
 
 def without_password(address: str) -> str:
-    """The URL without user name and password."""
+    """The URL without user name and password, also if the password holds an unescaped #, / or bracket."""
     if "@" not in address:
         return address
-    parts = urlsplit(address)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    with suppress(ValueError):  # also if what stands for the port is the start of a password
+        parts = urlsplit(address)
+        if parts.netloc and parts.port != 0 and "@" not in parts.fragment:
+            return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return re.sub(r"^(\w+://)?.*@", r"\1", address)
 
 
 def parse_object(value: Any) -> Any:
@@ -39,6 +45,8 @@ def parse_object(value: Any) -> Any:
 
 Address = Annotated[str, PlainSerializer(without_password)]
 """A base URL. A password in it never appears in a dump of the configuration."""
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path, in which a leading ~ is the home folder, or the name of a model or dataset."""
 Object = Annotated[dict[str, Any], BeforeValidator(parse_object)]
 Bounds = Annotated[dict[str, float], BeforeValidator(parse_object)]
 Price = Annotated[float, Field(ge=0)]
@@ -60,7 +68,7 @@ class Section(BaseModel):
 class Source(Section):
     """A set of problems and the names of its columns."""
 
-    source: str = setting("", "a .jsonl, .json, .csv, .tsv (also .gz) or .parquet file, or a Hub ID")
+    source: Place = setting("", "a .jsonl, .json, .csv, .tsv (also .gz) or .parquet file, or a Hub ID")
     subset: str = setting("", "subset of a Hub dataset, for example main")
     split: str = setting("train", "split of a Hub dataset")
     question_column: str = setting("", "column of the question (default: question, problem, query)")
@@ -87,7 +95,7 @@ class Problems(Source):
         ge=0,
         lt=1,
     )
-    avoid: tuple[str, ...] = setting(
+    avoid: tuple[Place, ...] = setting(
         (), 'files with questions to keep out of training, besides eval.source, for example ["a.jsonl"]'
     )
 
@@ -100,8 +108,8 @@ class Problems(Source):
 class Attempts(Section):
     """Sampling of the student's attempts for stage 2."""
 
-    source: str = setting("", "imported attempts: a JSONL file with question and steps")
-    student: str = setting(
+    source: Place = setting("", "imported attempts: a JSONL file with question and steps")
+    student: Place = setting(
         "", "model to sample from: a .gguf file, ollama/NAME or a LiteLLM model (default: the SFT adapter)"
     )
     api_base: Address = setting("", "base URL of attempts.student, if it is an endpoint")
@@ -184,7 +192,9 @@ class Teacher(Section):
 class Student(Section):
     """The model to train."""
 
-    model: str = setting("", "Hub ID, folder, or embedded: a toy that learns the quickstart's problems only")
+    model: Place = setting(
+        "", "Hub ID, folder, or embedded: a toy that learns the quickstart's problems only"
+    )
     backend: Literal["auto", "unsloth", "plain"] = setting(
         "auto", "auto: Unsloth on CUDA, else plain transformers"
     )
@@ -212,7 +222,7 @@ class TrainingStage(Section):
     max_length: int = setting(2048, "maximum row length in tokens; longer rows are skipped", ge=64)
     warmup_ratio: float = setting(0.05, "share of steps with a rising learning rate", ge=0, lt=1)
     max_grad_norm: float = setting(1.0, "gradient clipping: maximum norm", gt=0)
-    checkpoints: int = setting(10, "checkpoints per stage; training resumes from the latest", ge=1)
+    checkpoints: int = setting(10, "checkpoints and evaluations per stage; resumes from the latest", ge=1)
     eval_share: float = setting(0.02, "share of rows held out to select the best checkpoint", ge=0, lt=1)
     padding_free: bool | None = setting(None, "join rows instead of padding them (default: with Unsloth)")
     early_stopping_patience: int = setting(0, "stop after N evaluations without progress; 0: never", ge=0)
@@ -288,7 +298,7 @@ class Export(Section):
 class Eval(Source):
     """The evaluation."""
 
-    source: str = setting("", "held-out problems: a file or a Hub ID, as problems.source")
+    source: Place = setting("", "held-out problems: a file or a Hub ID, as problems.source")
     split: str = setting("test", "split of a Hub dataset")
     limit: int = setting(500, "number of problems to evaluate", ge=1)
     max_tokens: int = setting(1024, "maximum number of tokens per answer", ge=16)
@@ -329,13 +339,13 @@ class Review(Section):
 class Prompts(Section):
     """Your own prompts."""
 
-    folder: str = setting("", "folder of prompt files that replace those of the same name")
+    folder: Place = setting("", "folder of prompt files that replace those of the same name")
 
 
 class Config(Section):
     """The whole configuration of a run."""
 
-    run: str = setting("runs/default", "run folder")
+    run: Place = setting("runs/default", "run folder")
     seed: int = setting(0, "random seed of sampling, splits and training", ge=0)
     problems: Problems = Problems()
     attempts: Attempts = Attempts()

@@ -29,6 +29,11 @@ def visible(text: str) -> str:
     return _CONTROLS.sub("\ufffd", text)
 
 
+def valid(text: str) -> str:
+    """The text with U+FFFD for bytes that are not UTF-8, which Python reads as lone surrogates."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 # -- stdout and stderr ---------------------------------------------------------------------------------------------
 
 
@@ -49,12 +54,14 @@ class _Output(io.TextIOWrapper):
 
 
 def prepare_streams() -> None:
-    """Make printing safe when stdout or stderr is closed, or cannot encode every character."""
+    """Make printing safe when stdout or stderr is closed, or cannot encode every character, and reading any bytes."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # occupies a closed stdin, stdout or stderr: the next file to be opened would take its place
     os.close(descriptor)
     if sys.stderr is None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - open until exit
+    if sys.__stdin__ is not None and sys.stdin is sys.__stdin__:
+        sys.__stdin__.reconfigure(errors="surrogateescape")
     if sys.stdout is sys.__stdout__:
         encoding = sys.stdout.encoding if sys.stdout else "utf-8"
         binary = sys.stdout.detach() if sys.stdout else open(1, "wb", closefd=False)  # noqa: SIM115
@@ -119,21 +126,13 @@ def spinner(text: str) -> Iterator[None]:
 # -- JSON and pages ------------------------------------------------------------------------------------------------
 
 
-def print_json(value: Any) -> None:
-    """Print one JSON object to stdout."""
-    sys.stdout.write(_json(value, indent=1) + "\n")
-
-
-def print_json_line(value: Any) -> None:
-    """Print one JSON object as one line to stdout, at once."""
-    sys.stdout.write(_json(value) + "\n")
-    sys.stdout.flush()
-
-
-def _json(value: Any, indent: int | None = None) -> str:
+def print_json(value: Any, line: bool = False) -> None:
+    """Print one JSON object to stdout; with `line` as one line, at once."""
     ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
-    text = json.dumps(value, indent=indent, ensure_ascii=ascii_only)
-    return _CONTROLS.sub(lambda control: f"\\u{ord(control[0]):04x}", text)
+    text = json.dumps(value, indent=None if line else 1, ensure_ascii=ascii_only)
+    sys.stdout.write(_CONTROLS.sub(lambda control: f"\\u{ord(control[0]):04x}", text) + "\n")
+    if line:
+        sys.stdout.flush()
 
 
 def page(pieces: Iterable["Text"]) -> None:
@@ -180,7 +179,7 @@ def read_line() -> str:
     """A line of stdin, "" at its end. Invalid UTF-8 becomes U+FFFD, which every output can hold."""
     if sys.stdin is None:  # closed by the parent process
         return ""
-    return sys.stdin.readline().encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return valid(sys.stdin.readline())
 
 
 # -- tables and numbers --------------------------------------------------------------------------------------------
@@ -189,7 +188,8 @@ def read_line() -> str:
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
     """Print a table to stdout. The first `texts` columns are text, of which the last but the first wraps; then numbers.
 
-    A table with one column of text that is wider than the terminal is transposed if that makes it narrower.
+    Its cells are rich markup. A table with one column of text that is wider than the terminal is transposed if that
+    makes it narrower.
     """
     from rich import box
     from rich.table import Table

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from sclite.teacher.client import Forecast
     from sclite.teacher.client import Teacher as Client
 
-LIBRARIES = "libraries.log"  # output of the libraries in isolated processes
-
 
 @dataclass
 class Context:
@@ -52,7 +50,7 @@ class Context:
             return work(*given, progress=progress)
         from sclite.isolation import run_isolated
 
-        return run_isolated(work, *given, progress=progress, log=self.run.path(LIBRARIES))
+        return run_isolated(work, *given, progress=progress, log=self.run.path("libraries.log"))
 
     def on_gpu(self, work: Callable[..., Report], *arguments: Any, progress: Progress) -> Report:
         """As `isolate`; a student behind an endpoint needs no GPU, and no process."""
@@ -72,8 +70,7 @@ class Context:
                 path = Path(stack.enter_context(TemporaryDirectory())) / FILE
             ledger = stack.enter_context(Ledger.reading(path) if self.dry and not new else Ledger(path))
             confirm = self.confirm if self.ask_before_paying else None
-            chosen = settings or self.config.teacher
-            yield stack.enter_context(Client(chosen, ledger, self.prepare, confirm))
+            yield stack.enter_context(Client(settings or self.config.teacher, ledger, self.prepare, confirm))
 
     def confirm(self, forecast: "Forecast") -> bool:
         """Show what the rest will cost and ask whether to continue; True without a terminal."""
@@ -93,14 +90,19 @@ class Context:
         if settings.kind == "endpoint":
             return self.endpoint(settings, stage)
         from sclite.student.llama_cpp.engine import Engine
+
+        return Engine(self.student_gguf(), context=self.config.eval.context)
+
+    def student_gguf(self) -> Path:
+        """The GGUF that `attempts.student` names. Raises DataError if it is missing, or llama.cpp cannot read it."""
         from sclite.student.llama_cpp.probe import check_gguf
 
-        path = Path(settings.student)
+        path = Path(self.config.attempts.student)
         if not path.is_file():
             hint = "give the path of a GGUF file, or a LiteLLM model name"
             raise DataError(f"attempts.student: {path} does not exist", hint)
         check_gguf(path)
-        return Engine(path, context=self.config.eval.context)
+        return path
 
     @contextmanager
     def endpoint(self, settings: Attempts, stage: str) -> Iterator["Endpoint"]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sclite.config import Config, Teacher, without_password
-from sclite.errors import UsageError
+from sclite.errors import DataError, UsageError
 
 # -- GPUs ----------------------------------------------------------------------------------------------------------
 
@@ -32,16 +32,15 @@ def list_gpus() -> list[dict[str, Any]]:
     return gpus
 
 
-def gpu_processes(number: int) -> list[dict[str, Any]] | None:
-    """[{"pid", "name", "gb"}] of what holds memory on a GPU, largest first; None if nvidia-smi is missing or fails.
+def gpu_processes() -> list[dict[str, Any]] | None:
+    """[{"pid", "name", "gb"}] of what holds memory on the first GPU, largest first; "gb" is None if the driver hides it.
 
-    `number` counts the GPUs that CUDA shows, in PCI bus order. "gb" is None if the driver hides it.
+    None if nvidia-smi is missing or fails.
     """
     # CUDA_VISIBLE_DEVICES renumbers the GPUs for CUDA, not for nvidia-smi
-    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    physical = visible[number] if number < len(visible) else str(number)
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0].strip() or "0"
     query = ("--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits")
-    command = ["nvidia-smi", "-i", physical, *query]
+    command = ["nvidia-smi", "-i", first, *query]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -109,15 +108,8 @@ def _run_python(code: str, *arguments: str) -> Any:
     return last if done.returncode else json.loads(last)
 
 
-CUDA_INDEX = "https://abetlen.github.io/llama-cpp-python/whl"
 CUDA_WHEELS = (118, 121, 122, 123, 124, 125, 130, 132)
 """The CUDA versions that llama-cpp-python is built for."""
-
-
-def cuda_wheel(cuda: str) -> str:
-    """The folder of `CUDA_INDEX` for the CUDA version of torch, whose driver runs it: the newest that is not newer."""
-    wanted = int("".join(cuda.split(".")[:2]))
-    return f"cu{max((built for built in CUDA_WHEELS if built <= wanted), default=CUDA_WHEELS[0])}"
 
 
 def run_checks(config: Config) -> Iterator[Check]:
@@ -167,7 +159,10 @@ def run_checks(config: Config) -> Iterator[Check]:
     llama, package = _version("llama-cpp-python"), f"llama-cpp-python=={max(SHA256)}"
     fix = f"pip install --force-reinstall --no-cache-dir {package}"
     if gpus and torch["cuda"]:
-        fix += f" --no-deps --index-url {CUDA_INDEX}/{cuda_wheel(torch['cuda'])}"
+        # the newest build that is not newer than torch's CUDA, which the driver runs
+        cuda = int("".join(torch["cuda"].split(".")[:2]))
+        newest = max((built for built in CUDA_WHEELS if built <= cuda), default=CUDA_WHEELS[0])
+        fix += f" --no-deps --index-url https://abetlen.github.io/llama-cpp-python/whl/cu{newest}"
     if isinstance(offload, str):
         yield Check("llama.cpp", False, offload, fix, required=True)
     else:  # a CPU build on a GPU machine is slow, not broken
@@ -186,7 +181,7 @@ def run_checks(config: Config) -> Iterator[Check]:
         yield Check("GGUF converter", True, found)
     ollama, fix = shutil.which("ollama"), "curl -fsSL https://ollama.com/install.sh | sh"
     yield Check("Ollama", bool(ollama), ollama or "not installed", fix)
-    yield from _check_network(config, teacher_probe.result() if teacher_probe else {})
+    yield from check_network(config, teacher_probe.result() if teacher_probe else {})
 
 
 # -- teacher and Hub -----------------------------------------------------------------------------------------------
@@ -203,10 +198,12 @@ ADDRESSES = {
 
 
 def describe_teacher(settings: Teacher) -> dict[str, Any]:
-    """{"problem", "fix"} of a teacher that cannot be used, else {"missing": variables, "address": URL or ""}.
+    """{"problem", "fix"} of a teacher that cannot be used, else {"missing": variables, "found": text, "address": URL or ""}.
 
     Imports LiteLLM, and sends nothing.
     """
+    from unittest.mock import patch
+
     from sclite.teacher.provider import connect
 
     try:
@@ -214,22 +211,36 @@ def describe_teacher(settings: Teacher) -> dict[str, Any]:
     except UsageError as error:
         return {"problem": error.message, "fix": error.hint}
     _, name, _, address = litellm.get_llm_provider(settings.model, api_base=settings.api_base or None)
-    missing = [] if settings.api_base else litellm.validate_environment(settings.model)["missing_keys"]
+    missing, found = list[str](), settings.model
     if name.startswith("ollama"):
-        missing, address = [], address or os.environ.get("OLLAMA_API_BASE") or "http://localhost:11434"
-    return {"missing": missing, "address": address or ADDRESSES.get(name, "")}
+        address = address or os.environ.get("OLLAMA_API_BASE") or "http://localhost:11434"
+    elif not settings.api_base:
+        missing = litellm.validate_environment(settings.model)["missing_keys"]
+        missing = missing[-1:] if name == "gemini" else missing  # one of two names of its key
+        # nothing is missing either if LiteLLM does not know what is needed
+        with patch.dict(os.environ, clear=True):
+            known = litellm.validate_environment(settings.model)["missing_keys"]
+        found += ", key found" if known else ", key not checked"
+    return {"missing": missing, "found": found, "address": address or ADDRESSES.get(name, "")}
 
 
-def _check_network(config: Config, teacher: Any) -> Iterator[Check]:
+def check_network(config: Config, teacher: Any) -> Iterator[Check]:
     """The teacher's key and address, and the Hub, each only if the configuration needs it."""
     from huggingface_hub import constants, get_token, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     from sclite.data.sources import is_local_source
-    from sclite.student.loader import EMBEDDED
+    from sclite.student.loader import model_name
 
-    model = config.student.model
-    local = not model or model == EMBEDDED or Path(model).expanduser().is_dir()
-    wanted = [] if local or isinstance(try_to_load_from_cache(model, "config.json"), str) else [model]
+    wanted = list[str]()
+    if config.student.model:
+        try:
+            name = model_name(config.student)
+            if not Path(name).is_dir() and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+                wanted = [name]
+        except (DataError, HFValidationError):
+            found = f"{config.student.model} is neither the folder of a Hugging Face model nor a Hub ID"
+            yield Check("student", False, found, "check student.model", required=True)
     sources = (config.problems.source, config.eval.source)
     wanted += [source for source in sources if source and not is_local_source(source)]
     teacher = {"problem": teacher, "fix": "pip install litellm"} if isinstance(teacher, str) else teacher
@@ -239,12 +250,12 @@ def _check_network(config: Config, teacher: Any) -> Iterator[Check]:
     if "problem" in teacher:
         yield Check("teacher", False, teacher["problem"], teacher["fix"], required=True)
     elif teacher:
-        missing, known = " and ".join(teacher["missing"]), f"{config.teacher.model}, key found"
-        known = config.teacher.model if config.teacher.api_base else known
-        found, fix = f"{missing} is not set" if missing else known, f"export {missing or 'KEY'}=.."
-        yield Check("teacher's key", not missing, found, fix, required=True)
+        missing = teacher["missing"]
+        unset = f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} not set"
+        fix = f"export {' '.join(f'{variable}=..' for variable in missing)}"
+        yield Check("teacher's key", not missing, unset if missing else teacher["found"], fix, required=True)
     if address:
-        fix = "check teacher.api_base, the network and HTTPS_PROXY"
+        fix = "check teacher.api_base, the network, HTTPS_PROXY and ALL_PROXY"
         found = f"{address}: {failures[address] or 'reachable'}"
         yield Check("teacher's address", not failures[address], found, fix)
     if wanted:
@@ -264,7 +275,8 @@ def find_failures(addresses: Sequence[str]) -> dict[str, str]:
         try:
             status = httpx.head(address, timeout=NETWORK_SECONDS).status_code
             found[address] = f"HTTP {status}" if status in (502, 503, 504) else ""  # a proxy's or a gateway's
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        # the last two are for a SOCKS proxy
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, ImportError) as error:
             found[address] = str(error) or type(error).__name__
 
     deadline = time.monotonic() + NETWORK_SECONDS

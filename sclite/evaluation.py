@@ -71,7 +71,7 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
         raise DataError(f"{source}: too few problems, {len(fresh)} of {len(found)} were not trained on", hint)
     name, default = source.rstrip("/").rpartition("/")[2], Eval.model_fields["limit"].default
     if is_local_source(source):
-        dataset, names = str(Path(source).expanduser().resolve()), [name.partition(".")[0]]
+        dataset, names = str(Path(source).resolve()), [name.partition(".")[0]]
     else:
         dataset, names = source, [name, settings.subset, settings.split]
     folder = result_folder(context.run, dataset, names, settings.limit, default)

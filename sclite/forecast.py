@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from sclite import pipeline
+from sclite.console import format_duration
 from sclite.context import Context
 from sclite.errors import DeviceError
 from sclite.progress import ProgressDisplay
@@ -56,11 +57,13 @@ def plan_run(context: Context) -> dict[str, Any]:
         dry = replace(context, dry=True, display=ProgressDisplay(quiet=True))
         with context.display.wait("estimating the cost of the teacher"):
             found = estimate_cost(dry)
-        if plan["teacher"]["cost_usd"] is None:  # a correction is about as long as a template
-            most, cost = len(pipeline.unseen(dry)) * context.config.attempts.samples, None
-            if found["cost_usd"] is not None and found["requests"]:
-                cost = round(most * found["cost_usd"] / found["requests"], 4)
-            plan["teacher"] |= {"requests": most, "at_most": True, "cost_usd": cost}
+        teacher = plan["teacher"]
+        if teacher["cost_usd"] is None:  # a correction is about as long as a template
+            if (teacher["requests"] is None or teacher["at_most"]) and not context.config.attempts.source:
+                most = len(pipeline.unseen(dry)) * context.config.attempts.samples
+                teacher |= {"requests": most, "at_most": True}
+            if None not in (teacher["requests"], found["cost_usd"]) and found["requests"]:
+                teacher["cost_usd"] = round(teacher["requests"] * found["cost_usd"] / found["requests"], 4)
     plan["templates"] = {name: found[name] for name in ("requests", "cost_usd")}
     return plan
 
@@ -71,18 +74,16 @@ def report_plan(context: Context, plan: Mapping[str, Any]) -> None:
         message = f"{', '.join(misfits)} will not fit in GPU memory"
         raise DeviceError(message, "add --plan to see settings that fit")
     templates, corrections = plan["templates"], plan["teacher"]
-    if corrections["requests"] is not None:
+    if templates["requests"] or corrections["requests"] is not None:
         most = "at most " if corrections["at_most"] else ""
+        count = "an unknown number of" if corrections["requests"] is None else f"{corrections['requests']:,}"
         costs = templates["cost_usd"], corrections["cost_usd"]
         price = "unknown cost" if None in costs else f"about ${costs[0]:.2f} and {most}${costs[1]:.2f}"
-        paid = f"{templates['requests']:,} templates and {most}{corrections['requests']:,} corrections"
+        paid = f"{templates['requests']:,} templates and {most}{count} corrections"
         context.display.print(f"plan: {paid} by {context.config.teacher.model}, {price}")
     needs = ", ".join(f"{name} {stage['total_gb']:.1f} GB" for name, stage in plan["stages"].items())
     where = "host RAM" if plan["gpu"] is None else f"of {plan['gpu']['free_gb']:.0f} GB GPU memory"
-    hours = (
-        "unknown until every stage has timed a step"
-        if plan["hours"] is None
-        else f"about {plan['hours']:.1f} h"
-    )
+    unknown = "unknown until every stage has timed a step"
+    time = unknown if plan["hours"] is None else f"about {format_duration(3600 * plan['hours'])}"
     disk = f"about {plan['disk_gb']['total']:.1f} GB of disk"
-    context.display.print(f"plan: training needs {needs} ({where}) and {disk}; time {hours}")
+    context.display.print(f"plan: training needs {needs} ({where}) and {disk}; time {time}")

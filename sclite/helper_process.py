@@ -84,11 +84,10 @@ class HelperProcess:
         timer.start()
         reply = b""
         try:
-            process.stdin.write(line.encode())
-            process.stdin.flush()
-            reply = process.stdout.readline()
-        except BrokenPipeError:
-            pass
+            with suppress(BrokenPipeError):
+                process.stdin.write(line.encode())
+                process.stdin.flush()
+                reply = process.stdout.readline()
         finally:
             timer.cancel()
             timer.join()
@@ -103,12 +102,9 @@ class HelperProcess:
         with self.lock:
             process, self.process, self.ready = self.process, None, False
             if process is not None:
-                process.kill()
-                process.wait()
-                for pipe in (process.stdin, process.stdout):
-                    with suppress(OSError):  # what could not be written
-                        if pipe is not None:
-                            pipe.close()
+                # at its end the pipes are closed, maybe with text that could not be written
+                with suppress(OSError), process:
+                    process.kill()
 
 
 def serve(module: str, function: str, memory: str) -> None:

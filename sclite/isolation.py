@@ -9,8 +9,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -42,14 +42,25 @@ def run_isolated(
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_run_child, args=(there, function, arguments, str(log)))
-    with _forward_interrupts(process) as presses:
+    presses: list[int] = []
+
+    def forward(number: int, _: object) -> None:
+        """Forward Ctrl-C to the child, so that it interrupts nothing here, such as a half-read message."""
+        presses.append(number)
+        if len(presses) > FORWARDED or process.pid is None:
+            raise KeyboardInterrupt
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, number)
+
+    handler = signal.signal(signal.SIGINT, forward)
+    try:
         # the child starts with SIGINT blocked: Ctrl-C during its imports waits, and prints no traceback
         resource_tracker.ensure_running()  # starting this helper ends by unblocking the signal
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         there.close()
         try:
             kind, value = _receive(here, process, progress)
@@ -58,6 +69,8 @@ def run_isolated(
             here.close()
             process.kill()
             process.join()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     if kind == INTERRUPT or (presses and kind != ERROR):
         raise KeyboardInterrupt
     if kind == ERROR:
@@ -72,28 +85,6 @@ def run_isolated(
         raise ScliteError(error.strip(), f"see the end of {log} for the traceback")
     hint = f"see the end of {log}; code -9 means that the system ran out of memory. Re-run to resume"
     raise DeviceError(f"the worker process exited unexpectedly (code {process.exitcode})", hint)
-
-
-@contextmanager
-def _forward_interrupts(process: BaseProcess) -> Iterator[list[int]]:
-    """Forward Ctrl-C to the child; nothing here is interrupted by it, such as a half-read message.
-
-    Yields the list of presses. Those during the child's imports reach it once it can handle them.
-    """
-    presses: list[int] = []
-
-    def forward(number: int, _: object) -> None:
-        presses.append(number)
-        if len(presses) > FORWARDED or process.pid is None:
-            raise KeyboardInterrupt
-        with suppress(ProcessLookupError):
-            os.kill(process.pid, number)
-
-    before = signal.signal(signal.SIGINT, forward)
-    try:
-        yield presses
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _receive(here: Connection, process: BaseProcess, progress: Progress) -> tuple[str | None, Any]:

@@ -14,36 +14,13 @@ if TYPE_CHECKING:
     from sclite.config import Config
     from sclite.context import Context
 
-RunOption = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Use this run folder.")]
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="Use this file instead of ./sclite.toml.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override a setting; an empty VALUE restores its default."
-    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 FreshOption = Annotated[
     bool, typer.Option("--fresh", help="Redo stages whose inputs have changed, and pay again.")
 ]
-GpuOption = Annotated[
-    int | None,
-    typer.Option("--gpu", metavar="N", min=0, help="The CUDA GPU (default: the first, or the CPU)."),
-]
-ProblemsArgument = Annotated[
-    str | None, typer.Argument(metavar="PROBLEMS", help="A file or a Hub ID (default: problems.source).")
-]
-LimitOption = Annotated[
-    int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N problems (default: all).")
-]
-MaxCostOption = Annotated[
-    float | None, typer.Option("--max-cost", metavar="USD", min=0, help="Spending limit for the whole run.")
-]
-YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask to confirm the cost.")]
-
-
 DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # Linux, and Linux under Windows
 
 
@@ -51,10 +28,15 @@ DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # Linux, and Linux under Windows
 class Common:
     """The values of --run, --config, --set and --json."""
 
-    run: Path | None = None
-    config: Path | None = None
-    settings: list[str] | None = None
-    json: bool = False
+    run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Use this run folder.")] = None
+    config: ConfigOption = None
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a setting; an empty VALUE restores its default."
+        ),
+    ] = None
+    json: JsonOption = False
 
     def load(
         self, chosen: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | None = None
@@ -101,19 +83,16 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
     """Pass the four common options to a command as its last argument, `common`."""
     # typer reads options from the signature: the wrapper's has the four in place of `common`
     own = list(inspect.signature(command).parameters.values())[:-1]
-    options = {"run": RunOption, "config": ConfigOption, "settings": SetOption, "json": JsonOption}
     shared = [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=getattr(Common, name), annotation=option
-        )
-        for name, option in options.items()
+        field.replace(kind=field.KEYWORD_ONLY) for field in inspect.signature(Common).parameters.values()
     ]
+    signature = inspect.Signature([*own, *shared])
 
     @functools.wraps(command)
     def wrapper(**given: Any) -> None:
-        common = Common(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+        common = Common(**{field.name: given.pop(field.name) for field in shared})
         command(**given, common=common)
 
-    setattr(wrapper, "__signature__", inspect.Signature([*own, *shared]))  # noqa: B010 - unknown to type checkers
-    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *shared]}
+    setattr(wrapper, "__signature__", signature)  # noqa: B010 - unknown to type checkers
+    wrapper.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}
     return wrapper

@@ -22,13 +22,6 @@ from sclite.student.adapters import STUDENTS, adapter_weights
 if TYPE_CHECKING:
     from sclite.data.problems import Split
 
-TRAINING = {
-    "sft": "sft: the student learns the templates",
-    "warmup": "warm-up: the student learns what a review looks like",
-    "dpo": "dpo: the student learns to prefer right reviews",
-}
-"""What the training stages do."""
-
 
 # -- problems ------------------------------------------------------------------------------------------------------
 
@@ -73,12 +66,29 @@ def has_problems(context: Context) -> bool:
 
 
 def check_sources(context: Context) -> None:
-    """Raise for other problems than the run's own, or a missing `attempts.source`, before anything is paid for."""
-    context.run.check_problems(context.config.problems.source)
-    source = context.config.attempts.source
-    if source and not Path(source).is_file() and context.run.manifest("attempts") is None:
+    """Raise for other problems than the run's own, or an unusable `attempts.source` or GGUF, before anything is paid for."""
+    if context.problems is None:  # else they are the quickstart's, or checked
+        context.run.check_problems(context.config.problems.source)
+    settings = context.config.attempts
+    if context.run.manifest("attempts") is not None:
+        return
+    if settings.source and not Path(settings.source).is_file():
         hint = "check the path, or unset it: --set attempts.source="
-        raise DataError(f"attempts.source: {source} does not exist", hint)
+        raise DataError(f"attempts.source: {settings.source} does not exist", hint)
+    if settings.kind == "gguf":
+        with context.display.wait("checking attempts.student"):
+            context.student_gguf()
+
+
+def problems_to_attempt(context: Context) -> tuple[list[Problem], bool]:
+    """(the problems of stage 2, False) or, for imported attempts, (all of the run, True). DataError if there are none."""
+    split = divided_problems(context)
+    imported = bool(context.config.attempts.source) or context.run.is_imported("attempts", "attempts.jsonl")
+    kept = [*split.sft, *split.stage2, *split.fit] if imported else split.stage2
+    if not kept:
+        hint = "raise problems.correction_share or problems.limit"
+        raise DataError("no problems are kept for stage 2", hint)
+    return kept, imported
 
 
 def drops(report: Report) -> str:
@@ -122,12 +132,8 @@ def build_corrections(context: Context, fresh: bool = False, alone: bool = False
     """
     from sclite.data import attempts, corrections, feedback
 
-    config, run, split = context.config, context.run, divided_problems(context)
-    imported = bool(config.attempts.source) or run.is_imported("attempts", "attempts.jsonl")
-    kept = [*split.sft, *split.stage2, *split.fit] if imported else split.stage2
-    if not kept:
-        hint = "raise problems.correction_share or problems.limit"
-        raise DataError("no problems are kept for stage 2", hint)
+    config, run = context.config, context.run
+    kept, imported = problems_to_attempt(context)
     judged = run.path(FEEDBACK).is_file() or run.manifest("feedback")
     if not run.is_imported("corrections", "reviews.jsonl"):
         text = "imported" if imported else f"the student tries {len(kept)} unseen problems"
@@ -143,9 +149,11 @@ def build_corrections(context: Context, fresh: bool = False, alone: bool = False
         if alone and judged:
             text = "feedback: the teacher solves questions without a gold answer"
             with paid_stage(context, "feedback", text) as given:
-                report = feedback.write_feedback(config, run, fit=split.fit, **given)
+                report = feedback.write_feedback(config, run, fit=divided_problems(context).fit, **given)
             good, bad = report.counts["good"], report.counts["bad"]
             context.add(report, f"feedback: {good} good, {bad} bad{drops(report)}")
+        else:
+            feedback.remove_orphans(run)
     text = "corrections: the teacher corrects the first wrong step"
     with paid_stage(context, "corrections", text) as given:
         report = corrections.write_corrections(config, run, fresh=fresh, **given)
@@ -159,13 +167,7 @@ def build_corrections(context: Context, fresh: bool = False, alone: bool = False
 
 
 def sample_student(
-    config: Config,
-    run: Run,
-    stage: str,
-    problems: Sequence[Problem],
-    with_student: bool,
-    *,
-    progress: Progress,
+    config: Config, run: Run, stage: str, problems: Sequence[Problem], with_student: bool, progress: Progress
 ) -> Report:
     """The attempts or pairs stage, with its student if one is needed; it may run in another process."""
     from sclite.data import attempts, pairs
@@ -206,14 +208,25 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
 
     if only not in (None, "sft", "dpo"):
         raise UsageError(f"--only {only}: no such stage", "use --only sft or --only dpo")
-    if only != "dpo" and not context.run.is_imported("sft", adapter_weights("sft")):
+    if only == "dpo":
+        require_sft(context)
+    elif not context.run.is_imported("sft", adapter_weights("sft")):
         read_templates(context.run)
     data = {name: context.run.path(f"{name}.jsonl").is_file() for name in ("templates", "reviews", "pairs")}
-    ready = data["templates"] and not (data["reviews"] or data["pairs"])
-    if only != "sft" and ready and not context.config.teacher.model:
-        why = "teacher.model is not set, and stage 2 needs a teacher for its corrections"
-        hint = "set a LiteLLM model, for example --set teacher.model=openai/gpt-5.4-mini, or use --only sft"
-        raise UsageError(why, hint)  # before hours of SFT, not after
+    corrects = data["reviews"] or not context.run.is_imported("pairs", "pairs.jsonl")
+    if only != "sft":  # what stage 2 lacks is named before hours of SFT, not after
+        ready = data["templates"] and not (data["reviews"] or data["pairs"])
+        if ready and not context.config.teacher.model:
+            why = "teacher.model is not set, and stage 2 needs a teacher for its corrections"
+            hint = "set a LiteLLM model, as in --set teacher.model=openai/gpt-5.4-mini, or use --only sft"
+            raise UsageError(why, hint)
+        if not has_problems(context):
+            why = f"{context.run.path('problems.jsonl')} is missing, and stage 2 needs problems"
+            hint = "set problems.source, as in --set problems.source=train.jsonl, or use --only sft"
+            raise DataError(why, hint)
+        if corrects:
+            check_sources(context)
+            problems_to_attempt(context)
     if context.config.student.model == "embedded" and not context.config.teacher.embedded:
         only_stories = "is a toy that can learn the quickstart's word problems only; set student.model"
         context.display.print(f"warning: the bundled student {only_stories}")
@@ -227,8 +240,7 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
     if only != "dpo":
         train_stage(context, "sft", fresh)
     if only != "sft":
-        require_sft(context)
-        if data["reviews"] or not context.run.is_imported("pairs", "pairs.jsonl"):
+        if corrects:
             build_corrections(context, fresh)
         train_stage(context, "warmup", fresh)
         build_pairs(context)
@@ -246,8 +258,12 @@ def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
     from sclite.train.sft import train_sft
     from sclite.train.warmup import train_warmup
 
-    work = {"sft": train_sft, "warmup": train_warmup, "dpo": train_dpo}[name]
-    config, text = context.config, TRAINING[name]
+    work, text = {
+        "sft": (train_sft, "sft: the student learns the templates"),
+        "warmup": (train_warmup, "warm-up: the student learns what a review looks like"),
+        "dpo": (train_dpo, "dpo: the student learns to prefer right reviews"),
+    }[name]
+    config = context.config
     report: Report | None = None
     train_one = partial(work, unseen=unseen(context, name), fresh=fresh)
     with context.display.stage(name, text) as progress:

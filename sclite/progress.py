@@ -123,10 +123,10 @@ class ProgressDisplay:
         self._rate, self.countdown = Rate(), Countdown()
 
     def seconds_left(self, stage: str, share: float) -> float | None:
-        """Seconds left in all stages when `share` of this one is done; None without a plan or before a speed is known."""
-        # this machine's speed is that of its finished stages, except SHORT ones, and of the rows of this one
+        """Seconds left, in all stages if this one is planned, when `share` of it is done; None before a speed is known."""
         if stage not in self.plan:
-            return None
+            return self._rate.seconds_left()
+        # this machine's speed is that of its finished stages, except SHORT ones, and of the rows of this one
         worked = [(self.plan.get(n, 0), took) for n, took in self.finished.items() if n not in self.skipped]
         worked = [(planned, took) for planned, took in worked if planned > SHORT]
         if (found := self._rate.measured()) is not None and self.plan[stage] > SHORT:
@@ -151,10 +151,9 @@ class ProgressDisplay:
         if planned and name not in self.finished:
             text = f"{list(self.plan).index(name) + 1}/{len(self.plan)} {text}"
         text, self._rate = visible(text), Rate()
-        if planned:
-            self.countdown.update(self.seconds_left(name, 0.0))
-        else:
+        if not planned:
             self.countdown = Countdown()
+        self.countdown.update(self.seconds_left(name, 0.0))
 
         def figures() -> str:
             """The most important ones first: a narrow terminal drops the last ones."""
@@ -184,8 +183,7 @@ class ProgressDisplay:
                     share = done / max(1, total) if share is None else share
                     self._rate.update(done, share, spent_usd)
                     self._rate.total, self._rate.note = total, note
-                    left = self.seconds_left(name, share) if planned else self._rate.seconds_left()
-                    self.countdown.update(left)
+                    self.countdown.update(self.seconds_left(name, share))
                     if total:
                         show(done, total)
 

@@ -12,7 +12,6 @@ from sclite.errors import DataError
 Messages = tuple[dict[str, str], ...]
 """Chat messages, each {"role": ..., "content": ...}."""
 
-
 _HERE = Path(__file__).resolve().parent
 SHIPPED = _HERE / "_prompts" if (_HERE / "_prompts").is_dir() else _HERE.parent / "prompts"
 """The folder of the shipped prompts: inside the installed package, or next to it in a checkout."""

@@ -142,8 +142,7 @@ class Run:
 
     def append(self, name: str, rows: Iterable[Row]) -> None:
         """Append rows in one write: after a kill each is complete, or a broken last line that readers skip."""
-        found = list(rows)
-        if found:
+        if found := list(rows):
             with self.appending(name) as add:
                 add(found)
 
@@ -165,7 +164,7 @@ class Run:
                     file.write(b"\n")
 
             def add(rows: Iterable[Row]) -> None:
-                data = "".join(row.model_dump_json(exclude_none=False) + "\n" for row in rows).encode()
+                data = "".join(row.model_dump_json() + "\n" for row in rows).encode()
                 begin = file.seek(0, os.SEEK_END)
                 try:
                     while data:
@@ -221,7 +220,7 @@ class Run:
 
     def replace(self, name: str, rows: Iterable[Row]) -> None:
         """Write a whole file of rows and rename it into place."""
-        write_text(self.path(name), (row.model_dump_json(exclude_none=False) + "\n" for row in rows))
+        write_text(self.path(name), (row.model_dump_json() + "\n" for row in rows))
 
     def reorder(self, name: str, kind: type[Problem | Template], ids: Iterable[str]) -> None:
         """Sort the rows of a file by these IDs, one row in memory at a time: the last row of each ID, no others."""
@@ -297,18 +296,14 @@ class Run:
         raise DataError(f"{path} and its copy are damaged", f"remove {path} and re-run to repeat {stage}")
 
     def sign(
-        self,
-        stage: str,
-        inputs: dict[str, Any],
-        report: Report,
-        outputs: Mapping[str, int | None] | None = None,
+        self, stage: str, inputs: dict[str, Any], report: Report, outputs: Mapping[str, int | None] = {}
     ) -> None:
         """Write the manifest that marks a stage as done, last of all its files, which are synced to disk first.
 
         `outputs` maps the files that it vouches for to their number of rows, or None. Raises DataError if rows are missing.
         """
         signed: dict[str, dict[str, Any]] = {}
-        for name, rows in (outputs or {}).items():
+        for name, rows in outputs.items():
             path = self.path(name)
             if rows is not None and (there := self._count(name)) != rows:
                 hint = "re-run with one process at a time; paid replies come from the ledger"

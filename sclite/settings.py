@@ -46,20 +46,19 @@ def load(
     for name, value in sorted((os.environ if environment is None else environment).items()):
         parts = name.removeprefix(PREFIX).lower().split("__")
         # SCLITE_LLAMA_CPP is not a setting; SCLITE_SFT_LEARNING_RATE is a mistyped one
-        ours = len(parts) > 1 or difflib.get_close_matches(parts[0], flat, 1, 0.75)
-        if name.startswith(PREFIX) and ours:
+        if name.startswith(PREFIX) and (len(parts) > 1 or difflib.get_close_matches(parts[0], flat, 1, 0.75)):
             _assign(variables, parts, value)
     typed: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
-            example = "for example --set sft.num_train_epochs=2"
-            hint = f"write --set KEY=VALUE, {example}; --set KEY= restores the default"
+            hint = "write --set KEY=VALUE, for example --set sft.num_train_epochs=2; --set KEY= restores the default"
             raise UsageError(f"--set {setting}: no value", hint)
         _assign(typed, key.strip().split("."), value.strip())
     layers = (file, variables, typed)
-    named = [str(layer["run"]) for layer in (defaults or {}, *layers) if layer.get("run")]
-    saved = Path(named[-1] if named else Config.model_fields["run"].default) / RUN_FILE
+    named = [str(layer["run"]) for layer in layers if "run" in layer] or [""]
+    folder = named[-1] or (defaults or {}).get("run") or Config.model_fields["run"].default
+    saved = Path(os.path.expanduser(folder)) / RUN_FILE
     tree: dict[str, Any] = {}
     if saved.is_file():
         advice = f"fix it, or remove {saved}: settings then come only from {FILE} and the command line"
@@ -76,7 +75,8 @@ def load(
         sources = [part["source"] for part in given if isinstance(part, Mapping) and part.get("source")]
         known = tree[section].get("source")
         # absolute, since a file has several names; as text, since a value of another type is refused below
-        if sources and known and Path(str(sources[-1])).absolute() != Path(str(known)).absolute():
+        names = {os.path.abspath(os.path.expanduser(str(name))) for name in (*sources[-1:], known)}
+        if sources and known and len(names) > 1:
             tree[section] = {k: v for k, v in tree[section].items() if k not in OF_SOURCE}
     for layer in layers:
         _merge(tree, layer)
@@ -149,7 +149,9 @@ def _explain(error: ValidationError) -> tuple[str, str]:
                 hint = f"did you mean {names[near[0]]}?" if near else hint
                 hints.setdefault(hint, []).append(unknown)
         else:
-            lines.append(f"{key} = {failure['input']!r}: {failure['msg'][0].lower()}{failure['msg'][1:]}")
+            # what is refused in teacher.extra may be a secret
+            shown = key if key == "teacher.extra" else f"{key} = {failure['input']!r}"
+            lines.append(f"{shown}: {failure['msg'][0].lower()}{failure['msg'][1:]}")
             if (field := known.get(key)) is not None and field.description:
                 meanings.append(f"{key}: {field.description}.")
     hints.pop("", None)

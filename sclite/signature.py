@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping
 
 from sclite.records import Row
 
-HASH = re.compile("[0-9a-f]{16}")
-
 
 def digest(value: object) -> str:
     """A short hash of any JSON-serializable value, independent of the order of keys."""
@@ -25,7 +23,7 @@ def differences(before: Mapping[str, object], now: Mapping[str, object], prefix:
             found += differences(old, new, f"{name}.")
         elif old != new:
             both = (old, new)
-            hashed = any(isinstance(v, str) and HASH.fullmatch(v) for v in both)
+            hashed = any(isinstance(v, str) and re.fullmatch("[0-9a-f]{16}", v) for v in both)
             shown = ["nothing" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in both]
             found.append(f"{name} changed" if hashed else f"{name}: {shown[0]} before, {shown[1]} now")
     return found

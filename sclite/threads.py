@@ -1,14 +1,13 @@
 """How the worker threads of torch and llama.cpp wait for each other. Set this before either is loaded."""
 
 import os
-from collections.abc import MutableMapping
 
 
-def wait_briefly(environment: MutableMapping[str, str] = os.environ) -> None:
+def wait_briefly() -> None:
     """Let waiting threads spin for some microseconds and then sleep, unless the environment says otherwise.
 
     OpenMP's default, spinning for milliseconds, is up to 100 times slower next to another busy process (measured on
     2 cores). Sleeping at once makes a training step a sixth slower on an idle machine, and more on a busy one.
     """
-    environment.setdefault("OMP_WAIT_POLICY", "passive")
-    environment.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")

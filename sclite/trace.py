@@ -111,14 +111,9 @@ def thoughts_end(text: str) -> int:
     if (tag := TAG.search(text)) and not text[: tag.start()].strip():
         return 0  # the text begins with a trace
     if "|channel|" in text:
-        channels = list(_CHANNEL.finditer(text))
-        final = next((c for c in channels if c[1] == "final"), None)
-        return final.end() if final else 0
+        return next((channel.end() for channel in _CHANNEL.finditer(text) if channel[1] == "final"), 0)
     position = 0
-    while opened := THOUGHT.match(text, position):
-        closed = _THOUGHT_END.search(text, opened.end())
-        if closed is None:
-            break
+    while (opened := THOUGHT.match(text, position)) and (closed := _THOUGHT_END.search(text, opened.end())):
         position = closed.end()
     bare = text.rfind("</think>") if not position else -1  # the chat template has opened it
     return bare + len("</think>") if bare >= 0 and text[bare + len("</think>") :].strip() else position
@@ -137,8 +132,7 @@ def close_piece(number: int) -> str:
 
 def step_pieces(steps: tuple[Step, ...]) -> list[str]:
     """The steps, without notes, as alternating open and close pieces, each tokenized separately."""
-    numbered = list(enumerate(steps, 1))
-    return [piece for n, step in numbered for piece in (open_piece(n, step), close_piece(n))]
+    return [piece for n, step in enumerate(steps, 1) for piece in (open_piece(n, step), close_piece(n))]
 
 
 CAUSE = "<Cause>"

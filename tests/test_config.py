@@ -65,6 +65,20 @@ def test_text_is_converted_to_the_type_of_its_key(text, key, value):
     assert type(found) is type(value)
 
 
+def test_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("problems.source", "attempts.source", "attempts.student", "student.model", "eval.source")
+    named = [f"{name}=~/x" for name in (*names, "prompts.folder", "problems.avoid", "run")]
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/run.toml").write_text(f'[problems]\nsource = "{tmp_path}/x"\nsubset = "main"\n')
+    found, home = load(None, named, {}), f"{tmp_path}/x"
+    assert {found.problems.source, found.attempts.source, found.attempts.student} == {home}
+    assert {found.student.model, found.eval.source, found.prompts.folder, found.run} == {home}
+    assert found.problems.avoid == (home,)
+    assert found.problems.subset == "main"  # of the same source
+    assert load(None, ["problems.source=~nobody-here/x"], {}).problems.source == "~nobody-here/x"
+
+
 def test_all_errors_are_reported_together():
     with pytest.raises(UsageError) as error:
         load(None, ["sft.epoch=1", "dpo.beta=-1", "models=x", "eval.limit=none"], {})

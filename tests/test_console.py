@@ -1,7 +1,9 @@
 """What is printed: tables and prose that fit the terminal, and what is read from it."""
 
 import io
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -69,5 +71,9 @@ def test_input_in_another_encoding_becomes_replacement_characters(monkeypatch):
     typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9 3\n"), encoding="utf-8", errors="surrogateescape")
     monkeypatch.setattr(sys, "stdin", typed)
     assert console.read_line() == "caf\ufffd 3\n"
+    code = "from sclite import console; console.prepare_streams(); print(ascii(console.read_line()))"
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as with LANG=en_US.UTF-8
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, input=b"caf\xe9 3\n", env=strict) == b"'caf\\ufffd 3\\n'\n"
     monkeypatch.setattr(sys, "stdin", None)  # closed by the parent process
     assert console.read_line() == ""

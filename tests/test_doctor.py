@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -43,18 +44,18 @@ def nvidia_smi(tmp_path, monkeypatch, torch_with_gpus):
 
 
 def test_gpu_processes_are_sorted_by_size_or_unknown(nvidia_smi):
-    assert doctor.gpu_processes(0) is None  # there is no nvidia-smi
+    assert doctor.gpu_processes() is None  # there is no nvidia-smi
     nvidia_smi("END\nexit 9\n")
-    assert doctor.gpu_processes(0) is None
+    assert doctor.gpu_processes() is None
     nvidia_smi("1201, /usr/bin/Xorg, 204\n4242, python, serve.py, 11822\n77, [Not Found], [N/A]")
     processes = [
         {"pid": 4242, "name": "python, serve.py", "gb": 12.396},
         {"pid": 1201, "name": "/usr/bin/Xorg", "gb": 0.214},
         {"pid": 77, "name": "[Not Found]", "gb": None},  # the driver hides the size
     ]
-    assert doctor.gpu_processes(0) == processes
+    assert doctor.gpu_processes() == processes
     nvidia_smi("No running processes found\n")
-    assert doctor.gpu_processes(1) == []
+    assert doctor.gpu_processes() == []
 
 
 def test_gpus_are_numbered_by_the_pci_bus_within_cuda_visible_devices(torch_with_gpus):
@@ -72,11 +73,11 @@ def test_gpus_are_numbered_by_the_pci_bus_within_cuda_visible_devices(torch_with
     assert "unset CUDA_VISIBLE_DEVICES" in error.value.hint
 
 
-@pytest.mark.parametrize(("visible", "physical"), [("", [0, 1]), ("3", [3, 1]), ("5, 2", [5, 2])])
+@pytest.mark.parametrize(("visible", "physical"), [("", 0), ("3", 3), ("5, 2", 5)])
 def test_nvidia_smi_gets_the_physical_gpu_number(nvidia_smi, monkeypatch, visible, physical):
     nvidia_smi("{gpu}, python, 1000")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert [doctor.gpu_processes(number)[0]["pid"] for number in (0, 1)] == physical
+    assert doctor.gpu_processes()[0]["pid"] == physical
 
 
 def test_the_nvidia_driver_is_found_without_nvidia_smi(tmp_path, monkeypatch):
@@ -124,6 +125,35 @@ def test_doctor_requires_the_teachers_key_and_only_mentions_the_network(sclite, 
     assert checks["teacher's key"]["found"] == "openai/gpt-5.4-mini, key found"
 
 
+@pytest.mark.parametrize(
+    ("model", "found", "fix"),
+    [
+        ("gemini/gemini-2.5-flash", "GEMINI_API_KEY is not set", "export GEMINI_API_KEY=.."),
+        ("azure/gpt-5", "AZURE_API_BASE and AZURE_API_VERSION and AZURE_API_KEY are not set",
+         "export AZURE_API_BASE=.. AZURE_API_VERSION=.. AZURE_API_KEY=.."),
+        ("sambanova/some-model", "sambanova/some-model, key not checked", None),
+        ("ollama/qwen3", "ollama/qwen3", None),  # needs none
+    ],
+)  # fmt: skip
+def test_doctor_names_the_variables_of_the_teachers_key(monkeypatch, model, found, fix):
+    for name in [name for name in os.environ if name.startswith(("AZURE_", "GEMINI_", "GOOGLE_", "OLLAMA_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(doctor, "find_failures", lambda urls: dict.fromkeys(urls, ""))
+    teacher = Config.model_validate({"teacher": {"model": model}})
+    key = next(doctor.check_network(teacher, doctor.describe_teacher(teacher.teacher)))
+    assert (key.found, key.works) == (found, fix is None)
+    assert fix in (None, key.fix)
+
+
+def test_doctor_reports_a_student_that_cannot_be_loaded(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for model in ("models/qwen/7b", "/nowhere/7b", "qwen 7b"):
+        check = next(doctor.check_network(Config.model_validate({"student": {"model": model}}), {}))
+        assert (check.name, check.works, check.required) == ("student", False, True)
+        assert check.found == f"{model} is neither the folder of a Hugging Face model nor a Hub ID"
+    assert not list(doctor.check_network(Config.model_validate({"student": {"model": str(tmp_path)}}), {}))
+
+
 def test_doctor_reaches_a_local_teacher_and_reports_a_broken_configuration(sclite):
     with TeacherServer(lambda request, nth: say("x")) as server:
         named = ("--set", "teacher.model=openai/replay", "--set", f"teacher.api_base={server.url}")
@@ -152,6 +182,14 @@ def test_addresses_that_do_not_answer_take_no_longer_than_the_limit(monkeypatch)
     assert released.is_set() is False
     assert found == dict.fromkeys(addresses, "no answer within 0.3 s")
     released.set()
+
+
+@pytest.mark.parametrize("proxy", ["socks://127.0.0.1:1080", "socks5://127.0.0.1:1080"])
+def test_an_unusable_proxy_is_what_is_wrong_with_an_address(monkeypatch, proxy):
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    monkeypatch.setitem(sys.modules, "socksio", None)  # not installed
+    found = doctor.find_failures(["http://host.example/v1"])["http://host.example/v1"]
+    assert ("Unknown scheme for proxy" if proxy.startswith("socks:") else "'socksio' package") in found
 
 
 def test_any_answer_but_a_gateways_error_is_an_answer():

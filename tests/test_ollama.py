@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,7 @@ def ollama(monkeypatch):
 
 def test_chat_names_the_model_alone_or_as_an_option(sclite, ollama, monkeypatch):
     Run("runs/default").replace("problems.jsonl", [Problem(id="p", question="1 + 1?", answer="2")])
+    Path("ollama").mkdir()  # is not the model's
     ended = sclite("chat", "--model", "ollama/me", "--json", "How many?")
     assert (ended.code, ended.error) == (DONE, "")
     found = json.loads(ended.out)

@@ -111,6 +111,19 @@ def test_the_environment_sets_any_key_and_a_misspelled_one_is_refused(tmp_path):
     assert "did you mean seed?" in error.value.hint
 
 
+@pytest.mark.parametrize(("own", "default"), [(None, "runs/default"), ({"run": "runs/own"}, "runs/own")])
+def test_an_empty_run_is_the_default_with_its_own_settings(tmp_path, monkeypatch, own, default):
+    monkeypatch.chdir(tmp_path)
+    for folder, seed in (("x", 7), (default, 3)):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "run.toml").write_text(f"seed = {seed}\n")
+    Path("sclite.toml").write_text('run = "x"\n')
+    for settings, environment in ((["run="], {}), ([], {"SCLITE_RUN": ""})):
+        found = load(None, settings, environment, own)
+        assert (found.run, found.seed) == (default, 3)
+    assert load(None, [], {}, own).seed == 7
+
+
 def test_columns_in_run_toml_are_those_of_its_own_source(tmp_path):
     saved = (
         '[problems]\nsource = "a.csv"\nquestion_column = "query"\nsplit = "test"\ncorrection_share = 0.3\n'

@@ -176,6 +176,27 @@ def test_plan_of_a_run_has_the_cost_of_templates_and_corrections(run, folder, ca
     assert float(planned[4]) / float(planned[3]) == pytest.approx(corrections / templates, abs=0.02)
 
 
+def test_the_plan_of_a_run_counts_the_wrong_attempts_at_any_price(run, folder, capsys):
+    problems(20)
+    own = {"student.model": folder, "student.backend": "plain"}
+    context = context_of(run, "http://teacher.example/v1", **own)
+    wrong = {"sample": 0, "trace": attempt("1"), "answer": "1", "correct": False}
+    attempted = pipeline.divided_problems(context).stage2[:2]
+    write_rows(run.path("attempts.jsonl"), [{"id": problem.id, **wrong} for problem in attempted])
+    context.display = ProgressDisplay()
+    forecast.report_plan(context, forecast.plan_run(context))
+    assert "templates and 2 corrections by openai/teacher, unknown cost\n" in capsys.readouterr().err
+
+
+def test_the_plan_of_a_run_does_not_guess_the_number_of_imported_attempts(run, folder, capsys):
+    problems(20)
+    own = {"student.model": folder, "student.backend": "plain", "attempts.source": "tries.jsonl"}
+    context = context_of(run, "http://127.0.0.1:9/v1", **own, **{"teacher.price": "[10, 20]"})
+    context.display = ProgressDisplay()
+    forecast.report_plan(context, forecast.plan_run(context))
+    assert "20 templates and an unknown number of corrections" in capsys.readouterr().err
+
+
 def test_run_with_plan_shows_it_and_starts_nothing(run, folder, sclite):
     problems(300)
     own = {"teacher.price": "[10, 20]", "attempts.samples": 1, "student.model": folder}
@@ -199,6 +220,34 @@ def test_a_missing_gguf_is_named(run):
     context = context_of(run, "http://127.0.0.1:9/v1", **{"attempts.student": "none.gguf"})
     with pytest.raises(DataError, match=r"attempts\.student: none\.gguf does not exist"):
         pipeline.build_corrections(context)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"attempts.source": "none.jsonl"}, "attempts.source: none.jsonl does not exist"),
+        ({"attempts.student": "none.gguf"}, "attempts.student: none.gguf does not exist"),
+        ({"attempts.student": "torn.gguf"}, "torn.gguf"),
+        ({"problems.source": ""}, "problems.jsonl is missing, and stage 2 needs problems"),
+        ({"problems.correction_share": 1e-9}, "no problems are kept for stage 2"),
+    ],
+)
+def test_train_names_what_stage_2_lacks_before_sft(run, tmp_path, monkeypatch, more, said):
+    def start(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(pipeline, "train_stage", start)
+    monkeypatch.setattr(exports, "check_chat_template", lambda _: None)
+    problems(8)
+    (tmp_path / "torn.gguf").write_bytes(b"GGUF")
+    template = {"id": "p", "question": "What is 1 + 1?", "answer": "2", "trace": attempt("2")}
+    write_rows(run.path("templates.jsonl"), [template])
+    context = context_of(run, "http://127.0.0.1:9/v1", **more)
+    with pytest.raises(DataError) as error:
+        pipeline.train(context)
+    assert said in error.value.message
+    with pytest.raises(InterruptedError):
+        pipeline.train(context, "sft")
 
 
 @pytest.mark.parametrize("more", [{}, {"attempts.source": "x"}])

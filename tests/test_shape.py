@@ -185,7 +185,7 @@ def test_no_two_modules_and_no_two_public_functions_share_a_name():
 def test_private_names_are_used_in_their_own_module_only():
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("*.py")}
     trees |= {FILES[module]: tree for module, tree in TREES.items()}
-    private, defined, used = re.compile("_[a-zA-Z]").match, defaultdict(set), set()
+    private, defined, used = re.compile("_[a-zA-Z].*(?<!_)$").match, defaultdict(set), set()
     for path, tree in trees.items():
         for node in ast.walk(tree):
             name = getattr(node, "name", getattr(node, "id", getattr(node, "attr", "")))

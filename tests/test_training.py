@@ -194,6 +194,14 @@ def test_the_plan_has_the_steps_rows_and_micro_batch_of_the_training(folder, tmp
         assert planned["micro_batch"] == sizes.pop(0)
 
 
+def test_the_plan_leaves_out_what_the_threshold_is_fitted_on(folder, tmp_path):
+    context = context_of(folder, tmp_path)
+    write_toy(context.run, 200)
+    trained = 200 - len(pipeline.unseen(context, "sft"))
+    assert trained < 200 - len(pipeline.unseen(context))  # 50 or more for the fit
+    assert plan_training(context)["stages"]["sft"]["rows"] == trained
+
+
 def test_a_plan_that_does_not_fit_ends_with_exit_5_as_json_too(capsys):
     with pytest.raises(DeviceError) as error:
         print_plan({"stages": {"sft": {"fits": False}}}, json=True)

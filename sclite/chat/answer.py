@@ -36,11 +36,11 @@ class Settings:
         return Request(messages, (), self.max_tokens, self.temperature, self.top_p, self.seed, stop)
 
     @classmethod
-    def of(cls, config: Config, cutoff: Cutoff | None, off: str) -> "Settings":
-        """The settings of a configuration that corrects steps by a cutoff; without review if `off` says why."""
+    def of(cls, config: Config, cutoff: Cutoff | None, mode: str) -> "Settings":
+        """The settings of a configuration that corrects steps by a cutoff."""
         cutoff = cutoff or Cutoff()
         return cls(
-            mode="" if off else config.review.mode,
+            mode=mode,
             threshold=cutoff.threshold,
             confidence_weight=cutoff.confidence_weight,
             rounds=max(1, config.review.rounds),
@@ -138,11 +138,9 @@ def solve_and_review(question: str, settings: Settings) -> Script[Answer]:
         reviewed = yield from review(question, trace, chosen, settings.mode)
     note = "" if reviewed is None else reviewed.note
     if reply.finish == "length":
-        remedy = "increase max_tokens"
-        if 0 < reply.tokens < settings.max_tokens:
-            remedy = (
-                "the context is full: shorten the question, or use a longer one (eval.context for a GGUF)"
-            )
+        full = 0 < reply.tokens < settings.max_tokens
+        shorten = "shorten the question, or use a longer one (eval.context for a GGUF)"
+        remedy = f"the context is full: {shorten}" if full else "increase max_tokens"
         note = f"the answer was cut off at {reply.tokens} tokens; {remedy}"
     elif trace.answer is None:
         note = note or "the steps reach no answer"

@@ -31,7 +31,6 @@ KEYS: dict[str, tuple[type[int] | type[float], int, int]] = {
     "rounds": (int, 1, 100),
 }
 """What /set changes, besides history and mode: type, smallest and largest value."""
-RETRY_TEMPERATURE = 0.8
 
 
 @dataclass
@@ -56,6 +55,7 @@ class Chat:
 
     def ask(self, question: str, quiet: bool = False, temperature: float | None = None) -> Answer:
         """Answer a question and show it. Raises DataError if the student cannot: the question is too long."""
+        question = console.valid(question)
         if not self.familiar(question):
             unknown = "the model was not trained on this kind of problem; expect a wrong answer"
             console.note(f"[yellow]note:[/] {unknown}")
@@ -139,7 +139,7 @@ class Chat:
             usage, _, about = f": {getattr(self, f'do_{name}').__doc__}".rpartition(": ")
             console.print(f"  [cyan]{escape(f'/{name} {usage[2:]}'):18}[/] {escape(about)}")
         console.print("\nThe settings of /set:")
-        self.do_set("")
+        self.command("/set")
         console.print(
             "Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer, Ctrl-D leaves.\n"
             "Each question is solved on its own, as the model was trained. After /set history on, earlier questions "
@@ -159,7 +159,7 @@ class Chat:
         self.settings = replace(self.settings, seed=self.settings.seed + 1)
         self.answers.pop()
         try:
-            self.ask(before.question, temperature=self.settings.temperature or RETRY_TEMPERATURE)
+            self.ask(before.question, temperature=self.settings.temperature or 0.8)
         except ScliteError:
             self.answers[-1] = before
             raise
@@ -243,20 +243,15 @@ class Chat:
             hint = answer.note if answer.note and self.settings.mode == "guided" else hint
             raise UsageError("the last answer has no scores", hint)
         rows, limit = [], answer.threshold
-        first = next((number for number, odds in enumerate(review.scores, 1) if odds > limit), None)
-        accused = first if review.accused is not None else None  # the scores are those of the first round
         steps = corrected(answer.trace).steps
         for number, (step, odds) in enumerate(zip(steps, review.scores, strict=False), 1):
-            flag = "flagged" if number == accused else "above" if odds > limit else ""
+            flag = "flagged" if number == review.accused else "above" if odds > limit else ""
             score = f"{100 * probability(odds):.1f} %", f"{odds:+.2f}"
-            rows.append([str(number), readable(step.text), *score, flag])
+            rows.append([str(number), escape(readable(step.text)), *score, flag])
         title = f"corrected from log-odds {limit:+.2f} ({100 * probability(limit):.0f} %)"
         console.print_table(title, ["step", "text", "error", "log-odds", ""], rows, texts=2)
         if review.cause:
-            later = "" if review.accused == accused else f"step {review.accused} of the corrected work, "
-            console.print(
-                f"  {later}why: {escape(review.cause)}\n  corrected: {escape(review.correction or '')}"
-            )
+            console.print(f"  why: {escape(review.cause)}\n  corrected: {escape(review.correction or '')}")
         if answer.note:
             console.print(f"  {escape(answer.note)}")
 

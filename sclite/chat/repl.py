@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, cast
 
@@ -13,7 +12,7 @@ from sclite.chat.answer import Settings, open_gguf
 from sclite.chat.conversation import KEYS, Chat
 from sclite.config import Config
 from sclite.console import escape
-from sclite.errors import ScliteError
+from sclite.errors import DONE, ScliteError
 from sclite.run import Run
 from sclite.student.base import Student
 from sclite.student.step_scores import Cutoff
@@ -37,24 +36,22 @@ def run_chat(
     example: str = "",
     familiar: Callable[[str], bool] = lambda _: True,
     as_json: bool = False,
-) -> bool:
-    """Answer one question, or those that are typed or piped in. Returns whether each was answered.
+) -> int:
+    """Answer one question, or those that are typed or piped in. Returns the exit code: that of the last error in a pipe.
 
     `off`: why answers are not reviewed, "" if they are. `endpoint`: the student, if it is not the GGUF `path`; its
     reviews are free. A student of one kind of problem has an `example`, and a note where a question is not `familiar`.
     """
-    interactive = question is None and console.is_interactive()
-    settings = Settings.of(config, cutoff, off)
+    mode = config.review.mode if endpoint is None else "free"
+    settings = Settings.of(config, cutoff, "" if off else mode)
     with ExitStack() as stack:
         if endpoint is not None:
             student, context, about = endpoint, 0, ""
-            settings = replace(settings, mode=settings.mode and "free")
         else:
             # one sequence keeps the solution while the other one reviews it
             engine = stack.enter_context(open_gguf(path, config, parallel=2))
             student, context = engine, engine.context
             about = f": {engine.description}, on the {'GPU' if engine.offloaded else 'CPU'}"
-        mode = config.review.mode if context else "free"
         chat = Chat(student, context, path, run, settings, familiar, mode)
         if off and not as_json:
             console.note(f"[dim]{escape(off)}[/]")
@@ -62,35 +59,34 @@ def run_chat(
             answer = chat.ask(question, quiet=as_json)
             if as_json:
                 console.print_json(answer.as_json() | {"note": answer.note or off})
-            return True
-        if interactive:
+            return DONE
+        if console.is_interactive():
             console.note(f"[dim]{escape(chat.name + about)}[/]")
             if example:
                 console.note(f"This model only knows problems like this one:\n{escape(example)}")
             converse(chat)
-            return True
+            return DONE
         # each line of standard input is answered with one line; an error gives an empty line, or an object
-        complete, number = True, 0
-        while line := console.read_line():
-            number += 1
-            if not line.strip():
+        code = DONE
+        for number, line in enumerate(map(str.strip, iter(console.read_line, "")), 1):
+            if not line:
                 continue
             try:
-                answer = chat.ask(line.strip(), quiet=True)
+                answer = chat.ask(line, quiet=True)
             except ScliteError as error:
-                complete = False
+                code = error.code
                 console.error(error)
-                row = {"question": line.strip(), "error": error.message}
-                console.print_json_line(row) if as_json else console.print()
+                row = {"question": line, "error": error.message}
+                console.print_json(row, line=True) if as_json else console.print()
                 continue
             if as_json:
-                console.print_json_line(answer.as_json())
+                console.print_json(answer.as_json() | {"note": answer.note or off}, line=True)
                 continue
             console.print(escape(" ".join(answer.result.split())))
             if answer.final.answer is None:  # perhaps a model that writes no steps
                 why = f"no answer can be read in the reply, so all of it is printed ({answer.note})"
                 console.note(f"[yellow]note:[/] line {number}: {escape(why)}")
-        return complete
+        return code
 
 
 def converse(chat: Chat) -> None:
@@ -103,13 +99,11 @@ def converse(chat: Chat) -> None:
     silent[3] &= ~termios.ECHO  # the local modes: what is typed during an answer would break its view
     try:
         while not chat.left:
-            review = f"review {chat.settings.mode}" if chat.settings.mode else "review off"
             used = ""
-            first = chat.answers[-1].first if chat.answers else None
-            if first is not None and first.tokens and chat.context:
+            if chat.context and chat.answers and (first := chat.answers[-1].first).tokens:
                 used = f" · context {100 * (first.prompt_tokens + first.tokens) // chat.context}%"
             turns = f" · {len(chat.answers)} earlier" if chat.history and chat.answers else ""
-            toolbar = f"{chat.name} · {review}{used}{turns} · /help"
+            toolbar = f"{chat.name} · review {chat.settings.mode or 'off'}{used}{turns} · /help"
             try:
                 typed = session.prompt(bottom_toolbar=toolbar).strip()
             except KeyboardInterrupt:
@@ -123,7 +117,7 @@ def converse(chat: Chat) -> None:
             warned = False
             typed = ALIASES.get(typed.lower().removeprefix("/"), typed)
             if typed.startswith('"""'):
-                typed = typed.strip('"').strip()
+                typed = typed.removeprefix('"""').removesuffix('"""').strip()
             try:
                 termios.tcsetattr(keyboard, termios.TCSADRAIN, silent)
                 if typed.startswith("/"):

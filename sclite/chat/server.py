@@ -19,6 +19,7 @@ import uvicorn
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -34,6 +35,7 @@ T = TypeVar("T")
 KEY = "SCLITE_API_KEY"
 MOST_BYTES = 1_000_000
 """The largest body."""
+LEFT = "the client has left"
 LOCAL = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.I)
 
 
@@ -66,12 +68,14 @@ class Api:
         """POST /v1/chat/completions."""
         self.authorize(request)
         body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > MOST_BYTES:
-                raise ApiError(413, f"the body is larger than {MOST_BYTES:,} bytes", "request_too_large")
         try:
+            async for part in request.stream():
+                body += part
+                if len(body) > MOST_BYTES:
+                    raise ApiError(413, f"the body is larger than {MOST_BYTES:,} bytes", "request_too_large")
             asked = Completion.model_validate_json(body)
+        except ClientDisconnect:
+            raise ApiError(499, LEFT) from None
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
@@ -88,7 +92,16 @@ class Api:
             return [start, *[item async for item in items]]
 
         found = await unless_disconnected(request, gather())
-        choices = [choice(index, [item for item in found if item.index == index]) for index in range(asked.n)]
+        choices: list[dict[str, Any]] = [
+            {"index": index, "message": {"role": "assistant", "content": ""}} for index in range(asked.n)
+        ]
+        for item in found:
+            choice = choices[item.index]
+            if isinstance(item, Piece):
+                message = choice["message"]
+                message[item.field] = message.get(item.field, "") + item.text
+            else:
+                choice |= {"finish_reason": item.finish} | reviewed(item)
         return JSONResponse(head | {"object": "chat.completion", "choices": choices, "usage": usage(found)})
 
     async def models(self, request: HttpRequest) -> Response:
@@ -137,7 +150,7 @@ async def unless_disconnected(request: HttpRequest, wanted: Awaitable[T]) -> T:
     try:
         while not (await asyncio.wait([waiting], timeout=0.5))[0]:
             if await request.is_disconnected():
-                raise ApiError(499, "the client has left")
+                raise ApiError(499, LEFT)
     finally:
         if not waiting.done():
             waiting.cancel()
@@ -175,18 +188,6 @@ async def stream_events(
     if asked.stream_options is not None and asked.stream_options.include_usage:
         yield chunk(choices=[], usage=usage(ends))
     yield "data: [DONE]\n\n"
-
-
-def choice(index: int, items: Sequence[Piece | End]) -> dict[str, Any]:
-    """One choice of a response that is not streamed."""
-    message: dict[str, Any] = {"role": "assistant", "content": ""}
-    found: dict[str, Any] = {"index": index, "message": message}
-    for item in items:
-        if isinstance(item, Piece):
-            message[item.field] = message.get(item.field, "") + item.text
-        else:
-            found |= {"finish_reason": item.finish} | reviewed(item)
-    return found
 
 
 def reviewed(end: End) -> dict[str, Any]:
@@ -233,13 +234,15 @@ def run_server(
         wrong = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
         message = f"cannot listen on {host}:{port}: {error.strerror}"
         raise UsageError(message, f"choose another {wrong}") from None
+    settings = Settings.of(config, cutoff, "" if off else config.review.mode)
     with listener, open_gguf(path, config, parallel) as engine:
-        service = Service(engine, name, Settings.of(config, cutoff, off), engine.parallel)
+        service = Service(engine, name, settings, engine.parallel)
         shown = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        served = f"{console.escape(path.name)} at {shown}/v1 as [bold]{console.escape(name)}[/]"
-        console.note(f"{served}; chat at {shown}/")
+        served = f"{console.escape(f'{path.name} at {shown}')}/v1 as [bold]{console.escape(name)}[/]"
+        console.note(f"{served}; chat at {console.escape(shown)}/")
         if as_json:
-            console.print_json_line({"url": f"{shown}/v1", "model": name, "file": str(path), "note": off})
+            address = {"url": f"{shown}/v1", "model": name, "file": str(path), "note": off}
+            console.print_json(address, line=True)
         if off:
             console.note(f"[dim]{console.escape(off)}[/]")
         options: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off"}

@@ -1,10 +1,11 @@
 """What the server does for a request: its limits, its choices in threads, and what they write as it comes."""
 
 import asyncio
+import random
 import re
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from threading import Event
@@ -16,7 +17,7 @@ from sclite.chat.answer import Answer, Settings, probability, solve_and_review
 from sclite.errors import ScliteError
 from sclite.student.base import Reply, Student
 from sclite.student.self_correction import StepsScored, Writing, stream
-from sclite.trace import TAG, tag_name
+from sclite.trace import TAG, corrected, tag_name
 
 RAW = ":raw"
 MOST_CHOICES, MOST_SECONDS = 8, 600.0
@@ -62,14 +63,14 @@ class Completion(BaseModel):
 
     model: str
     messages: list[Message] = Field(min_length=1)
-    n: int = Field(1, ge=1, le=MOST_CHOICES)
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), BeforeValidator(lambda v: 1 if v is None else v)] = 1
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = None
     stop: Stops | None = None
-    stream: bool = False
+    stream: Annotated[bool, BeforeValidator(lambda v: False if v is None else v)] = False
     stream_options: StreamOptions | None = None
 
     @property
@@ -156,8 +157,8 @@ class Service:
         self.counts: defaultdict[str, float] = defaultdict(float)
         self.began = int(time.time())
 
-    def choose(self, asked: Completion) -> tuple[Callable[..., Iterator["Piece | End"]], Settings]:
-        """How to answer, with or without review. Raises ApiError for an unknown model or no question."""
+    async def run(self, asked: Completion) -> AsyncGenerator[Piece | End, None]:
+        """What the choices write, as it comes. Closing it frees the engine. Raises ApiError."""
         if asked.model not in (self.name, self.name + RAW):
             raise ApiError(404, f"the model {asked.model!r} does not exist", "model_not_found", "model")
         if not any(message.role == "user" and message.text.strip() for message in asked.messages):
@@ -169,13 +170,9 @@ class Service:
             max_tokens=min(tokens, self.settings.max_tokens),
             temperature=warmth if warmth > 0.001 else 0.0,
             top_p=asked.top_p or 1.0,
-            seed=abs(asked.seed or 0),
+            seed=random.randrange(2**31) if asked.seed is None else abs(asked.seed),
         )
-        return (self._raw if asked.model.endswith(RAW) else self._reviewed), settings
-
-    async def run(self, asked: Completion) -> AsyncGenerator[Piece | End, None]:
-        """What the choices write, as it comes. Closing it frees the engine. Raises ApiError."""
-        answer, settings = self.choose(asked)
+        answer = self._reviewed if asked.model == self.name else self._raw
         if self.active + asked.n > self.most:
             raise ApiError(429, "too many requests are waiting; try again later", "rate_limit_exceeded")
         loop, cancel = asyncio.get_running_loop(), Event()
@@ -267,7 +264,7 @@ class Service:
                 yield Piece(index, field, text)
             if isinstance(event, Answer):
                 check_reply(event.first)
-                final, content = event.final, PlainText().feed(event.text, last=True)
+                final, content = corrected(event.final), PlainText().feed(event.text, last=True)
                 if final.steps and settings.mode:
                     content = "\n".join(f"{n}. {step.text}" for n, step in enumerate(final.steps, 1))
                     content += "" if final.answer is None else f"\n\nAnswer: {final.answer}"

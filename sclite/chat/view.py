@@ -148,32 +148,29 @@ class AnswerView:
             rows: list[Text] = []
             last = self.lines[-1].number if complete and self.lines else None
             for line in self.lines:
-                rows += self._rows(line, width) if line.number != last else []
+                if line.number == last:
+                    continue
+                if not line.number:  # text without steps
+                    rows += _hang(Text(), Text(readable(line.text)), width, 0)
+                    continue
+                mark = " " if line.odds is None else "·"
+                mark = "✗" if line.flagged or line.cause else "→" if line.corrects else mark
+                odds = f"{100 * probability(line.odds):3.0f}%" if line.odds is not None else ""
+                style = "red" if line.flagged else "green" if line.corrects else ""
+                shown = (f"{odds:4}", "bold red" if line.flagged else "dim")
+                head = Text.assemble("  ", (mark, style or "dim"), (f"{line.number:3} ", "dim"), shown)
+                text = Text(readable(line.text), f"{style} strike" if line.flagged else style)
+                rows += _hang(head, text, width, INDENT)
+                for name, note, colour in (("key", line.key, "cyan"), ("why", line.cause, "red")):
+                    if note:
+                        label = Text.assemble(" " * INDENT, (f"{name} ", colour))
+                        rows += _hang(label, Text(readable(note)), width, INDENT + 4)
             if self.final is not None and not complete:
                 answer = Text.assemble("  answer ", (readable(self.final), "bold"))
                 if self.first_answer not in (None, self.final):
                     answer.append(f"  (was {readable(self.first_answer or '–')})", "dim")
                 rows += [Text(), answer]
             return rows
-
-    def _rows(self, line: Line, width: int) -> "list[Text]":
-        from rich.text import Text
-
-        if not line.number:  # text without steps
-            return _hang(Text(), Text(readable(line.text)), width, 0)
-        mark = " " if line.odds is None else "·"
-        mark = "✗" if line.flagged or line.cause else "→" if line.corrects else mark
-        odds = f"{100 * probability(line.odds):3.0f}%" if line.odds is not None else ""
-        style = "red" if line.flagged else "green" if line.corrects else ""
-        number, shown = (f"{line.number:3} ", "dim"), (f"{odds:4}", "bold red" if line.flagged else "dim")
-        head = Text.assemble("  ", (mark, style or "dim"), number, shown)
-        text = Text(readable(line.text), f"{style} strike" if line.flagged else style)
-        rows = _hang(head, text, width, INDENT)
-        for name, note, colour in (("key", line.key, "cyan"), ("why", line.cause, "red")):
-            if note:
-                label = Text.assemble(" " * INDENT, (f"{name} ", colour))
-                rows += _hang(label, Text(readable(note)), width, INDENT + 4)
-        return rows
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterator[Text | Spinner]":
         """The lines with what happens now below them; only their end if they are taller than the terminal."""

@@ -6,16 +6,22 @@ import typer
 
 from sclite import console
 from sclite.errors import UsageError
-from sclite.options import (
-    Common,
-    FreshOption,
-    GpuOption,
-    LimitOption,
-    MaxCostOption,
-    ProblemsArgument,
-    YesOption,
-    common_options,
-)
+from sclite.options import Common, FreshOption, common_options
+
+GpuOption = Annotated[
+    int | None,
+    typer.Option("--gpu", metavar="N", min=0, help="The CUDA GPU (default: the first, or the CPU)."),
+]
+ProblemsArgument = Annotated[
+    str | None, typer.Argument(metavar="PROBLEMS", help="A file or a Hub ID (default: problems.source).")
+]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N problems (default: all).")
+]
+MaxCostOption = Annotated[
+    float | None, typer.Option("--max-cost", metavar="USD", min=0, help="Spending limit for the whole run.")
+]
+YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask to confirm the cost.")]
 
 
 @common_options
@@ -49,15 +55,13 @@ def build_data(
     chosen = {"problems.source": problems, "problems.limit": limit, "teacher.max_cost": max_cost}
     context = common.context(chosen)
     pipeline.check_sources(context)
+    # corrections follow where there is a student to make attempts
+    both = only is None and bool("sft" in context.students() or context.config.attempts.student)
     if dry_run:
         context.dry = True
         with console.spinner("estimating"):
             found, later = forecast.estimate_cost(context, only or "templates"), ""
-            if (
-                not common.json
-                and only is None
-                and ("sft" in context.students() or context.config.attempts.student)
-            ):
+            if both and not common.json:
                 later = correction_cost_text(context, pipeline.unseen(context))
         request = found["first_request"]
         if common.json:
@@ -84,8 +88,7 @@ def build_data(
             pipeline.divided_problems(context, reread=only != "corrections" or named)
         if only != "corrections":
             pipeline.build_templates(context, fresh)
-        trained = "sft" in context.students()
-        if only == "corrections" or (only is None and (trained or context.config.attempts.student)):
+        if both or only == "corrections":
             pipeline.build_corrections(context, fresh, alone=True)
     summaries.print_build_data(context, only, common.json)
 

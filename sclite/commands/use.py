@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from sclite import console
-from sclite.errors import DATA, UsageError
+from sclite.errors import UsageError
 from sclite.options import Common, common_options
 
 
@@ -195,9 +195,13 @@ def chat(
     if common.json and question is None and console.is_interactive():
         raise UsageError("--json needs a question", "sclite chat --json 'What is 17 + 25?'")
     context = common.of_existing_run().context()
-    # a model behind an API, such as ollama/qwen3:8b, and not a file
-    remote = model is not None and not (model.parent.is_dir() or model.suffix == ".gguf")
-    remote = remote and "/" in str(model) and not str(model).startswith(("/", ".", "~"))
+    # a model behind an API, such as ollama/qwen3:8b, even beside a folder ollama; not a path, right or wrong
+    remote = model is not None and not (
+        str(model).startswith(("/", ".", "~"))
+        or model.suffix == ".gguf"
+        or model.exists()
+        or (len(model.parts) != 2 and model.parent.is_dir())
+    )
     example, familiar, endpoint = "", lambda _: True, None
     if context.config.teacher.embedded and model is None:
         from sclite.quickstart.problem_sets import problem_set
@@ -215,7 +219,7 @@ def chat(
             endpoint = stack.enter_context(payer.endpoint(settings, "chat"))
         else:
             path, cutoff, off = exports.for_chat(context, model, self_correct)
-        answered = run_chat(
+        code = run_chat(
             path,
             context.config,
             cutoff,
@@ -227,8 +231,8 @@ def chat(
             familiar=familiar,
             as_json=common.json,
         )
-    if not answered:
-        raise typer.Exit(DATA)
+    if code:
+        raise typer.Exit(code)
 
 
 @common_options

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sclite import prompts
 from sclite.config import Config, without_password
-from sclite.data.imported import import_attempts, read_imported_attempts
+from sclite.data.imported import import_attempts, reject_row
 from sclite.files import file_digest
 from sclite.grading.extract import answer_of
 from sclite.grading.grader import Grader
@@ -71,21 +71,20 @@ def write_attempts(
     """
     settings = config.attempts
     if run.is_imported("attempts", "attempts.jsonl") and not settings.source:
-        rows = read_imported_attempts(run, problems)
-        return Report("attempts", _count_outcomes(rows) | {"imported": len(rows)}, skipped=True)
+        return _validate_imported(run, problems)
     inputs, report = attempts_inputs(config, run, problems), Report("attempts")
     if manifest := run.done("attempts", inputs, "attempts.jsonl"):
         return Report.of(manifest)
     drops: list[Drop] = []
     with timed(report):
-        if settings.source:
-            try:
+        try:
+            if settings.source:
                 rows = import_attempts(Path(settings.source), problems, grader, drops)
-            finally:
-                run.replace_drops("attempts", drops)
-        else:
-            assert student is not None
-            rows = _sample(config, run, inputs, problems, student, grader, progress)
+            else:
+                assert student is not None
+                rows = _sample(config, run, inputs, problems, student, grader, progress)
+        finally:
+            run.replace_drops("attempts", drops)
         judged = list(filter(from_feedback, run.rows("attempts.jsonl", Attempt, whole=False)))
         run.replace("attempts.jsonl", [*judged, *rows])
     report.counts |= _count_outcomes(rows)
@@ -104,6 +103,28 @@ def write_attempts(
     outputs = {"attempts.jsonl": len(judged) + len(rows)}
     run.sign("attempts", with_unanswered(inputs, unanswered), report, outputs)
     return report
+
+
+def _validate_imported(run: Run, problems: Sequence[Problem]) -> Report:
+    """The report of an imported attempts.jsonl, each row checked against the problems."""
+    known = {problem.id for problem in problems}
+    rows, seen = [row for row in run.rows("attempts.jsonl", Attempt) if not from_feedback(row)], set()
+    for number, row in enumerate(rows, 1):
+        steps, label = len(row.parsed.trace.steps), row.first_error
+        why, hint = "", "fix or remove it"
+        if row.id not in known:
+            why, hint = "no problem has this id", "use the ids of problems.jsonl"
+        elif (row.id, row.sample) in seen:
+            why, hint = f"sample {row.sample} occurs twice", "number the samples"
+        elif label is not None and not -1 <= label <= steps:
+            why = f"first_error is {label}, but it has {steps} steps"
+        elif label is not None and row.correct is not (label < 1):
+            why = f"first_error is {label}, but correct is {row.correct}"
+            hint = "an attempt with a labelled step is wrong; 0 and -1 mean that it is right"
+        if why:
+            reject_row(run, "attempts.jsonl", number, row, why, hint)
+        seen.add((row.id, row.sample))
+    return Report("attempts", _count_outcomes(rows) | {"imported": len(rows)}, skipped=True)
 
 
 def find_fatal_issue(parsed: ParsedTrace) -> str:
@@ -169,23 +190,20 @@ def _sample(
                 answers = [answer_of(parse(reply.text)) for reply in replies]
                 golds = [pending[index][0].answer for index in block]
                 verdicts = grader.equal_many(zip(answers, golds, strict=True))
-                graded = []
                 for index, reply, answer, verdict in zip(block, replies, answers, verdicts, strict=True):
                     problem, sample = pending[index]
                     correct = None if reply.finish == "error" else verdict
-                    row = Attempt(
-                        id=problem.id, sample=sample, trace=reply.text, answer=answer, correct=correct
-                    )
-                    graded.append(row)
-                run.append("attempts.jsonl", graded)
-                rows += graded
+                    of = {"id": problem.id, "sample": sample}
+                    rows.append(Attempt(**of, trace=reply.text, answer=answer, correct=correct))
+                run.append("attempts.jsonl", rows[-len(block) :])
                 progress(len(rows), len(jobs))
     return rows
 
 
 def deduplicate(attempts: Sequence[Attempt]) -> list[Attempt]:
-    """The first attempt of each distinct text (steps and answer) per problem, in order."""
-    first: dict[tuple[str, str], Attempt] = {}
+    """The first attempt of each distinct text (steps and answer) per problem, and every failed call, in order."""
+    first: dict[tuple[str, str | int], Attempt] = {}
     for attempt in attempts:
-        first.setdefault((attempt.id, render(attempt.parsed.work) or attempt.trace), attempt)
+        text = attempt.sample if _call_failed(attempt) else render(attempt.parsed.work) or attempt.trace
+        first.setdefault((attempt.id, text), attempt)
     return list(first.values())

@@ -11,6 +11,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from sclite.records import Problem
 
 NGRAM = 13
+SHARES = f"shares {NGRAM} words in a row, or the whole question, with"
 _WORD = re.compile(r"\w+")
 _SIGN = re.compile(r"\w+|[^\w\s.,;:!?\"'`’‘“”$]")
 Question = tuple[str, str]
@@ -45,5 +46,4 @@ def find_overlap(question: str, index: Mapping[int, str]) -> str | None:
 def find_contaminated(problems: Sequence[Problem], training: Iterable[Question]) -> dict[str, str]:
     """{problem id: name of an overlapping training question}; memory grows with `problems`, not with `training`."""
     index = build_index(training, {ngram for p in problems for ngram in ngram_hashes(p.question)})
-    found = {problem.id: find_overlap(problem.question, index) for problem in problems}
-    return {id_: name for id_, name in found.items() if name is not None}
+    return {p.id: name for p in problems if (name := find_overlap(p.question, index)) is not None}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from sclite import prompts
 from sclite.config import Config
 from sclite.data.attempts import find_fatal_issue
-from sclite.data.contamination import build_index, find_overlap
+from sclite.data.contamination import SHARES, build_index, find_overlap
 from sclite.data.problems import OVERLAPS, normalize_question, questions_to_avoid
 from sclite.grading.extract import answer_of
 from sclite.grading.grader import Grader
@@ -16,9 +16,6 @@ from sclite.run import Report, Run, timed
 from sclite.signature import digest, with_unanswered
 from sclite.teacher.client import Job, Rejection, Teacher, count_unanswered, identity
 from sclite.trace import ParsedTrace, parse
-
-SOLUTIONS = 2
-"""The teacher's solutions of a question without a gold answer; they must agree."""
 
 
 def write_feedback(
@@ -73,22 +70,35 @@ def write_feedback(
                 added.append(Attempt(id=gold.id, sample=sample, trace=text, answer=answer, correct=right))
             asked += [gold] if texts else []
         # first, because a resumed run of the attempts appends to them
-        problems = [*asked, *(row for row in problems if not from_feedback(row))]
-        attempts = [*added, *(row for row in attempts if not from_feedback(row))]
-        run.replace("problems.jsonl", problems)
-        run.replace("attempts.jsonl", attempts)
+        run.replace("problems.jsonl", [*asked, *(row for row in problems if not from_feedback(row))])
+        _replace_attempts(run, [*added, *(row for row in attempts if not from_feedback(row))])
         run.replace_drops("feedback", drops)
         if signed := run.manifest("problems"):
             now = signed["inputs"] | {"problems": run.file_digest("problems.jsonl")}
             run.sign("problems", now, Report.of(signed))
-        if signed := run.manifest("attempts"):
-            run.sign("attempts", signed["inputs"], Report.of(signed), {"attempts.jsonl": len(attempts)})
     report.counts = {"good": verdicts[True], "bad": verdicts[False]}
     report.dropped = dict(Counter(drop.reason for drop in drops))
     report.cost_usd = teacher.ledger.totals("feedback")["cost_usd"]
     inputs["rows"] = digest([row.model_dump() for row in (*asked, *added)])
     run.sign("feedback", with_unanswered(inputs, count_unanswered(report.dropped)), report)
     return report
+
+
+def remove_orphans(run: Run) -> None:
+    """Remove judged attempts whose problem is gone, as after a copy of the user's problems.jsonl into the run."""
+    known = {row.id for row in run.rows("problems.jsonl", Problem)}
+    judged = filter(from_feedback, run.rows("attempts.jsonl", Attempt, whole=False))
+    if any(row.id not in known for row in judged):
+        again = "`sclite build-data --only corrections` adds them again"
+        run.warn(f"problems.jsonl has lost problems of the chat's feedback, which is not used now; {again}")
+        attempts = run.read("attempts.jsonl", Attempt)
+        _replace_attempts(run, [row for row in attempts if row.id in known or not from_feedback(row)])
+
+
+def _replace_attempts(run: Run, attempts: Sequence[Attempt]) -> None:
+    run.replace("attempts.jsonl", attempts)
+    if signed := run.manifest("attempts"):
+        run.sign("attempts", signed["inputs"], Report.of(signed), {"attempts.jsonl": len(attempts)})
 
 
 def _find_golds(
@@ -111,8 +121,7 @@ def _find_golds(
     judged: dict[str, list[Feedback]] = {}
     for row in {(row.question, row.final): row for row in run.rows(FEEDBACK, Feedback)}.values():
         if overlap := find_overlap(row.question, avoid):
-            why = f"shares 13 words in a row, or the whole question, with {overlap}"
-            drops.append(_drop(row, OVERLAPS, why))
+            drops.append(_drop(row, OVERLAPS, f"{SHARES} {overlap}"))
         elif issue := find_fatal_issue(row.parsed):
             drops.append(_drop(row, "attempt_not_readable", issue))
         else:
@@ -125,7 +134,7 @@ def _find_golds(
         elif right:
             answer = answer_of(right[-1].parsed) or ""
             golds[question] = Problem(id=_id(question), question=right[-1].question, answer=answer)
-    # the teacher solves the others
+    # the teacher solves the others, twice: its answers must agree
     unknown = {question: rows[0].question for question, rows in judged.items() if question not in golds}
 
     def ask(question: str, sample: int) -> Job[ParsedTrace]:
@@ -133,7 +142,7 @@ def _find_golds(
         # `parse` rejects nothing: an unreadable solution is not asked for again
         return Job(question, lambda _: messages, parse, sample)
 
-    jobs = [ask(question, sample) for question in unknown for sample in range(SOLUTIONS)]
+    jobs = [ask(question, sample) for question in unknown for sample in range(2)]
     solutions: dict[str, dict[int, ParsedTrace]] = {question: {} for question in unknown}  # by sample
     for done, result in enumerate(teacher.ask_after_pilot(jobs, len(jobs), "feedback"), 1):
         if result.rejection is not None:

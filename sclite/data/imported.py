@@ -17,7 +17,7 @@ from sclite.data.sources import BadRow, read_rows
 from sclite.errors import DataError
 from sclite.grading.extract import extract
 from sclite.grading.grader import Grader
-from sclite.records import Attempt, Drop, Pair, Problem, TraceRow, from_feedback
+from sclite.records import Attempt, Drop, Pair, Problem, TraceRow
 from sclite.run import Run
 from sclite.trace import Step, Trace, clean, render
 
@@ -95,15 +95,9 @@ def import_attempts(
             answer, verdict = answer or problem.answer, True  # right work ends in the right answer
         wrong = label if label is not None and label > 0 else None
         trace = render(Trace(tuple(Step(clean(str(step))) for step in work.steps), None, answer))
-        attempt = Attempt(
-            id=problem.id,
-            sample=samples[problem.id],
-            trace=trace,
-            answer=answer,
-            correct=False if wrong else verdict,
-            first_error=wrong,
-        )
-        rows.append(attempt)
+        of = {"id": problem.id, "sample": samples[problem.id]}
+        correct = False if wrong else verdict
+        rows.append(Attempt(**of, trace=trace, answer=answer, correct=correct, first_error=wrong))
         samples[problem.id] += 1
     if not rows:
         reasons = Counter(drop.reason for drop in drops)
@@ -121,25 +115,3 @@ def import_attempts(
 def reject_row(run: Run, name: str, number: int, row: TraceRow | Pair, why: str, hint: str) -> NoReturn:
     """Raise DataError for an invalid imported row."""
     raise DataError(f"{run.path(name)}, row {number} ({row.id}): {why}", hint)
-
-
-def read_imported_attempts(run: Run, problems: Sequence[Problem]) -> list[Attempt]:
-    """The rows of an imported attempts.jsonl, each checked against the problems."""
-    known = {problem.id for problem in problems}
-    rows, seen = [row for row in run.rows("attempts.jsonl", Attempt) if not from_feedback(row)], set()
-    for number, row in enumerate(rows, 1):
-        steps, label = len(row.parsed.trace.steps), row.first_error
-        why, hint = "", "fix or remove it"
-        if row.id not in known:
-            why, hint = "no problem has this id", "use the ids of problems.jsonl"
-        elif (row.id, row.sample) in seen:
-            why, hint = f"sample {row.sample} occurs twice", "number the samples"
-        elif label is not None and not -1 <= label <= steps:
-            why = f"first_error is {label}, but it has {steps} steps"
-        elif label is not None and row.correct is not (label < 1):
-            why = f"first_error is {label}, but correct is {row.correct}"
-            hint = "an attempt with a labelled step is wrong; 0 and -1 mean that it is right"
-        if why:
-            reject_row(run, "attempts.jsonl", number, row, why, hint)
-        seen.add((row.id, row.sample))
-    return rows

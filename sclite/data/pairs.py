@@ -109,10 +109,12 @@ def write_pairs(
 def _validate_imported(run: Run) -> Report:
     """The report of an imported pairs.jsonl, each row checked: it must be one that training can use."""
     known = {problem.id for problem in run.read("problems.jsonl", Problem)}
-    pairs, contents = run.read("pairs.jsonl", Pair), set()
+    pairs = run.read("pairs.jsonl", Pair)
+    contents = {(pair.id, pair.sample): pair for pair in reversed(pairs) if pair.kind == "content"}
     decided = {(pair.id, pair.sample) for pair in pairs if pair.kind == "decision"}
     for number, pair in enumerate(pairs, 1):
         work, step, content = pair.work, pair.step, pair.kind == "content"
+        first = contents.get((pair.id, pair.sample), pair)
         why, hint = "", "fix or remove it"
         if pair.id not in known:
             why, hint = "no problem has this id", "use the ids of problems.jsonl"
@@ -124,15 +126,16 @@ def _validate_imported(run: Run) -> Report:
             why, hint = "its attempt has no decision pair", "add one at its step"
         elif not content and {pair.chosen, pair.rejected} != {CAUSE, close_piece(step)}:
             why = f"chosen and rejected must be {CAUSE} and the step's closing tag"
+        elif not content and step > first.step:
+            why = f"step is {step}, after its attempt's content pair at step {first.step}"
         elif pair.chosen == pair.rejected:
             why = "chosen and rejected are identical"
         elif content:
             written = parse("".join(pair.prefix) + pair.chosen + close_piece(step)).trace.steps[step - 1]
             if not (written.cause and written.correction and pair.chosen.endswith("</Correction>\n")):
                 why = "chosen must be a cause, </Cause>, <Correction>, a correction, </Correction> and a newline"
-            elif (pair.id, pair.sample) in contents:
+            elif pair is not first:
                 why = f"a second content pair for sample {pair.sample}"
-            contents.add((pair.id, pair.sample))
         if why:
             reject_row(run, "pairs.jsonl", number, pair, why, hint)
     report = Report("pairs", dict(Counter(str(pair.kind) for pair in pairs)), skipped=True)
@@ -148,7 +151,7 @@ def _sample_own(
     if whole:  # a request's seed is that of its round, so that other rows do not change it
         asked, size = [*cases] * settings.reviews, len(cases)
     else:
-        asked, size = [case for case in cases for _ in range(settings.reviews)], max(config.student.batch, 1)
+        asked, size = [case for case in cases for _ in range(settings.reviews)], config.student.batch
     for start in range(0, len(asked), size or 1):
         block = asked[start : start + size]
 

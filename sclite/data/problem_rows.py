@@ -11,7 +11,7 @@ from decimal import Decimal
 
 from sclite.data.sources import BadRow, Cells, replace_surrogates
 from sclite.grading.extract import boxed
-from sclite.records import Problem
+from sclite.records import FROM_FEEDBACK, Problem
 from sclite.trace import without_thoughts
 
 FORMS = "question and answer (GSM8K, or plain), or problem and solution with \\boxed{} (MATH)"
@@ -23,8 +23,6 @@ USUAL = {
     "id": ("id", "unique_id"),
 }
 """The columns that are read by default; the first one that a row has filled in counts. Case is ignored."""
-NO_ANSWERS = ("proof", "notfound")
-"""What NuminaMath writes into `answer` where there is none."""
 _FIELDS = set(Problem.model_fields)
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 _SAID = re.compile(r"\bthe (?:final |correct )?answer is:?[ \t]+", re.I)
@@ -32,7 +30,6 @@ _ANSWER_HEADING = re.compile(r"#{1,6}[ \t]*(?:final )?answer:?", re.I)
 _LEAD = re.compile(r"(?:the )?(?:final )?answer(?: is)?:?[ \t]+", re.I)
 _HEADING = re.compile(r"[A-Za-z]+(?: \d+)?[:.]|(?:step|part|case|solution)\b|\d+[.)]\s+[A-Za-z]", re.I)
 _SENTENCE = re.compile(r"[.!?](?:\s+[A-Z]|\s*\Z)|\n")
-_WORDS_OF_A_SENTENCE = 5
 
 
 def read_problem(row: Cells | BadRow, columns: Mapping[str, str]) -> Problem:
@@ -42,7 +39,7 @@ def read_problem(row: Cells | BadRow, columns: Mapping[str, str]) -> Problem:
     given, bad_answer = "", None
     try:
         given = to_text(answer, "the answer")
-        given = "" if given.lower() in NO_ANSWERS else given
+        given = "" if given.lower() in ("proof", "notfound") else given  # NuminaMath's words for none
     except BadRow as error:  # the solution may still have it
         bad_answer = error
     gold, worked = _extract_gold(given) if "####" in given or _is_worked(given) else (given, "")
@@ -66,15 +63,14 @@ def read_problem(row: Cells | BadRow, columns: Mapping[str, str]) -> Problem:
 
 
 def read_question(row: Cells | BadRow, columns: Mapping[str, str]) -> tuple[str, str]:
-    """(id, question) of a row, which needs no answer; without an id, a hash of the question. Raises BadRow."""
-    (cell,) = _cells(row, columns, "question")
+    """(id, question) of a row, which needs no answer; without an id of its own, a hash of the question. Raises BadRow."""
+    cell, named = _cells(row, columns, "question", "id")
     question = to_text(cell, "the question")
     if not question:
         raise BadRow("no_question", "the question is empty", "fill it in or remove the row")
-    for name in [columns["id"]] if "id" in columns else USUAL["id"]:
-        value = row.get(name) if isinstance(row, Mapping) else None
-        if isinstance(value, str | int | float) and (own := to_text(value, "the id")):
-            return own, question
+    own = to_text(named, "the id") if isinstance(named, str | int | float) else ""
+    if own and not own.startswith(FROM_FEEDBACK):
+        return own, question
     return hashlib.sha256(question.encode()).hexdigest()[:12], question
 
 
@@ -106,12 +102,12 @@ def _cells(row: Cells | BadRow, columns: Mapping[str, str], *roles: str) -> list
     if isinstance(row, BadRow):
         raise row
     by_name = {str(name).lower(): cell for name, cell in row.items()}
-    found: list[list[object]] = []
+    found: dict[str, list[object]] = {}
     for role in roles:
         usual = [by_name[name] for name in USUAL[role] if name in by_name]
-        found.append([row.get(columns[role])] if role in columns else usual)
+        found[role] = [row.get(columns[role])] if role in columns else usual
     absent = [role for role in (*roles, "id") if role in columns and columns[role] not in row]
-    if absent or not any(found):
+    if absent or not any(cells for role, cells in found.items() if role != "id"):
         why, present = "no known column", replace_surrogates(", ".join(map(str, row))) or "none"
         hint = f"pass --set problems.question_column=NAME and problems.answer_column=NAME, or rename the columns: {FORMS}"
         if absent:
@@ -119,13 +115,14 @@ def _cells(row: Cells | BadRow, columns: Mapping[str, str], *roles: str) -> list
             hint = f"pass {key}NAME with one of them, or {key} for the usual names"
         raise BadRow("no_known_column", f"{why}, found: {present}", hint)
     # filled in: neither None nor NaN, which does not equal itself, nor blank
-    return [next((c for c in cells if c is not None and c == c and str(c).strip()), None) for cells in found]
+    filled = (filter(lambda c: c is not None and c == c and str(c).strip(), each) for each in found.values())
+    return [next(cells, None) for cells in filled]
 
 
 def _is_worked(text: str) -> bool:
     """Whether a text consists of sentences rather than an answer."""
     words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)
-    return len(words) >= _WORDS_OF_A_SENTENCE and _SENTENCE.search(text) is not None
+    return len(words) >= 5 and _SENTENCE.search(text) is not None
 
 
 def _extract_gold(text: str) -> tuple[str, str]:

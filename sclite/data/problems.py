@@ -4,10 +4,10 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from sclite.config import Config, Source
-from sclite.data.contamination import NGRAM, Question, build_index, find_contaminated, find_overlap
+from sclite.data.contamination import SHARES, Question, build_index, find_contaminated, find_overlap
 from sclite.data.problem_rows import FORMS, read_problem, read_question
 from sclite.data.sources import BadRow, is_local_source, read_rows
 from sclite.errors import DataError, NetworkError, UsageError
@@ -16,7 +16,6 @@ from sclite.run import Report, Run, timed
 from sclite.signature import digest
 
 OVERLAPS = "overlaps_evaluation"
-_OVERLAP = f"{{}}: shares {NGRAM} words in a row, or the whole question, with {{}}"
 FIT_COUNT = 50
 """With fewer problems, a single answer moves the review threshold far."""
 
@@ -32,7 +31,8 @@ def load_problems(
     """The first `limit` distinct problems of a local file or a Hub dataset, named by `key` in the configuration.
 
     A row goes to `drops` if it is unusable, repeats an id or a question, or overlaps the index `avoid` (`build_index`).
-    For a question that is `known`, that is the name of what it overlaps, or "". Raises DataError if no row is usable.
+    For a question that is `known`, that is the name of what it overlaps, or "". Raises DataError if no row is usable; if
+    all usable ones overlap, there are none.
     """
     name, columns, avoid, known = source.source, source.columns(), avoid or {}, known or {}
     if not name:
@@ -56,7 +56,7 @@ def load_problems(
         if normalized in questions:
             reason, detail = "duplicate_question", f"{where}: same question as {questions[normalized]}"
         elif overlap := known[question] if question in known else find_overlap(problem.question, avoid):
-            reason, detail = OVERLAPS, _OVERLAP.format(where, overlap)
+            reason, detail = OVERLAPS, f"{where}: {SHARES} {overlap}"
         elif problem.id in ids:
             reason = "duplicate_id"
             detail = f"{where}: same id as {ids[problem.id]} (make ids unique, or remove them)"
@@ -69,8 +69,12 @@ def load_problems(
         drops.append(_drop(problem, reason, detail))
     if not place:
         raise DataError(f"{name} is empty", f"it needs rows with {FORMS}")
-    if not problems:
-        _raise_none_usable(name, drops, first, key.partition(".")[0])
+    if first and not problems:
+        place, issue = first
+        counts = Counter(drop.reason.replace("_", " ") for drop in drops)
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+        hint = issue.hint.replace("problems.", f"{key.partition('.')[0]}.") or f"it needs rows with {FORMS}"
+        raise DataError(f"{name}: no usable row ({reasons}); {place}: {issue.message}", hint)
     return problems
 
 
@@ -100,7 +104,7 @@ def gather_problems(
     inputs["location"] = digest([_location(chosen), chosen.columns()])
     inputs |= {} if source else {key: before.get(key, "") for key in ("source", "location")}
     changed = all(inputs[key] != before.get(key) for key in ("source", "location"))
-    gone = is_local_source(source) and not Path(source).expanduser().exists()
+    gone = is_local_source(source) and not Path(source).exists()
     unchecked = not source and before["problems"] != run.file_digest("problems.jsonl")
     settled = not unchecked and (not reread or (gone and not changed))
     own, has_begun, avoided = list[Problem](), run.path("sft").exists(), questions_to_avoid(config)
@@ -131,16 +135,15 @@ def gather_problems(
             rows = [row for row in run.require("problems.jsonl", Problem, hint) if not from_feedback(row)]
             if repeated := [id for id, count in Counter(row.id for row in rows).items() if count > 1]:
                 raise DataError(f"{path}: the id {repeated[0]} occurs twice", "make ids unique")
-            checked = [row for row in rows if (row.id, row.question) not in known]
-            overlaps = find_contaminated(checked, avoided)
-            overlaps |= {row.id: name for row in rows if (name := known.get((row.id, row.question)))}
-            problems = [row for row in rows if row.id not in overlaps]
+            overlaps, problems = find_contaminated(rows, avoided), []
             for number, row in enumerate(rows, 1):
-                if row.id in overlaps:
-                    detail = _OVERLAP.format(f"{path}, row {number}", overlaps[row.id])
-                    drops.append(_drop(row, OVERLAPS, detail))
-            if not problems:
-                _raise_none_usable(str(path), drops, None, "problems")
+                if overlap := known.get((row.id, row.question), overlaps.get(row.id)):
+                    drops.append(_drop(row, OVERLAPS, f"{path}, row {number}: {SHARES} {overlap}"))
+                else:
+                    problems.append(row)
+        if not problems:
+            why = f"{source or path}: every problem overlaps an evaluation problem"
+            raise DataError(why, "train and evaluate on different problems")
     report.counts = {"problems": len(problems)}
     report.dropped = dict(Counter(drop.reason for drop in drops))
     if keep:
@@ -251,18 +254,5 @@ def questions_to_avoid(config: Config) -> Iterator[Question]:
 
 def _location(source: Source) -> tuple[str, ...]:
     if is_local_source(source.source):
-        return (str(Path(source.source).expanduser().resolve()),)
+        return (str(Path(source.source).resolve()),)
     return source.source, source.subset, source.split
-
-
-def _raise_none_usable(
-    name: str, drops: list[Drop], first: tuple[str, BadRow] | None, section: str
-) -> NoReturn:
-    if first is None:
-        why = f"{name}: every problem overlaps an evaluation problem"
-        raise DataError(why, "train and evaluate on different problems")
-    place, bad = first
-    counts = Counter(drop.reason.replace("_", " ") for drop in drops)
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
-    hint = bad.hint.replace("problems.", f"{section}.") or f"it needs rows with {FORMS}"
-    raise DataError(f"{name}: no usable row ({reasons}); {place}: {bad.message}", hint)

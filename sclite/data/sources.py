@@ -44,15 +44,15 @@ NumberedRows = Iterator[tuple[str, Cells | BadRow]]
 def is_local_source(source: str) -> bool:
     """Whether a source is a local file, by its name or because it exists, and not a Hub dataset."""
     named = source.lower().endswith((*SUFFIXES, *OTHER_SUFFIXES, ".gz")) or source.startswith((".", "/", "~"))
-    return named or source == "-" or Path(source).expanduser().exists()
+    return named or source == "-" or Path(source).exists()
 
 
-def read_rows(source: Source, key: str = "problems.source") -> NumberedRows:
+def read_rows(source: Source, key: str) -> NumberedRows:
     """Iterate over the rows of a source, lazily; `key` is its configuration key. Raises DataError or NetworkError."""
     if not is_local_source(source.source):
         yield from _dataset_rows(source, key, None)
         return
-    path = Path(source.source).expanduser()
+    path = Path(source.source)
     if source.source == "-" or path.is_fifo() or path.is_char_device():
         name = "standard input" if source.source == "-" else str(path)
         why = f"{name} cannot be {key}: later commands read it again"
@@ -70,19 +70,18 @@ def read_rows(source: Source, key: str = "problems.source") -> NumberedRows:
         yield from _csv_rows(path, "\t" if suffix == ".tsv" else ",")
     elif suffix == ".json":  # a list of objects
         text = "".join(_read_lines(path))
-        rows, issue = _parse_json(text) if text.strip() else ([], "")
+        rows, issue, fix = _parse_json(text) if text.strip() else ([], "", "")
         if issue or not isinstance(rows, list):
-            fix = "write [{..}, {..}], or name a file with one object per line .jsonl"
-            fix = _ENCODING[1] if issue == _ENCODING[0] else fix
-            raise DataError(f"{path}, {issue or 'not a list of objects'}", fix)
+            usual = "write [{..}, {..}], or name a file with one object per line .jsonl"
+            raise DataError(f"{path}, {issue or 'not a list of objects'}", fix or usual)
         for number, row in enumerate(rows, 1):
             bad = BadRow("row_not_readable", "not a JSON object", _OBJECTS, str(row))
             yield f"row {number}", row if isinstance(row, dict) else bad
     else:  # one object per line
         for number, line in enumerate(_read_lines(path), 1):
             if line.strip():
-                row, issue = _parse_json(line.rstrip())
-                fix = _ENCODING[1] if issue == _ENCODING[0] else f"fix or remove this line; {_OBJECTS}"
+                row, issue, fix = _parse_json(line.rstrip())
+                fix = fix or f"fix or remove this line; {_OBJECTS}"
                 bad = BadRow("row_not_readable", issue or "not a JSON object", fix, line)
                 yield f"line {number}", row if isinstance(row, dict) else bad
 
@@ -108,17 +107,17 @@ def replace_surrogates(text: str) -> str:
     return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
 
 
-def _parse_json(text: str) -> tuple[object, str]:
-    """(the value, ""), or (None, what is wrong)."""
+def _parse_json(text: str) -> tuple[object, str, str]:
+    """(the value, "", ""), or (None, what is wrong, how to fix it if that is known)."""
     if _SURROGATE.search(text):
-        return None, _ENCODING[0]
+        return None, *_ENCODING
     try:
-        return json.loads(text), ""
+        return json.loads(text), "", ""
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        return None, f"{line}column {error.colno}: not JSON: {error.msg}"
+        return None, f"{line}column {error.colno}: not JSON: {error.msg}", ""
     except (ValueError, RecursionError) as error:  # a number with too many digits, or nesting too deep
-        return None, f"not JSON: {error}"
+        return None, f"not JSON: {error}", ""
 
 
 def _csv_rows(path: Path, delimiter: str) -> NumberedRows:

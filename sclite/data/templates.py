@@ -158,11 +158,11 @@ def _request_missing(
     run.replace_drops("templates", [])
     missing = [problem for problem in problems if problem.id not in kept]
     drops: dict[str, Drop] = {}
-    add, done, total = None, len(problems) - len(missing), len(problems)
-    progress(done, total, teacher.ledger.spent_usd)
-    jobs = template_jobs(config, missing, grader)
+    add, total = None, len(problems)
+    progress(len(kept), total, teacher.ledger.spent_usd)
+    results = teacher.ask_after_pilot(template_jobs(config, missing, grader), len(missing), "templates")
     with ExitStack() as open_files:
-        for result in teacher.ask_after_pilot(jobs, len(missing), "templates"):
+        for done, result in enumerate(results, len(kept) + 1):
             if result.rejection is not None:
                 why = {"reason": result.rejection.reason, "detail": result.rejection.text, "raw": result.raw}
                 drops[result.id] = Drop(stage="templates", id=result.id, **why)
@@ -173,7 +173,6 @@ def _request_missing(
                     add = open_files.enter_context(run.appending("templates.jsonl"))
                 given = by_id[result.id].model_dump(include={"id", "question", "answer"})
                 add([Template(**given, trace=render(result.made), requests=result.requests)])
-            done += 1
             progress(done, total, teacher.ledger.spent_usd)
     return drops
 

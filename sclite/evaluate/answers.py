@@ -13,6 +13,8 @@ from sclite.student.self_correction import ReviewSettings
 from sclite.student.step_scores import Cutoff
 from sclite.trace import ParsedTrace, parse
 
+NO_STEPS = "its answers have no steps"
+
 
 @dataclass(frozen=True)
 class FirstAnswers:

@@ -39,7 +39,8 @@ def measure_baseline(
         seed = int(digest([config.seed, "vote", problem.id, sample]), 16) % 2**31
         sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
         requests.append(Request(messages, max_tokens=config.eval.max_tokens, seed=seed, **sampling))
-    signature = digest([identity, config.seed, requests, [p.model_dump() for p in held_out.problems]])
+    given = [p.model_dump() for p in held_out.problems]
+    signature = digest([identity, config.seed, config.eval.context, requests, given])
     kept = run.read_json(f"{file}.json", dict[str, Any])
     if kept and kept.get("signature") == signature:
         return {label: kept}

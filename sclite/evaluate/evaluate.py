@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sclite.config import Config
-from sclite.evaluate.answers import FirstAnswers, grade, review_settings, solve_problems
+from sclite.evaluate.answers import NO_STEPS, FirstAnswers, grade, review_settings, solve_problems
 from sclite.evaluate.metrics import Outcome, compute_metrics
 from sclite.evaluate.threshold import FittedThreshold, ensure_threshold, load_threshold, prompts_digest
 from sclite.grading.grader import Grader
@@ -22,7 +22,6 @@ from sclite.student.self_correction import NEVER, NO_REPLY, correct_steps, revie
 from sclite.student.step_scores import Cutoff
 from sclite.trace import Trace, render
 
-NO_STEPS = "its answers have no steps"
 Judge = Callable[[str, Trace], int | None]
 """(question, trace) -> the first wrong step (from 1); 0 if all are right, None if that is unknown."""
 
@@ -43,12 +42,7 @@ class HeldOut:
 
 
 def review_answers(
-    student: Student,
-    first: FirstAnswers,
-    config: Config,
-    grader: Grader,
-    cutoff: Cutoff,
-    judge: Judge | None,
+    student: Student, first: FirstAnswers, config: Config, grader: Grader, cutoff: Cutoff, judge: Judge | None
 ) -> list[Outcome]:
     """Turn 2: review each first answer and grade the result."""
     settings, mode = review_settings(config, cutoff), config.review.mode
@@ -100,8 +94,6 @@ def located_correction_rate(
         for o, problem, parsed in zip(rows, first.problems, first.parsed, strict=True)
         if o.true_step is not None and o.correct1 is False
     ]
-    if not cases:
-        return None
     corrected = correct_steps(student, [case for _, case in cases], review_settings(config))
     verdicts = grade(grader, [c.answer for c in corrected], [problem for problem, _ in cases])
     known = [verdict for verdict in verdicts if verdict is not None]
@@ -140,12 +132,10 @@ def evaluate_model(
     first = solve_problems(student, problems, config, grader)
     between = time.monotonic()
     reviewable, fitted = any(parsed.trace.steps for parsed in first.parsed), None
+    cutoff, off = Cutoff.of(config.review), ""
     if fits and reviewable:
         fitted = ensure_threshold(config, run, gguf, student, held_out.fitting, grader)
-    cutoff = Cutoff.of(config.review)
-    if fits:
-        cutoff = (fitted and fitted.cutoff) or Cutoff(NEVER, fitted.confidence_weight if fitted else 0.0)
-    off = fitted.off if fitted else ""
+        cutoff, off = fitted.cutoff or Cutoff(NEVER, fitted.confidence_weight), fitted.off
     if not reviewable:
         off = NO_STEPS
     elif config.review.mode == "guided" and config.review.rounds == 0:
@@ -163,10 +153,8 @@ def evaluate_model(
         "fitted": fitted and fitted.model_dump(),
         "off": off,
         "correction_rate_given_location": located_correction_rate(student, rows, first, config, grader),
-        "tokens_first": sum(o.tokens1 for o in rows) / max(1, len(rows)),
-        "prefill_first": sum(o.prefill1 for o in rows) / max(1, len(rows)),
-        "seconds": round((between - began + ended - reviewing) / max(1, len(rows)), 4),
-        "seconds_first": round((between - began) / max(1, len(rows)), 4),
+        "seconds": round((between - began + ended - reviewing) / len(rows), 4),
+        "seconds_first": round((between - began) / len(rows), 4),
     }
     run.replace(f"{folder}/{name}.jsonl", rows)
     run.write_json(f"{folder}/{name}.json", figures)

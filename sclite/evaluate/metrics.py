@@ -98,11 +98,12 @@ def compute_metrics(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: in
         if figures[name] in (0, 1) and name != "difference" and bootstrap:
             edge = float(0.025 ** (1 / whole.sum()))
             figures[f"{name}_interval"] = [edge, 1.0] if figures[name] else [0.0, 1 - edge]
-    location, acceptance = figures["location"], figures["acceptance"]
-    defined = location is not None and acceptance is not None
-    figures["location_f1"] = float(harmonic_mean(location, acceptance)) if defined else None
+    both = figures["location"], figures["acceptance"]
+    figures["location_f1"] = None if None in both else float(harmonic_mean(*both))
     figures["location_f1_interval"] = _interval(harmonic_mean(drawn["location"], drawn["acceptance"]))
-    figures["mcnemar_p"] = mcnemar_p(gained, spoiled) if n else None
+    changed = gained + spoiled
+    tail = sum(math.comb(changed, k) for k in range(min(gained, spoiled) + 1))
+    figures["mcnemar_p"] = min(1.0, 2 * tail / 2**changed) if n else None
     steps = [
         (row, score, wrong)
         for row, outcome in enumerate(known)
@@ -112,9 +113,14 @@ def compute_metrics(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: in
     figures["auc"] = auc(scores, wrong)
     rows = np.array([row for row, _, _ in steps], int)
     parts = [_weighted_auc(scores, wrong, part[:, rows]) for part in np.array_split(samples, 16)]
-    figures["auc_interval"] = _interval(np.concatenate(parts)) if steps else None
-    figures["tokens"] = sum(o.tokens1 + o.tokens2 for o in known) / n if n else None
-    figures["prefill"] = sum(o.prefill1 + o.prefill2 for o in known) / n if n else None
+    figures["auc_interval"] = _interval(np.concatenate(parts))
+    spent = {
+        "tokens": [o.tokens1 + o.tokens2 for o in known],
+        "tokens_first": [o.tokens1 for o in known],
+        "prefill": [o.prefill1 + o.prefill2 for o in known],
+        "prefill_first": [o.prefill1 for o in known],
+    }
+    figures |= {name: sum(each) / n if n else None for name, each in spent.items()}
     return figures
 
 
@@ -135,13 +141,6 @@ def _weighted_auc(scores: Sequence[float], wrong: Sequence[bool], weights: np.nd
     good = np.add.reduceat(weights * ~bad_steps, starts, axis=1)
     below = np.cumsum(good, axis=1) - good
     return _divide((bad * (below + good / 2)).sum(axis=1), bad.sum(axis=1) * good.sum(axis=1))
-
-
-def mcnemar_p(gained: int, spoiled: int) -> float:
-    """The exact two-sided McNemar (binomial) p-value; 1.0 if nothing changed."""
-    total = gained + spoiled
-    tail = sum(math.comb(total, k) for k in range(min(gained, spoiled) + 1))
-    return min(1.0, 2 * tail / 2**total)
 
 
 def harmonic_mean(a: float | np.ndarray, b: float | np.ndarray) -> np.ndarray:

@@ -24,8 +24,8 @@ LEVELS = {"dpo_loss": math.log(2), "margin": 0.0}  # where DPO starts if its ref
 def write_report(
     path: Path,
     summary: Mapping[str, Any],
-    examples: Sequence[tuple[str, Outcome]] = (),
-    curves: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    examples: Sequence[tuple[str, Outcome]],
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> None:
     """Write the page by rename.
 
@@ -35,7 +35,7 @@ def write_report(
     """
     rows = [{**figures, "name": model} for model, figures in summary["models"].items()]
     shown = ("acc_t1", "acc_t1_interval", "tokens", "n", "unknown")
-    others = (summary.get("baselines") or {}).items()
+    others = summary["baselines"].items()
     baselines = [{"name": label} | {key: figures[key] for key in shown} for label, figures in others]
     unknown = [
         f"{row['name']}: {row['unknown']} of {row['unknown'] + row['n']} outcomes are unknown (failed call, timeout or "
@@ -43,18 +43,17 @@ def write_report(
         for row in rows
         if row.get("unknown")
     ]
-    *names, last = [row["name"] for row in rows] or ["No model"]
+    *names, last = summary["models"]
     models = f"{', '.join(names)} and {last}" if names else last
-    count = "held-out problems" if summary.get("n") is None else f"{summary['n']:,} held-out problems"
-    source = f" from {summary['source']}" if summary.get("source") else ""
-    measured = [row for row in rows if as_number(row.get("acc_t2")) is not None]
+    problems = f"{summary['n']:,} held-out problems from {summary['source']}"
+    measured = [row for row in rows if row.get("acc_t2") is not None]
     headline = "No results."  # else the accuracy of the best model, and no more than was measured
     if measured:
         best = max(measured, key=lambda row: row["acc_t2"])
         headline = f"{best['name']} gets {percent(best['acc_t2'])} % right after reviewing its own answers"
-        gain, between = as_number(best.get("difference")), best.get("difference_interval")
+        gain, between = best["difference"], best["difference_interval"]
         if gain:
-            doubt = ", which may be chance" if between and between[0] <= 0 <= between[1] else ""
+            doubt = ", which may be chance" if between[0] <= 0 <= between[1] else ""
             headline += f", {'up' if gain > 0 else 'down'} from {percent(best['acc_t1'])} %{doubt}"
         headline += ", unchanged." if gain == 0 else "."
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -62,13 +61,13 @@ def write_report(
     environment.filters |= {f.__name__: f for f in (percent, interval, decimal)}
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         headline=headline,
-        subject=f"{models} on {count}{source}: first answer and answer after review.",
+        subject=f"{models} on {problems}: first answer and answer after review.",
         rows=rows,
         baselines=baselines,
         accuracy=accuracy_plot(rows),
-        curves=curve_plots(curves or {}),
+        curves=curve_plots(curves),
         examples=[example_parts(outcome, model) for model, outcome in examples],
-        notes=[*unknown, *(summary.get("notes") or ())],
+        notes=[*unknown, *summary["notes"]],
     )
     write_text(path, page)
 

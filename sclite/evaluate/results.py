@@ -11,10 +11,7 @@ SUMMARY, REPORT = "summary.json", "report.html"
 
 
 def result_folder(run: Run, dataset: str, names: Sequence[str], limit: int, default: int) -> str:
-    """eval/<names>, plus -limit-<N> if the limit is not the `default`, plus a hash if another dataset uses that name.
-
-    `dataset` is a path or Hub ID.
-    """
+    """eval/<names>, -limit-<N> unless it is the `default`, and a hash if another `dataset` (path or Hub ID) has that name."""
     parts = [*filter(None, names), *([] if limit == default else [f"limit-{limit}"])]
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", "-".join(parts)).strip("-.")[:100] or "problems"
     existing = run.read_json(f"eval/{name}/{SUMMARY}", dict[str, Any])

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sclite import prompts
 from sclite.config import Config
-from sclite.evaluate.answers import grade, review_settings, solve_problems
+from sclite.evaluate.answers import NO_STEPS, grade, review_settings, solve_problems
 from sclite.evaluate.metrics import auc
 from sclite.grading.grader import Grader
 from sclite.records import Problem
@@ -76,7 +76,6 @@ class FittedThreshold(BaseModel):
     """A fitted threshold, or the reason why review stays off, with what it does on the n graded fitting problems.
 
     It holds for step scores in which the confidence has the weight `confidence_weight`, chosen from `weights`.
-
     Accuracies, wrong_to_right and right_to_wrong are shares of n. `assumed` counts accused steps whose correction was
     not tried. `best_*` describe the most accurate threshold without the bound on harm: what the bound gives up.
     """
@@ -99,10 +98,6 @@ class FittedThreshold(BaseModel):
     best_right_to_wrong: float = 0.0
     max_harm: float
     prompts: str = ""
-
-    def is_for(self, config: Config) -> bool:
-        """Whether the prompts and the weights to choose from are those of the fit."""
-        return self.prompts == prompts_digest(config) and self.weights == weights_to_try(config)
 
     @property
     def cutoff(self) -> Cutoff | None:
@@ -183,13 +178,11 @@ def fit_threshold(trials: Sequence[Trial], max_harm: float) -> FittedThreshold:
     accused, assumed, gained, spoiled = change.cumsum(axis=0)[:-1].T
     net = gained - spoiled
     best = len(net) - 1 - int(net[::-1].argmax())
-    found = {"acc_t1": right / n, "acc_t2": right / n}
+    fitted.acc_t1 = fitted.acc_t2 = right / n
     if net[best] > 0:
-        found |= {
-            "best_threshold": float(candidates[best]),
-            "best_acc_t2": (right + net[best]) / n,
-            "best_right_to_wrong": spoiled[best] / n,
-        }
+        fitted.best_threshold = float(candidates[best])
+        fitted.best_acc_t2 = float(right + net[best]) / n
+        fitted.best_right_to_wrong = float(spoiled[best]) / n
     helps = (net > 0) & (spoiled <= most_spoiled(n, max_harm))
     if helps.any():
         top = int(np.where(helps, net, 0).argmax())
@@ -197,21 +190,17 @@ def fit_threshold(trials: Sequence[Trial], max_harm: float) -> FittedThreshold:
         good = np.flatnonzero(helps & (net[top] - net <= Z * np.sqrt(differing)))[::-1]
         middle = (max(candidates[good[-1]], values[0]) + candidates[good[0]]) / 2
         chosen = good[abs(candidates[good] - middle).argmin()]
-        found |= {
-            "threshold": float(candidates[chosen]),
-            "acc_t2": (right + net[chosen]) / n,
-            "wrong_to_right": gained[chosen] / n,
-            "right_to_wrong": spoiled[chosen] / n,
-            "accused": int(accused[chosen]),
-            "assumed": int(assumed[chosen]),
-        }
-        return fitted.model_copy(update=found)
-    off = f"on {n} fitting problems no threshold corrects more answers than it spoils"
+        fitted.threshold = float(candidates[chosen])
+        fitted.acc_t2 = float(right + net[chosen]) / n
+        fitted.wrong_to_right, fitted.right_to_wrong = float(gained[chosen]) / n, float(spoiled[chosen]) / n
+        fitted.accused, fitted.assumed = int(accused[chosen]), int(assumed[chosen])
+        return fitted
     bound = f", with at most {100 * max_harm:g} % spoiled (review.max_harm)" if net[best] > 0 else ""
-    return fitted.model_copy(update={**found, "off": off + bound})
+    fitted.off = f"on {n} fitting problems no threshold corrects more answers than it spoils{bound}"
+    return fitted
 
 
-def choose_weight(trials: Sequence[Trial], weights: Sequence[float] = WEIGHTS) -> float:
+def choose_weight(trials: Sequence[Trial], weights: Sequence[float]) -> float:
     """The weight of the confidence that best ranks the answers which a correction fixes above those which it spoils.
 
     Answers are ranked by their highest step score (AUC), where its correction was tried. It is the last weight unless
@@ -287,12 +276,13 @@ def find_threshold(
     known: Mapping[str, FittedThreshold], gguf_digest: str, config: Config
 ) -> FittedThreshold | None:
     """What was fitted on a file with these prompts and weights, for this `review.max_harm` or the next lower, else higher one."""
-    wanted = config.review.max_harm
-    fits = [each for key, each in known.items() if key.startswith(gguf_digest) and each.is_for(config)]
+    limit = config.review.max_harm
+    own = [fit for key, fit in known.items() if key.startswith(gguf_digest)]
+    own = [
+        fit for fit in own if (fit.prompts, fit.weights) == (prompts_digest(config), weights_to_try(config))
+    ]
     # the newest of equals
-    return min(
-        reversed(fits), key=lambda fit: (fit.max_harm > wanted, abs(fit.max_harm - wanted)), default=None
-    )
+    return min(reversed(own), key=lambda fit: (fit.max_harm > limit, abs(fit.max_harm - limit)), default=None)
 
 
 def load_threshold(config: Config, run: Run, gguf: Path) -> FittedThreshold | None:
@@ -355,15 +345,15 @@ def ensure_threshold(
             try_corrections(student, trials, config, grader)
         if not any(trial.correct is False and True in trial.results.values() for trial in trials):
             break
-    fitted.confidence_weight = weight = choose_weight(trials, weights)
+    weight = choose_weight(trials, weights)
     for trial in trials:
         trial.weight = weight
     graded = sum(trial.correct is not None for trial in trials)
     if not any(trial.scores for trial in trials):
-        fitted.off = "its answers have no steps"
+        fitted.off = NO_STEPS
     elif graded < MIN_PROBLEMS:
         fitted.off = f"only {graded} of {len(trials)} answers to fitting problems could be graded"
     else:
-        update = {"problems": total, "confidence_weight": weight}
-        fitted = fit_threshold(trials, config.review.max_harm).model_copy(update=update)
+        fitted = fit_threshold(trials, config.review.max_harm)
+    fitted.problems, fitted.confidence_weight = total, weight
     return store_threshold(config, run, gguf, fitted)

@@ -37,12 +37,23 @@ def _public_name(name: str) -> str:
     return name if on_hub else Path(name).name or UNKNOWN
 
 
+def _public_model(name: str) -> str:
+    """A LiteLLM model, PROVIDER/NAME, where NAME may be the Hub ID or the folder that a local server calls its model."""
+    provider, _, model = name.partition("/")
+    return f"{provider}/{_public_name(model)}" if provider and model else _public_name(name)
+
+
+def model_title(config: Config, name: str) -> str:
+    """What an exported student (base, sft or dpo) is called on its card and in its GGUFs."""
+    return f"{_public_name(config.student.model).rpartition('/')[2]}-{name}"
+
+
 def _sources(config: Config, student: str = "") -> list[str]:
     subset = " ".join(part for part in (config.problems.subset, config.problems.split) if part)
     source = source_name(config)
     return [
         f"- Problems: {source}{f' ({subset})' if '/' in source else ''}",
-        f"- Teacher: {config.teacher.model or UNKNOWN}",
+        f"- Teacher: {_public_model(config.teacher.model)}",
         f"- Student: {_public_name(config.student.model)}{student}",
     ]
 
@@ -62,7 +73,7 @@ def build_dataset_card(config: Config, run: Run, counts: Mapping[str, int]) -> s
     if config.attempts.source:
         student = f"; the corrected attempts were imported from {_public_name(config.attempts.source)}"
     elif config.attempts.student:
-        student = f"; the corrected attempts are by {_public_name(config.attempts.student)}"
+        student = f"; the corrected attempts are by {_public_model(config.attempts.student)}"
     manifests = {stage: (run.manifest(stage) or {}) for stage in ("templates", "corrections")}
     sources = _sources(config, student)
     for stage, manifest in manifests.items():
@@ -111,8 +122,11 @@ def build_model_card(config: Config, run: Run, name: str, form: str, figures: Ma
     evaluations, current = dict[str, Any](), {each: source_digest(config, run, each) for each in STUDENTS}
     for path in sorted(run.path("eval").glob("*/summary.json")):
         summary = run.read_json(str(path.relative_to(run.folder)), dict[str, Any]) or {"models": {}}
-        # "" is a model behind an API
-        own = {n: row for n, row in summary["models"].items() if row["made_from"] in ("", current.get(n))}
+        own = {
+            each if row["made_from"] else _public_model(each): row  # "" is a model behind an API
+            for each, row in summary["models"].items()
+            if row["made_from"] in ("", current.get(each))
+        }
         evaluations |= {path.parent.name: own} if own else {}
     front = {
         "base_model": base if _HUB_ID.fullmatch(base) else None,
@@ -124,7 +138,7 @@ def build_model_card(config: Config, run: Run, name: str, form: str, figures: Ma
         "model_card.md",
         config,
         front,
-        name=f"{base}-{name}",
+        name=model_title(config, name),
         sources="\n".join([*_sources(config), *settings]),
         files=files,
         parity=figures["parity"]["files"] if files else {},

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -120,17 +121,18 @@ class ChatFormat:
             ]
         lines += ['{%- elif message["role"] == "user" -%}', show(self.user)]
         lines += ['{%- elif message["role"] == "assistant" -%}']
-        answer, closed = self.assistant, '{%- if messages[-1]["role"] != "assistant" -%}'
-        if self.prefilled == _extend(answer, self.opening) and self.final == _extend(answer, self.closing):
+        answer, ends = self.assistant, (self.opening, self.closing)
+        if [self.prefilled, self.final] == [answer._replace(after=answer.after + end) for end in ends]:
             lines += [show(answer), "{%- endif -%}", "{%- endfor -%}"]
-            closed = ""
+            last = ["{%- endif -%}"]
         else:
             lines += ["{%- if not loop.last -%}", show(answer), "{%- elif add_generation_prompt -%}"]
             lines += [show(self.prefilled), "{%- else -%}", show(self.final), "{%- endif -%}"]
-            lines += ["{%- endif -%}", "{%- endfor -%}", closed]
+            lines += ["{%- endif -%}", "{%- endfor -%}", '{%- if messages[-1]["role"] != "assistant" -%}']
+            last = ["{%- endif -%}", "{%- endif -%}"]
         lines += ["{%- if add_generation_prompt -%}", write(_quote(self.opening) or '""')]
         lines += ["{%- else -%}", write(_quote(self.closing))] if self.closing else []
-        return "\n".join([*lines, "{%- endif -%}", *(["{%- endif -%}"] if closed else [])])
+        return "\n".join([*lines, *last])
 
     def go_template(self, bos: str = "") -> str:
         """The format as a Go template for Ollama. `bos`: the text of the BOS token, if the runtime adds it by itself.
@@ -149,13 +151,12 @@ class ChatFormat:
             return _go(turn.before) + inside + content(".Content", turn) + _go(turn.after)
 
         opening, user, prepare = _go(self.opening), show(self.user), ""
+        begin, end = ("", "") if self.empty_system else ("{{ if .Content }}", "{{ end }}")
         if self.system_in == "own":
-            system = show(self.system)
-            system = system if self.empty_system else f"{{{{ if .Content }}}}{system}{{{{ end }}}}"
+            system = begin + show(self.system) + end
             user = f'{{{{ if eq .Role "system" }}}}{system}{{{{ else if eq .Role "user" }}}}{user}'
         else:
-            found = "{{ $found = true }}"
-            found = found if self.empty_system else f"{{{{ if .Content }}}}{found}{{{{ end }}}}"
+            found = begin + "{{ $found = true }}" + end
             host = "{{ $host = $i }}"
             host = host if self.system_in == "last" else f"{{{{ if lt $host 0 }}}}{host}{{{{ end }}}}"
             prepare = (
@@ -315,19 +316,13 @@ _ATOM = re.compile(r"<[^<>\n]{1,60}>|\[[^\[\]\n]{1,60}\]|\w+|.", re.DOTALL)
 
 def _shared(*texts: str, end: bool = False) -> str:
     """The longest common start, or end, that does not part a word or a tag."""
-    found: list[str] = []
-    for atoms in zip(*(_ATOM.findall(text)[:: -1 if end else 1] for text in texts), strict=False):
-        if len(set(atoms)) > 1:
-            break
-        found.append(atoms[0])
-    return "".join(found[:: -1 if end else 1])
+    order = -1 if end else 1
+    places = zip(*(_ATOM.findall(text)[::order] for text in texts), strict=False)
+    found = [atoms[0] for atoms in takewhile(lambda atoms: len(set(atoms)) == 1, places)]
+    return "".join(found[::order])
 
 
 # -- texts as source code --------------------------------------------------------------------------------------------
-
-
-def _extend(turn: Turn, text: str) -> Turn:
-    return turn._replace(after=turn.after + text)
 
 
 def _quote(text: str) -> str:

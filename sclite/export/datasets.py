@@ -101,8 +101,7 @@ def _pair_rows(
     `system` the system prompt, both without a chat template, and `initial_reason_steps` the prefix. `full_chosen` and
     `full_rejected` continue to the end of the teacher's review and of the original attempt if these begin with the pair.
     """
-    preferences: Rows = []
-    step_dpo: Rows = []
+    preferences, step_dpo = Rows(), Rows()
     if not pairs:
         return preferences, step_dpo
     tokenizer = load_tokenizer(model_name(config.student))

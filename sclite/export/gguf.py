@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
 from sclite.errors import DataError, NetworkError, ScliteError, UsageError
-from sclite.export.gguf_writer import unsupported_feature, write_gguf
+from sclite.export.gguf_writer import is_plain_llama, write_gguf
 from sclite.export.merge import Adapter, BaseWeights, copy_settings
 from sclite.export.tensors import Tensors, read_json
 
@@ -33,27 +33,28 @@ LARGE = 3_000_000_000
 """Parameters from which the converter is tried on the base model: a smaller model is merged as fast as that."""
 
 
-def convert_model(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
+def convert_model(folder: Path, out: Path, *, outtype: str = "f16", title: str = "") -> Path:
     """Write the model in `folder` as the GGUF `out` (f32 or f16). Returns `out`, which is complete or absent.
 
+    `title`: the model's name in the GGUF (default: the folder's).
     Small Llamas with a tokenizer.model do not need the converter; larger ones are written without it if it cannot be
     downloaded. Raises DataError (the converter rejects the model) or NetworkError (no converter and no network).
     """
-    supported, tensors = not unsupported_feature(folder), Tensors(folder)
+    supported, tensors = is_plain_llama(folder), Tensors(folder)
     if not supported or sum(map(tensors.size, tensors)) >= SMALL:
         try:
-            run_converter(converter(), folder, out, outtype=outtype)
+            run_converter(converter(), folder, out, outtype=outtype, title=title)
             return out
         except NetworkError:
             if not supported:
                 raise
-    return write_gguf(folder, out, outtype=outtype)
+    return write_gguf(folder, out, outtype=outtype, title=title)
 
 
 def check_convertible(base: Path, adapter: Path | None) -> None:
     """Raise DataError if llama.cpp's converter is known to reject the merged model; on a LARGE base, it is run to find out."""
     weights, config = BaseWeights(base), read_json(base / "config.json")
-    if not unsupported_feature(base):
+    if is_plain_llama(base):
         return
     names = config.get("architectures") or ["model"]
     added = Adapter(adapter, weights).additions if adapter else []
@@ -61,7 +62,7 @@ def check_convertible(base: Path, adapter: Path | None) -> None:
         message = f"llama.cpp's converter ignores the lm_head of a {names[0]} and uses its embedding instead"
         hint = "train without lm_head in modules_to_save, or use `sclite export --format merged`"
         raise DataError(message, hint)
-    if weights.float32_bytes() // 4 < LARGE:
+    if weights.count_parameters() < LARGE:
         return
     with tempfile.TemporaryDirectory() as place:
         copy_settings(base, Path(place))  # the converter would run the code of a model folder
@@ -71,13 +72,16 @@ def check_convertible(base: Path, adapter: Path | None) -> None:
         run_converter(converter(), Path(place), None)
 
 
-def run_converter(source: Path, folder: Path, out: Path | None, *, outtype: str = "f16") -> None:
+def run_converter(
+    source: Path, folder: Path, out: Path | None, *, outtype: str = "f16", title: str = ""
+) -> None:
     """Run convert_hf_to_gguf.py of the llama.cpp sources in `source`; without `out`, no tensors are written.
 
     Some architectures (Qwen3.5, DeepSeek, GLM) come with layers that draft tokens; a folder saved by transformers lacks them
     even if its configuration mentions them; the converter needs an option for that.
     """
     config, arguments = read_json(folder / "config.json"), [str(folder), "--outtype", outtype]
+    arguments += [f"--model-name={title}"] if title else []
     config |= config.get("text_config") or {}
     names = list(Tensors(folder)) if any(folder.glob("model*.safetensors")) else []
     if out is None:

@@ -14,22 +14,15 @@ from sclite.export.tensors import Tensors, read_json
 if TYPE_CHECKING:
     import gguf
 
-FILE_TYPES = {"f32": 0, "f16": 1}
 
-
-def unsupported_feature(folder: Path) -> str:
-    """Why `write_gguf` cannot write this model; "" if it can."""
+def is_plain_llama(folder: Path) -> bool:
+    """Whether `write_gguf` can write this model: a Llama with tokenizer.model, no scaled rotary embedding and no biases."""
     config = read_json(folder / "config.json")
-    if config.get("architectures") != ["LlamaForCausalLM"]:
-        return f"the architecture is {config.get('architectures')}"
-    if not (folder / "tokenizer.model").is_file():
-        return "there is no tokenizer.model"
+    if config.get("architectures") != ["LlamaForCausalLM"] or not (folder / "tokenizer.model").is_file():
+        return False
     rope = _rope(config)
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        return "its rotary embedding is scaled"
-    if config.get("attention_bias") or config.get("mlp_bias"):
-        return "it has biases"
-    return ""
+    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    return not (scaled or config.get("attention_bias") or config.get("mlp_bias"))
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -38,24 +31,21 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     return config.get("rope_parameters") or old
 
 
-def write_gguf(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
-    """Write the model in `folder` to the GGUF `out` (f32 or f16; norms are always f32). Returns `out`.
+def write_gguf(folder: Path, out: Path, *, outtype: str = "f16", title: str = "") -> Path:
+    """Write a plain Llama to the GGUF `out` (f32 or f16; norms are always f32). Returns `out`, which is complete or absent.
 
-    `out` is complete or absent. Raises DataError for a model that is not a plain Llama with tokenizer.model.
+    `title`: the model's name in it (default: the folder's). Raises DataError for a tensor that Llamas do not have.
     """
     import gguf
 
-    if reason := unsupported_feature(folder):
-        hint = "use llama.cpp's converter (SCLITE_LLAMA_CPP)"
-        raise DataError(f"cannot write {folder} as GGUF: {reason}", hint)
-    config = read_json(folder / "config.json")
+    config, half = read_json(folder / "config.json"), outtype == "f16"
     part = out.with_name(out.name + ".part")
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     writer = gguf.GGUFWriter(part, "llama")
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(folder.resolve().name)
+    writer.add_name(title or folder.resolve().name)
     writer.add_block_count(layers)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -66,7 +56,7 @@ def write_gguf(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_file_type(FILE_TYPES[outtype])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_rope_dimension_count(head_dim)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -82,8 +72,7 @@ def write_gguf(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
             # each head's rows from transformers' layout (two halves) to llama.cpp's (pairs)
             halves = tensor.unflatten(0, (heads if name.endswith("q_proj.weight") else kv_heads, 2, -1))
             tensor = halves.swapaxes(1, 2).flatten(0, 2)
-        half = outtype == "f16" and tensor.ndim > 1
-        writer.add_tensor(target, (tensor.half() if half else tensor.float()).numpy())
+        writer.add_tensor(target, (tensor.half() if half and tensor.ndim > 1 else tensor.float()).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

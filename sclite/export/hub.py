@@ -8,7 +8,9 @@ from sclite.config import Export
 from sclite.errors import NetworkError, UsageError
 from sclite.teacher.failures import redact
 
-TOKENS = "https://huggingface.co/settings/tokens"
+CREATE_TOKEN = (
+    "create one with write access at https://huggingface.co/settings/tokens, then: export HF_TOKEN=.."
+)
 
 
 def open_repository(settings: Export, kind: str = "model") -> str:
@@ -28,8 +30,7 @@ def open_repository(settings: Export, kind: str = "model") -> str:
         message = f"export.push = {name!r} is not the name of a repository"
         raise UsageError(message, "write --push OWNER/NAME") from None
     if not get_token():
-        hint = f"create one with write access at {TOKENS}, then: export HF_TOKEN=.."
-        raise UsageError("there is no token for the Hub", hint)
+        raise UsageError("there is no token for the Hub", CREATE_TOKEN)
     with _hub_errors(name):
         url = HfApi().create_repo(name, private=settings.private, repo_type=kind, exist_ok=True)
         public = settings.private and not HfApi().repo_info(name, repo_type=kind).private
@@ -76,7 +77,7 @@ def _hub_errors(name: str) -> Iterator[None]:
         hint = "check the network; re-run to resume, what has arrived is not sent again"
         if status == 401:
             message = f"the Hub refuses the token: {reason}"
-            hint = f"create one with write access at {TOKENS}, then: export HF_TOKEN=.."
+            hint = CREATE_TOKEN
         elif status in (403, 404):
             message = f"the Hub does not let this token write to {name}: {reason}"
             hint = "use a token with write access, and your own name or organization in --push OWNER/NAME"

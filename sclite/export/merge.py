@@ -124,9 +124,9 @@ class BaseWeights:
         state = bnb.QuantState.from_dict(parts, device=torch.device("cpu"))
         return bnb.dequantize_4bit(self._tensors[name], state)
 
-    def float32_bytes(self) -> int:
-        """The size of all tensors in float32; a byte of packed weights holds two."""
-        return sum(4 * self._tensors.size(name) * (2 if name in self._states else 1) for name in self)
+    def count_parameters(self) -> int:
+        """The number of values of all tensors; a byte of packed weights holds two."""
+        return sum(self._tensors.size(name) * (2 if name in self._states else 1) for name in self)
 
     def find(self, name: str, who: str) -> str:
         """`name`, or the only tensor whose name has the same ending (multimodal models add prefixes)."""
@@ -152,8 +152,6 @@ class Adapter:
         if used := next((name for name in UNSUPPORTED if self.settings.get(name)), None):
             self._reject(f"uses {UNSUPPORTED[used]} ({used})")
         path, who = folder / "adapter_model.safetensors", f"the adapter {folder}"
-        if not path.is_file():
-            raise DataError(f"{path} is missing", "save the adapter as safetensors, or train it again")
         self._tensors = open_tensors(path, f"delete {folder} and run `sclite train` again")
         self._pairs: dict[str, tuple[str, str, bool, str]] = {}
         self._replaced: dict[str, str] = {}

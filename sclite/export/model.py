@@ -14,7 +14,7 @@ from typing import Any
 from sclite.config import Config
 from sclite.errors import DataError, ScliteError
 from sclite.export import parity
-from sclite.export.cards import build_model_card
+from sclite.export.cards import build_model_card, model_title
 from sclite.export.chat_format import trained_format, write_format
 from sclite.export.gguf import check_convertible, convert_model, converter, run_script
 from sclite.export.layers import check_merge
@@ -39,7 +39,7 @@ CALIBRATION_TOKENS = 8192
 
 def describe_sizes(config: Config) -> str:
     """The files of an export with their approximate sizes."""
-    parameters = BaseWeights(fetch_model(model_name(config.student))).float32_bytes() // 4
+    parameters = BaseWeights(fetch_model(model_name(config.student))).count_parameters()
     return ", ".join(f"{q} about {format_size(estimate_bytes(parameters, q))}" for q in config.export.types)
 
 
@@ -180,7 +180,7 @@ def _write_parts(
             check_convertible(student.base, student.adapter)
             _merge(config, student, work / "merged.part", outtype).replace(merged)
             keep(merged)
-        convert_model(merged, full, outtype=outtype)
+        convert_model(merged, full, outtype=outtype, title=model_title(config, name))
         check_gguf(full)
         keep(full)
     shutil.rmtree(merged, ignore_errors=True)
@@ -256,11 +256,12 @@ def export_lora(config: Config, run: Run, name: str) -> dict[str, Any]:
     weights = Adapter(adapter, BaseWeights(student.base, adapter))  # rejects what PEFT would load differently
     with _workplace(run, "lora") as work:
         _check_space(work, 2 * student.size("f16"))
-        made, settings = work / out.name, work / "settings"
-        weights.write_plain(work / "plain")
+        # the converter takes the name in the GGUF from the folder
+        made, settings, plain = work / out.name, work / "settings", work / model_title(config, name)
+        weights.write_plain(plain)
         settings.mkdir()
         copy_settings(student.base, settings)  # the converter would run the code of a model folder
-        arguments = [str(work / "plain"), "--base", str(settings), "--outtype", "f16"]
+        arguments = [str(plain), "--base", str(settings), "--outtype", "f16"]
         run_script(converter(), "convert_lora_to_gguf.py", arguments, made, f"the adapter in {adapter}")
         # without the record of what it was trained on: beside a GGUF it is not used on NF4 weights
         ignored = shutil.ignore_patterns(RECORD_OF_ORIGIN)

@@ -83,8 +83,7 @@ def find_ollama(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w./:-]*", name):
         hint = "use letters, digits and . _ - / : as in my-model:v1"
         raise UsageError(f"export.ollama = {name!r} is not a valid model name", hint)
-    program = shutil.which("ollama")
-    if program is None:
+    if (program := shutil.which("ollama")) is None:
         hint = "install it: curl -fsSL https://ollama.com/install.sh | sh"
         raise ScliteError("ollama is not installed", hint)
     return program
@@ -92,8 +91,7 @@ def find_ollama(name: str) -> str:
 
 def create_model(name: str, modelfile_path: Path) -> None:
     """Run `ollama create NAME -f MODELFILE`. Raises ScliteError if ollama is missing or fails."""
-    program = find_ollama(name)
-    command = [program, "create", name, "-f", str(modelfile_path)]
+    command = [find_ollama(name), "create", name, "-f", str(modelfile_path)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -131,7 +129,7 @@ def compare_replies(config: Config, gguf: Path, question: str) -> dict[str, Any]
             if reply != theirs and not said.startswith(longer.lstrip()):
                 break
             equal, text = equal + 1, longer
-        other = engine.token_ids(said[len(text.lstrip()) :].decode(errors="replace"))
+        other = engine.vocabulary.ids(said[len(text.lstrip()) :].decode(errors="replace"))
         if equal < ours.generated and other:
             at = len(prompt) + equal
             (scored,) = engine.scheduler.run([TokenSequence(ours.ids[:at], {at - 1: None})])

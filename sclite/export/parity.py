@@ -114,7 +114,7 @@ def compare_tokens(
     end = end_id(tokenizer)
     with Engine(gguf, gpu_layers=0, parallel=1, context=256, cache_gb=0.1) as engine:
         pieces = zip(texts, piece_ids(tokenizer, texts), strict=True)
-        rows = [(text, ids, engine.token_ids(text)) for text, ids in pieces]
+        rows = [(text, ids, engine.vocabulary.ids(text)) for text, ids in pieces]
         for chat, _ in samples:
             rows.append((chat[-1]["content"], prompt_ids(tokenizer, chat), engine.chat_ids(chat)))
         name = engine.vocabulary.name(end) if end in engine.vocabulary.ends else None

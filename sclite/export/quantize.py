@@ -8,9 +8,9 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sclite.errors import DataError, ScliteError, UsageError
+from sclite.errors import DataError, DeviceError, ScliteError, UsageError
 from sclite.export.tensors import read_gguf
 from sclite.student.llama_cpp.engine import last_errors, llama
 
@@ -19,14 +19,18 @@ if TYPE_CHECKING:
 
 ROW = 256
 """Row lengths must be divisible by this for K-quants and most IQ types."""
+UNUSABLE = ("nvfp4", "q1_0", "q2_0")
+"""Types that llama-cpp-python 0.3.36 names but cannot write (nvfp4), or that gguf 0.19 cannot read."""
+NO_IMPORTANCE = "set export.imatrix = false"
 
 
 def quantization_type(name: str) -> int:
     """llama.cpp's number for a quantization type (q4_k_m, q8_0, f16 ..); raises UsageError for an unknown name."""
     api, types = llama(), {}
     for constant in dir(api):
-        if found := re.fullmatch("LLAMA_FTYPE_(MOSTLY|ALL)_(.+)", constant):
-            types[found[2].lower()] = getattr(api, constant)
+        found = re.fullmatch("LLAMA_FTYPE_(MOSTLY|ALL)_(.+)", constant)
+        if found and (kind := found[2].lower()) not in UNUSABLE:
+            types[kind] = getattr(api, constant)
     if name not in types:
         raise UsageError(f"unknown quantization type {name!r}", f"use one of {', '.join(sorted(types))}")
     return types[name]
@@ -68,8 +72,9 @@ def quantize(
     code = api.llama_model_quantize(os.fsencode(source), os.fsencode(part), parameters)
     if code != 0:
         part.unlink(missing_ok=True)
-        hint = "check the free disk space, or choose another type (export.quant)"
-        raise DataError(f"llama.cpp cannot quantize {source} to {name}: {last_errors()}", hint)
+        why, hint = last_errors(), "choose another type (export.quant)"
+        hint = "free some disk space" if "iostream" in why else hint
+        raise DataError(f"llama.cpp cannot quantize {source} to {name}: {why}", hint)
     part.replace(out)
     if not re.search("_k|iq|tq", name):
         return 0, ""
@@ -79,39 +84,44 @@ def quantize(
     return len(odd), ", ".join(sorted(set(odd)))
 
 
-Tensor: Any = type(
-    "Tensor",
-    (ctypes.Structure,),
-    {
-        "__doc__": "struct ggml_tensor of ggml.h, up to its name.",
-        "_fields_": [
-            ("type", ctypes.c_int),
-            ("buffer", ctypes.c_void_p),
-            ("ne", ctypes.c_int64 * 4),
-            ("nb", ctypes.c_size_t * 4),
-            ("op", ctypes.c_int),
-            ("op_params", ctypes.c_int32 * 16),
-            ("flags", ctypes.c_int32),
-            ("src", ctypes.c_void_p * 10),
-            ("view_src", ctypes.c_void_p),
-            ("view_offs", ctypes.c_size_t),
-            ("data", ctypes.c_void_p),
-            ("name", ctypes.c_char * 64),
-        ],
-    },
-)
+class Tensor(ctypes.Structure):
+    """struct ggml_tensor of ggml.h, up to its name."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+    )
+
+
+def _read(tensor: Tensor, numbers: type[ctypes.c_float] | type[ctypes.c_int32]) -> np.ndarray:
+    """A tensor in RAM as an array of three dimensions, in reverse order; it may be a view with gaps."""
+    import numpy as np
+
+    first = np.ctypeslib.as_array(ctypes.cast(tensor.data, ctypes.POINTER(numbers)), shape=(1,))
+    return np.lib.stride_tricks.as_strided(first, tensor.ne[2::-1], tensor.nb[2::-1], writeable=False)
 
 
 def measure_importance(gguf: Path, sequences: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
     """The mean square of each input of every weight matrix, float32 by tensor name, over sequences of token ids.
 
     It is what llama.cpp's imatrix tool measures: a callback sees every node of the graph before and after it is computed.
+    A tensor of several matrices, such as the experts of a mixture, has their means one after another; 1 for an unused one.
     """
     import numpy as np
 
     api = llama()
-    sums: dict[str, Any] = {}
-    counts: dict[str, int] = {}
+    sums: dict[str, np.ndarray] = {}
+    counts: dict[str, np.ndarray] = {}
 
     @api.ggml_backend_sched_eval_callback
     def see(address: int, ask: bool, _: object) -> bool:
@@ -123,12 +133,19 @@ def measure_importance(gguf: Path, sequences: Sequence[Sequence[int]]) -> dict[s
         product = weight.name.endswith(b".weight") and values.type == 0
         if ask or not product:
             return product or not ask
-        name = weight.name.decode()
-        width, rows = values.ne[0], values.ne[1] * values.ne[2] * values.ne[3]
-        floats = ctypes.cast(values.data, ctypes.POINTER(ctypes.c_float))
-        inputs = np.ctypeslib.as_array(floats, shape=(rows, width))
-        sums[name] = sums.get(name, 0.0) + np.einsum("ij,ij->j", inputs, inputs)
-        counts[name] = counts.get(name, 0) + rows
+        inputs, name, matrices = _read(values, ctypes.c_float), weight.name.decode(), weight.ne[2]
+        if sources[2]:  # the experts that are chosen for each token, which may share an input
+            chosen = _read(Tensor.from_address(sources[2]), ctypes.c_int32)[0]
+            inputs = np.broadcast_to(inputs, (*chosen.shape, inputs.shape[2]))
+        else:
+            numbers = np.arange(len(inputs)) * matrices // len(inputs)
+            chosen = np.broadcast_to(numbers[:, None], inputs.shape[:2])
+        total = sums.setdefault(name, np.zeros((matrices, inputs.shape[2])))
+        count = counts.setdefault(name, np.zeros((matrices, 1)))
+        for matrix in np.unique(chosen):
+            rows = inputs[chosen == matrix]
+            total[matrix] += np.einsum("ij,ij->j", rows, rows)
+            count[matrix] += len(rows)
         return True
 
     length = max(map(len, sequences))
@@ -139,9 +156,13 @@ def measure_importance(gguf: Path, sequences: Sequence[Sequence[int]]) -> dict[s
         raise DataError(f"llama.cpp cannot load {gguf}: {last_errors()}", "run `sclite export` again")
     settings = api.llama_context_default_params()
     settings.n_ctx = settings.n_batch = settings.n_ubatch = length
-    settings.cb_eval = see
+    # else a GPU computes large products, with copies of weights and inputs
+    settings.cb_eval, settings.op_offload = see, False
     context, batch = api.llama_init_from_model(model, settings), api.llama_batch_init(length, 0, 1)
     try:
+        if not context:
+            message = f"llama.cpp cannot open {gguf} with a context of {length} tokens: {last_errors()}"
+            raise DeviceError(message, f"close other programs, or {NO_IMPORTANCE}")
         for ids in sequences:
             api.llama_memory_clear(api.llama_get_memory(context), True)
             batch.n_tokens = len(ids)
@@ -149,13 +170,12 @@ def measure_importance(gguf: Path, sequences: Sequence[Sequence[int]]) -> dict[s
                 batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, i, 1, 0
                 batch.logits[i] = 1  # else the last layer sees only the last token
             if api.llama_decode(context, batch):
-                hint = "set export.imatrix = false"
-                raise ScliteError(f"llama.cpp cannot run {gguf}: {last_errors()}", hint)
+                raise ScliteError(f"llama.cpp cannot run {gguf}: {last_errors()}", NO_IMPORTANCE)
     finally:
         api.llama_batch_free(batch)
         api.llama_free(context)
         api.llama_model_free(model)
     if not sums:
-        hint = "set export.imatrix = false"
-        raise ScliteError("the installed llama-cpp-python hides the inputs of weights", hint)
-    return {name: (total / counts[name]).astype(np.float32) for name, total in sums.items()}
+        raise ScliteError("the installed llama-cpp-python hides the inputs of weights", NO_IMPORTANCE)
+    means = {name: np.where(n, sums[name] / np.maximum(n, 1), 1) for name, n in counts.items()}
+    return {name: mean.astype(np.float32).ravel() for name, mean in means.items()}

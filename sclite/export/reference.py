@@ -66,7 +66,7 @@ class Trained(NamedTuple):
 
     def size(self, name: str) -> int:
         """About the bytes of a file of this quantization type."""
-        return estimate_bytes(BaseWeights(self.base).float32_bytes() // 4, name)
+        return estimate_bytes(BaseWeights(self.base).count_parameters(), name)
 
     def ram_shortage(self) -> str:
         """Why the model must be run one layer at a time; "" if it fits in memory."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple, TypeVar
 
 from sclite import prompts
@@ -38,28 +37,29 @@ class Sample(NamedTuple):
 
 def read_samples(config: Config, run: Run) -> list[Sample]:
     """Solutions and reviews of the run, spread over its files, after one of each that every run has."""
+    folder, attempts = config.prompts.folder, run.read("attempts.jsonl", Attempt)
+    questions = {row.id: row.question for row in run.read("problems.jsonl", Problem)}
+    traces = {(row.id, row.sample): row.trace for row in attempts}
+    found = [
+        (prompts.solve_messages(QUESTION, folder), TRACE),
+        (prompts.review_messages(QUESTION, "".join(all_pieces(TRACE)), folder), TRACE),
+    ]
+    for template in _spread(run.read("templates.jsonl", Template), ROWS):
+        found.append((prompts.solve_messages(template.question, folder), template.parsed.trace))
+    for attempt in _spread(attempts, ROWS):
+        if attempt.id in questions:
+            found.append((prompts.solve_messages(questions[attempt.id], folder), attempt.parsed.trace))
+    for review in _spread(run.read("reviews.jsonl", Review), ROWS):
+        reviewed = traces.get((review.id, review.sample))
+        if review.id in questions and reviewed:
+            chat = prompts.review_messages(questions[review.id], reviewed, folder)
+            found.append((chat, review.parsed.trace))
+    return [Sample(chat, all_pieces(trace)) for chat, trace in found]
 
-    def spread(rows: list[T]) -> list[T]:
-        return rows[:: max(1, -(-len(rows) // ROWS))]
 
-    def samples() -> Iterator[tuple[Messages, Trace]]:
-        folder = config.prompts.folder
-        yield prompts.solve_messages(QUESTION, folder), TRACE
-        yield prompts.review_messages(QUESTION, "".join(all_pieces(TRACE)), folder), TRACE
-        for row in spread(run.read("templates.jsonl", Template)):
-            yield prompts.solve_messages(row.question, folder), row.parsed.trace
-        questions = {row.id: row.question for row in run.read("problems.jsonl", Problem)}
-        attempts = {(row.id, row.sample): row.trace for row in run.read("attempts.jsonl", Attempt)}
-        for attempt in spread(run.read("attempts.jsonl", Attempt)):
-            if attempt.id in questions:
-                yield prompts.solve_messages(questions[attempt.id], folder), attempt.parsed.trace
-        for review in spread(run.read("reviews.jsonl", Review)):
-            reviewed = attempts.get((review.id, review.sample))
-            if review.id in questions and reviewed:
-                chat = prompts.review_messages(questions[review.id], reviewed, folder)
-                yield chat, review.parsed.trace
-
-    return [Sample(chat, all_pieces(trace)) for chat, trace in samples()]
+def _spread(rows: list[T], count: int) -> list[T]:
+    """Up to `count` of the rows, at equal distances."""
+    return rows[:: max(1, -(-len(rows) // count))]
 
 
 def split_samples(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
@@ -80,5 +80,4 @@ def split_samples(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
 def solve_chats(config: Config, run: Run, count: int) -> list[Messages]:
     """Chats that ask for solutions, of up to `count` problems spread over the run, or of the one that every run has."""
     questions = [problem.question for problem in run.read("problems.jsonl", Problem)] or [QUESTION]
-    spread = questions[:: -(-len(questions) // count)]
-    return [prompts.solve_messages(question, config.prompts.folder) for question in spread]
+    return [prompts.solve_messages(each, config.prompts.folder) for each in _spread(questions, count)]

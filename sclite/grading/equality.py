@@ -4,7 +4,8 @@ Graders differ on these cases; the rules here (for numbers and units: sclite/gra
 
 - 1, 2 and \{1, 2\} are sets: order does not matter. (1, 2) is ordered, and so is a list that is compared with it. A
   column vector equals the tuple of its entries. (1, 2], [1, 2] and (1, 2) all differ. "or", "and" and \pm make lists.
-- (C), C, "Option C" and "C. 12 apples" are the same choice, and "(C) 12" equals 12. 5:30 is a time; 4:6 is a ratio.
+- (C), C, "Option C" and "C. 12 apples" are the same choice, and "(C) 12" equals 12. 5:30 is a time, except beside 6 to
+  36; 4:6 is a ratio.
 - x = 5 equals 5, unless the other answer has another name. A base (2516_8) may be missing on one side.
 """
 
@@ -23,7 +24,7 @@ _CHOICE = re.compile(
     r"(?:\(([A-Za-z])\)|\[([A-Z])\]|([A-J])(?:[).:]| -(?= \d)|(?=$)))(?: ?(\S.*))?|([a-z])[).]"
 )
 _CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))? ?(?:([ap])\.? ?m\b\.?)?", re.IGNORECASE)
-_RATIOS = re.compile(r"\d+(?: ?: ?\d+){2,}")  # 1:2:3
+_RATIOS = re.compile(r"\d+(?:(?: ?: ?| to )\d+)+")  # 1:2:3, 1 to 2
 _DATE = re.compile(r"()(\d{1,2}) ([A-Z][a-z]{2,8})|([A-Z][a-z]{2,8}) (\d{1,2})()")
 _BASE = re.compile(r"([0-9A-Z]*\d[0-9A-Z]*)(?:_\{(\w+)\})?")
 _WORDS = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z' -]+")
@@ -108,9 +109,9 @@ def _compare_plain(given: str, gold: str) -> bool | None:
         hours = [int(m[1]) % 12 + 12 * (m[4] in "pP") if m[4] else int(m[1]) for m in clocks]
         minutes = {(int(m[2] or 0), int(m[3] or 0)) for m in clocks}
         return len({hour % 12 if either else hour for hour in hours}) == len(minutes) == 1
-    if any(m[2] for m in clocks):
+    if any(m[2] for m in clocks) and " to " not in f"{given} {gold}":
         return False if number or gold_number else None
-    ratios = [[int(n) for n in m[0].split(":")] for m in matches(_RATIOS)]
+    ratios = [[int(n) for n in re.findall(r"\d+", m[0])] for m in matches(_RATIOS)]
     if len(ratios) == 2:
         same_length = len(ratios[0]) == len(ratios[1])
         return same_length and len({Fraction(a, b or 1) for a, b in zip(*ratios, strict=True)}) == 1

@@ -3,7 +3,7 @@
 import re
 from collections import deque
 
-from sclite.trace import ParsedTrace
+from sclite.trace import ParsedTrace, without_thoughts
 
 _BRACES = re.compile(
     r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|(?P<bare>"  # without braces: up to the end of the formula, else one word
@@ -18,8 +18,11 @@ _MAX_GAP = 60  # characters between two boxes of one answer
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(?![ \t])(?=[-+$]?[ \t]?[\d.])(?!\d+[.)][ \t]\D)(.+)$", re.MULTILINE)
 _TAG = re.compile(r"<[ \t]{0,9}answer[ \t]{0,9}:?[ \t]{0,9}>", re.IGNORECASE)
 _CLOSER = re.compile(r"<[ \t]{0,9}(?:/[ \t]{0,9}answer|answer[ \t]{0,9}/)", re.IGNORECASE)
-_LEAD = re.compile(r"\banswers?\b(?:[^\n.:=]{0,60}?\b(?:is|are)\b|[ \t*]{0,9}[:=])[\s*:]*", re.IGNORECASE)
-_LINE = re.compile(r"^[ \t]*\**A:[ \t]*", re.MULTILINE)
+_DISPLAY = r"(?:(?:\$\$|\\\[)[ \t]*\n\s*)?"  # opens a formula that is on the next line
+_LEAD = re.compile(
+    rf"\banswers?\b(?:[^\n.:=]{{0,60}}?\b(?:is|are)\b|[ \t*]{{0,9}}[:=])[\s*:]*{_DISPLAY}", re.IGNORECASE
+)
+_LINE = re.compile(rf"^[ \t]*\**A:[ \t]*{_DISPLAY}", re.MULTILINE)
 _END = re.compile(r"\n|\.(?=\s|$)|\s(?=because\b|since\b)")
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:¤|\$)?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?|(?<!\d)\.\d+")
 
@@ -45,7 +48,7 @@ def extract(text: str) -> str | None:
 
 def answer_of(parsed: ParsedTrace) -> str | None:
     """The final answer in a student's output: the answer of its trace, else whatever `extract` finds."""
-    return parsed.trace.answer or extract(parsed.text)
+    return parsed.trace.answer or extract(without_thoughts(parsed.text))
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:

@@ -92,6 +92,12 @@ _ALIASES = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "kmph": "km/h"}
 _ALIASES |= {"per cent": "%", "percentage points": "%"}
 _ATTACHED = re.compile(r"(?:[A-Za-z]{2,}|[LVWJN]|[a-z](?=\^)|st|nd|rd|th)(?![A-Za-z])")
 _STOP = set("of the a an in each total all old altogether is are for at on".split())  # noqa: SIM905
+# "60 miles an hour"; but "half an hour", "3/4 of an hour"
+_EACH = re.compile(
+    r"(?i)(?<=\S )(?<!\bof )(?<!\bfor )(?:in )?(?:an?|each|every) (?=(?:second|minute|hour|day|week|month|year|person|pound|gallon|(?:square|cubic) [a-z]+)\b)"
+)
+# "in" that is no inch: "5 in total", "12 cookies in each box"
+_PREPOSITION = re.compile(r"(?i)\bin (?=(?:total|all|the|each)\b)|(?<=\S )in (?=[a-z])")
 _SYMBOLS = {"a", "j", "n", "v", "w", "f", "hz", "hp"}
 # words that change the meaning of a number: "not 5", "5 squared"
 _NEVER = (
@@ -105,8 +111,8 @@ Words = tuple[frozenset[str], ...]
 """The words of a unit's numerator, and of each denominator."""
 
 
-def _parse_unit(text: str) -> tuple[Fraction, Words] | None:
-    """(factor, words) of the text after a number; None if it is no unit."""
+def _parse_unit(text: str, money: str = "") -> tuple[Fraction, Words] | None:
+    """(factor, words) of the text after a number and of the sign before it; None if it is no unit."""
     bare = text.strip()
     if bare and (not re.search(r"[\w%¤€£¥₹'\"]", bare) or bare[0] == "^"):
         return None
@@ -115,13 +121,13 @@ def _parse_unit(text: str) -> tuple[Fraction, Words] | None:
     bare = re.sub(r"^(?:st|nd|rd|th)\b", "", bare) if text[:1].isalpha() else bare
     for name, unit in _ALIASES.items():
         bare = re.sub(rf"(?i)(?<![a-z]){name}(?![a-z])", unit, bare)
+    bare = _EACH.sub("per ", f"{money} {bare}" if money else bare)
     factor, pieces = Fraction(1), []
     for n, piece in enumerate(re.split(r" ?/ ?| per ", re.sub("^/|^per ", " / ", bare))):
-        squares = len(re.findall(r"\b(?:square|sq)\b|\^\{?2\}?|(?<=[a-z]) squared\b", piece))
-        cubes = len(re.findall(r"\b(?:cubic|cu)\b|\^\{?3\}?|(?<=[a-z]) cubed\b", piece))
+        piece, squares = re.subn(r"\b(?:square|sq)\b\.?|\^\{?2\}?|(?<=[a-z]) squared\b", " ", piece)
+        piece, cubes = re.subn(r"\b(?:cubic|cu)\b\.?|\^\{?3\}?|(?<=[a-z]) cubed\b", " ", piece)
         power = 3 * cubes or 2 * squares or 1
-        raised = r"\b(?:square|sq|cubic|cu)\b\.?|\^\{?[23]\}?|(?<=[a-z]) (?:squared|cubed)\b"
-        piece = re.sub(raised, " ", piece)
+        piece = _PREPOSITION.sub("", piece)
         if _VETO.search(piece.casefold()) or re.search(r"[\\^_|\[\]!]", piece):
             return None
         words = set()
@@ -231,13 +237,9 @@ def parse_quantity(text: str) -> Quantity | None:
     if found["raised"]:
         value **= 2 if "sq" in found["raised"] else 3
     value *= -1 if (found["sign"] + found["sign2"]).count("-") == 1 else 1
-    unit = _parse_unit(found["unit"] or "")
+    unit = _parse_unit(found["unit"] or "", (found["money"] or "")[-1:])
     if unit is not None:
-        factor, words = unit
-        if found["money"]:
-            money, _ = _UNITS[found["money"][-1]]
-            words = (frozenset({money}).union(*words[:1]), *words[1:])
-        return Quantity(value, factor, words, places)
+        return Quantity(value, *unit, places)
     # several quantities of one kind, as 5 ft 3 in
     texts = re.split(r"(?<=[A-Za-z'\"]),? ?(?:and )?(?=\d)", text)
     parts = [quantity for part in texts if (quantity := parse_quantity(part))] if 1 < len(texts) < 5 else []

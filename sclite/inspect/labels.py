@@ -36,7 +36,7 @@ class Labels:
         self.config = config
         self.tokenizer = load_tokenizer(model_name(config.student))
         self.end = end_id(self.tokenizer)
-        self.problems = {problem.id: problem for problem in run.read("problems.jsonl", Problem)}
+        self.questions = {problem.id: problem.question for problem in run.rows("problems.jsonl", Problem)}
         attempts = run.rows("attempts.jsonl", Attempt) if what == "reviews" else ()
         self.works = {(row.id, row.sample): row for row in attempts}
 
@@ -47,8 +47,7 @@ class Labels:
             messages = prompts.solve_messages(row.question, folder)
             yield "sft", encode_solution(self.tokenizer, messages, row.parsed.trace)
             return
-        problem = self.problems.get(row.id)
-        question = problem.question if problem is not None else ""
+        question = self.questions.get(row.id, "")
         if isinstance(row, Review):
             attempt = self.works.get((row.id, row.sample))
             if attempt is None:

@@ -28,9 +28,8 @@ from sclite.train.dpo import with_replay
 from sclite.train.memory import architecture, estimate, estimate_on_cpu, optimizer_bytes
 from sclite.train.metrics_logger import read_metrics
 from sclite.train.micro_batch import choose, cpu_micro_batch, largest_length, wanted_setting
-from sclite.train.order import training_order
 from sclite.train.sft import replay_templates, solve_rows
-from sclite.train.trainer import held_out_rows
+from sclite.train.trainer import held_out_rows, training_order
 from sclite.train.warmup import mixed_rows
 
 if TYPE_CHECKING:
@@ -41,8 +40,7 @@ if TYPE_CHECKING:
 STAGES = ("sft", "warmup", "dpo")
 GB = 1_000_000_000
 SAMPLED = 50  # templates from which the length of a correction is estimated
-CHECKPOINTS = 3  # on disk at once: two are kept while a third is written
-PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "layer", "allowance")
+CHECKPOINTS = 4  # on disk at once with held-out rows: three are kept while a fourth is written
 
 
 def plan_training(context: "Context") -> dict[str, Any]:
@@ -52,7 +50,7 @@ def plan_training(context: "Context") -> dict[str, Any]:
     from sclite.student.loader import load_tokenizer
 
     config, gpus = context.config, list_gpus()
-    problems = trainable_problems(context.run)
+    split = split_problems(config, problems) if (problems := trainable_problems(context.run)) else None
     try:
         tokenizer = load_tokenizer(model_name(config.student))
     except (DataError, NetworkError):
@@ -60,9 +58,10 @@ def plan_training(context: "Context") -> dict[str, Any]:
     return plan(
         config,
         context.run,
-        gpu={**gpus[0], "processes": gpu_processes(0)} if gpus else None,
+        gpu={**gpus[0], "processes": gpu_processes()} if gpus else None,
         tokenizer=tokenizer,
-        unseen=frozenset(p.id for p in split_problems(config, problems).stage2) if problems else None,
+        unseen=frozenset(problem.id for problem in split.stage2) if split else None,
+        fit=frozenset(problem.id for problem in split.fit) if split else frozenset(),
     )
 
 
@@ -71,19 +70,22 @@ def plan(
     run: Run,
     *,
     gpu: Mapping[str, Any] | None,
-    tokenizer: "Tokenizer | None" = None,
-    unseen: frozenset[str] | None = None,
+    tokenizer: "Tokenizer | None",
+    unseen: frozenset[str] | None,
+    fit: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
     """The plan as JSON values. `gpu` is from `doctor`, with its processes; without one (None) `fits` is unknown.
 
-    `unseen` are ids of the problems kept for stage 2 (None: unknown). Without a tokenizer the forecast is unknown.
+    `unseen` are ids of the problems kept for stage 2 (None: unknown), `fit` of those for the review threshold. Without a
+    tokenizer the forecast is unknown.
     """
     model = architecture(read_config(model_name(config.student)), config.lora.target_modules)
     backend = "plain" if gpu is None or config.student.backend == "plain" else "unsloth"
     stages = {}
     for stage in STAGES:
         wanted, batch = wanted_setting(config, stage, backend), config.stage(stage).batch_size
-        forecast = _forecast(config, run, stage, tokenizer, unseen or frozenset())
+        hidden = (unseen or frozenset()) | (fit if stage == "sft" else frozenset())
+        forecast = _forecast(config, run, stage, tokenizer, hidden)
         if gpu is None:
             wanted = replace(wanted, length=forecast["longest"] or wanted.length)
             if not config.stage(stage).per_device_train_batch_size:
@@ -127,7 +129,7 @@ def plan(
         "rough": model.rough or None,
         "gpu": dict(gpu) if gpu else None,
         "stages": stages,
-        "hours": None if None in hours else round(sum(hours), 2),
+        "hours": None if None in hours else round(sum(hours), 4),
         "disk_gb": {**disk, "total": round(sum(disk.values()), 4)},
         "teacher": corrections_cost(config, run, unseen),
     }
@@ -168,8 +170,11 @@ def _forecast(
             pairs = [pair for pair in run.read("pairs.jsonl", Pair) if pair.id in questions]
             bundles = build_bundles(tokenizer, pairs, questions, folder)
             solved = solve_rows(tokenizer, replayed, folder) if pairs else []
-            bundles = with_replay(bundles, solved, config.dpo.replay_share)
-            rows = [[side for side in (b.review, b.rejected, b.replay) if side is not None] for b in bundles]
+            # those that are too long are left out of both before the one is spread over the other
+            solved = [row for row in solved if len(row.ids) <= settings.max_length]
+            long = {b.key for b in bundles if max(len(side.ids) for side in b.sides) > settings.max_length}
+            kept = with_replay([b for b in bundles if b.key not in long], solved, config.dpo.replay_share)
+            rows = [b.sides for b in (*kept, *(b for b in bundles if b.key in long))]
     if not rows:
         unknown = ("rows", "too_long", "longest", "tokens", "loss_share", "steps", "hours")
         return {**dict.fromkeys(unknown), **known}
@@ -188,7 +193,7 @@ def _forecast(
         "tokens": tokens,
         "loss_share": round(with_loss / sum(once), 4) if fit else None,
         "steps": ceil(len(order) / settings.batch_size),
-        "hours": None if speed is None else round(tokens / speed / 3600, 3),
+        "hours": None if speed is None else round(tokens / speed / 3600, 4),
         **known,
     }
 
@@ -197,10 +202,10 @@ def corrections_cost(config: Config, run: Run, unseen: frozenset[str] | None) ->
     """What the teacher's corrections will cost, at the mean cost of a row of this run so far, repairs included.
 
     That is of its corrections if there are any, else of its templates. `requests`: those left for the attempts that are
-    there; before there are any, at most one for each that will be sampled (`at_most`).
+    there; before there are any, at most one for each that will be sampled (`at_most`), unknown if they are imported.
     """
     requests = left = count_pending_corrections(config, run)
-    if left is None and unseen is not None:
+    if left is None and unseen is not None and not config.attempts.source:
         requests = len(unseen) * config.attempts.samples
     each = spent = None
     if run.path(LEDGER).is_file():
@@ -278,9 +283,9 @@ def print_plan(plan: Mapping[str, Any], json: bool = False) -> None:
 
     rows = []
     for name, s in stages.items():
-        sizes = [*(s["memory_gb"][part] for part in PARTS), s["total_gb"], *([s["host_gb"]] if gpu else ())]
+        sizes = [*s["memory_gb"].values(), s["total_gb"], *([s["host_gb"]] if gpu else ())]
         rows.append((name, *(f"{gb:.2f}" for gb in sizes)))
-    header = ("stage", *PARTS, "total", *(("host RAM",) if gpu else ()))
+    header = ("stage", *stages["sft"]["memory_gb"], "total", *(("host RAM",) if gpu else ()))
     console.print_table("Memory at the peak of a step, GB", header, rows)
     fits = {True: "[green]yes[/]", False: "[red]no[/]", None: "unknown"}
     keys = ("batch", "micro_batch", "accumulation", "length", "largest_length", "rank")
@@ -308,7 +313,7 @@ def print_plan(plan: Mapping[str, Any], json: bool = False) -> None:
         console.print(f"Templates by the teacher: {templates['requests']:,}, {cost}")
     teacher = plan["teacher"]
     if teacher["requests"] is None:
-        corrections = "unknown without problems for stage 2"
+        corrections = "unknown before there are problems, and attempts if they are imported"
     elif not teacher["requests"]:
         spent = f"; the run has cost ${teacher['spent_usd']:.2f}" if teacher["spent_usd"] else ""
         corrections = f"none left to request{spent}"

@@ -45,7 +45,7 @@ OUTPUTS = {
     "dpo": adapter_weights("dpo"),
 }
 """The stages before export, in their order, and the file that each writes."""
-TRAINED, IMPORTED, EVAL = ("sft", "warmup", "dpo"), ("templates", "attempts", "corrections", "pairs"), "eval"
+TRAINED, EVAL = ("sft", "warmup", "dpo"), "eval"
 
 
 @dataclass
@@ -170,6 +170,8 @@ def _read_stage(
         stage.why += run.damages(manifest)
         if not path.exists():
             stage.why.append(f"{output} is missing")
+        elif manifest["figures"].get("adapter") not in (None, run.file_digest(output)):
+            stage.why.append(f"{output} is not the adapter that {name} wrote")
         if stage.why and not unanswered:
             stage.state = STALE
         return stage
@@ -179,11 +181,8 @@ def _read_stage(
     elif path.is_file():
         with open(path, "rb") as file:  # the number of complete lines
             rows = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-    if not run.path(f"{name}.begun.json").is_file():
-        if name == "sft" and path.is_file():
-            return Stage(DONE, counts={"imported": 1})
-        if name in IMPORTED and rows:
-            return Stage(DONE, counts={path.stem: rows, "imported": rows})
+    if run.is_imported(name, output) and name not in ("warmup", "dpo"):
+        return Stage(DONE, counts={"imported": 1} if name == "sft" else {path.stem: rows, "imported": rows})
     if not rows and paid:  # killed before its first row
         return Stage(HALF_WAY, [f"{paid['requests']} replies in the ledger"])
     return Stage(HALF_WAY, rows=rows, total=total or None) if rows else Stage()
@@ -192,13 +191,15 @@ def _read_stage(
 def _read_model_stages(config: Config, run: Run, fitting: int) -> dict[str, Stage]:
     """The exports of the students, the fits of their review thresholds, and the evaluation.
 
-    "threshold" is that of the newest student, "threshold-sft" .. are those of others. Without one if no threshold is
-    needed; a fit is expected of DPO's student only. The evaluation is done if each GGUF is unchanged, judged by its size
-    and what it was made from.
+    "export" is one that the newest student lacks. "threshold" is that of the newest student, "threshold-sft" .. are those
+    of others. Without one if no threshold is needed; a fit is expected of DPO's student only. The evaluation is done if it
+    has the newest student and each GGUF is unchanged, judged by its size and what it was made from.
     """
     found: dict[str, Stage] = {}
     known = {name: run.manifest(f"export-{name}") for name in STUDENTS}
     made = {name: manifest for name, manifest in known.items() if manifest is not None}
+    trained = [name for name in STUDENTS if name in made or run.path(adapter_weights(name)).is_file()]
+    newest = trained[-1] if trained else "base"
     for name, manifest in made.items():
         # the options of one export are not kept: compare with those that the existing file was made with
         options = {key: manifest["inputs"].get(key) for key in ("imatrix", "keep_template")}
@@ -207,15 +208,19 @@ def _read_model_stages(config: Config, run: Run, fitting: int) -> dict[str, Stag
         output = f"export/{gguf_path(run, name, own).name}"
         inputs = partial(inputs_of, own, run, name)
         found[f"export-{name}"] = _read_stage(run, f"export-{name}", output, inputs)
-    if not made:
+    if newest not in made:
         found["export"] = Stage()
 
     if config.review.needs_fit:
         fits = run.read_json(THRESHOLDS, dict[str, FittedThreshold]) or {}
         for name, manifest in made.items():
             digests = [file["sha256"] for file in manifest["figures"].get("files", {}).values()]
-            fitted = next(filter(None, (find_threshold(fits, each, config) for each in digests)), None)
-            stage = "threshold" if name == list(made)[-1] else f"threshold-{name}"
+            stage = "threshold" if name == newest else f"threshold-{name}"
+            try:
+                fitted = next(filter(None, (find_threshold(fits, each, config) for each in digests)), None)
+            except DataError as error:  # a missing prompt file
+                found[stage] = Stage(STALE, [error.message])
+                continue
             if fitted is not None and is_current(config, fitted, fitting):
                 counts = {"problems": fitted.problems, "fitted": int(fitted.threshold is not None)}
                 found[stage] = Stage(DONE, [fitted.off] if fitted.off else [], counts)
@@ -235,6 +240,8 @@ def _read_model_stages(config: Config, run: Run, fitting: int) -> dict[str, Stag
             )
         ]
         why = [f"{', '.join(others)}: the GGUF has changed"] if others else []
+        if newest != "base" and not any(newest in each.models for each in evaluated):
+            why.append(f"{newest} has not been evaluated")
         counts = {f"problems in {each.folder}": each.n for each in evaluated}
         found[EVAL] = Stage(STALE if why else DONE, why, counts)
     return found
@@ -242,22 +249,17 @@ def _read_model_stages(config: Config, run: Run, fitting: int) -> dict[str, Stag
 
 def _older_exports(stages: Mapping[str, Stage]) -> list[str]:
     """The exports of all students but the newest: `sclite eval` makes them again."""
-    return [name for name in stages if name.startswith("export-")][:-1]
+    return [name for name in stages if name.startswith("export")][:-1]
 
 
 def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
     """The command for the first unfinished stage, or the keys that must be set first."""
     held_out = config.eval.source
-    testable = bool(held_out) and (not is_local_source(held_out) or Path(held_out).expanduser().is_file())
+    testable = bool(held_out) and (not is_local_source(held_out) or Path(held_out).is_file())
     quickstart = config.teacher.embedded and not config.problems.source
-    older = _older_exports(stages)
-    unfinished = [
-        name
-        for name, stage in stages.items()
-        if stage.state != DONE and (name != EVAL or testable or quickstart)
-        if name not in older
-    ]
-    name, needed = unfinished[0] if unfinished else None, []
+    skipped = [*_older_exports(stages), *(() if testable or quickstart else (EVAL,))]
+    unfinished = (name for name, stage in stages.items() if stage.state != DONE and name not in skipped)
+    name, needed = next(unfinished, None), []
     teacher = [] if config.teacher.model else ["teacher.model"]
     # attempts of another student than the one that this run trains: their corrections need no training
     others = bool(config.attempts.source or config.attempts.student)
@@ -268,7 +270,9 @@ def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
     elif quickstart:
         words = ["quickstart"]
     elif name in ("problems", "templates"):
-        again = any("prompts" in why or "teacher" in why for why in stages["templates"].why)
+        # what `basis_of` holds: a larger token limit keeps the rows
+        changed = [why for why in stages["templates"].why if not why.startswith("teacher.max_tokens:")]
+        again = any(why == "prompts changed" or why.startswith("teacher.") for why in changed)
         words = ["build-data", "--fresh"] if again else ["build-data"]
         source = config.problems.source or stages["problems"].state == DONE
         needed = teacher if source else ["problems.source", *teacher]

@@ -69,7 +69,7 @@ def quickstart(config: Config, quiet: bool = False, fresh: bool = False) -> dict
         raise UsageError(f"{run.folder} has problems of its own", "choose another folder with --run")
     signed = run.manifest("problems")  # counts those of damaged lines too
     total = max(len(known), signed["counts"]["problems"] if signed else 0)
-    count = config.problems.limit or round(total * (1 - share)) or PROBLEMS
+    count = config.problems.limit or max(round(total * (1 - share)), total - HELD_OUT) or PROBLEMS
     fitting = problem_set("threshold", round(count * share / (1 - share)))
     found = [*problem_set("train", count), *fitting]
     run.replace("problems.jsonl", [*judged, *found])

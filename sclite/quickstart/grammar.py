@@ -29,7 +29,7 @@ class Operation:
     def result(self) -> int:
         left, right = self.left, self.right
         if self.sign == "/":
-            return left // right if right else 0
+            return left // right
         return {"+": left + right, "-": left - right, "*": left * right}[self.sign]
 
     @property
@@ -86,8 +86,8 @@ CHANGES = {
 }
 """What each form does to the amount, and what the result is."""
 _PEOPLE = "|".join(name for names in NAMES.values() for name in names)
-_SLOTS = {"they": "She|He", "item": "|".join(ITEMS), "box": "|".join(BOXES), "a": r"\d+", "b": r"\d+"}
-_SLOTS |= dict.fromkeys(("name", "other"), _PEOPLE)
+_SLOTS = {"they": "She|He", "item": "|".join(ITEMS), "box": "|".join(BOXES)}
+_SLOTS |= {"name": _PEOPLE, "other": _PEOPLE, "a": r"\d{1,9}", "b": r"\d{1,9}"}
 
 
 @cache
@@ -103,7 +103,7 @@ def _patterns() -> list[tuple[str, re.Pattern[str]]]:
 
 
 def solve(question: str) -> Solution | None:
-    """Parse and solve a problem of this grammar; None for any other text."""
+    """Parse and solve a problem of this grammar; None for any other text, or if it cannot be shared equally."""
     operations: list[Operation] = []
     parents: list[tuple[int, ...]] = []
 
@@ -127,11 +127,12 @@ def solve(question: str) -> Solution | None:
             source = add(a, "-", amount, "Missing are", source)
         elif form in CHANGES:
             sign, what = CHANGES[form]
+            if sign == "/" and (a == 0 or amount % a):
+                return None
             packed = None
             if " " in form:
-                packed = add(
-                    a, "*", b, "The friends get" if form == "gives each" else f"The {slots['box']} hold"
-                )
+                given = "The friends get" if form == "gives each" else f"The {slots['box']} hold"
+                packed = add(a, "*", b, given)
                 a = operations[packed].result
             source = add(amount, sign, a, what, source, packed)
         amount = operations[-1].result if form not in ("has", "left") else amount
@@ -143,8 +144,7 @@ def sentences(question: str) -> list[tuple[str, dict[str, str]]] | None:
     text, position, found = question.strip(), 0, []
     while position < len(text):
         for form, pattern in _patterns():
-            match = pattern.match(text, position)
-            if match:
+            if match := pattern.match(text, position):
                 found.append((form, match.groupdict()))
                 position = match.end()
                 break

@@ -12,7 +12,7 @@ from sclite.quickstart.grammar import Operation, Solution, in_order, solve
 from sclite.trace import Step, Trace
 
 # A complete equation (left, sign, right, result): "4 + 7 + 1 = 12" has none, and "7 + 1 = 12" must not match.
-_EQUATION = re.compile(r"(?<![-+*/] )(?<!\d)(\d+) ?([-+*/x×]) ?(\d+) ?= ?(\d+)(?!\d| ?[-+*/])")
+_EQUATION = re.compile(r"(?<![-+*/] )(?<!\d)(\d{1,40}) ?([-+*/x×]) ?(\d{1,40}) ?= ?(\d{1,40})(?!\d| ?[-+*/])")
 _PROBLEM = re.compile(r"(?:Problem:\n|Solve this problem\.\n\n)(.+?)(?:\n\n|\Z)", re.S)
 _WORK = re.compile(r"The student's work:\n(.+)\Z", re.S)
 
@@ -132,11 +132,7 @@ def judge(solution: Solution, attempt: Trace) -> Judgement:
     """Find the first wrong step of an attempt. Steps may come in any order that the problem allows."""
     done: frozenset[int] = frozenset()
     for number, step in enumerate(attempt.steps, 1):
-        ready = [
-            i
-            for i, parents in enumerate(solution.parents)
-            if i not in done and all(parent in done for parent in parents)
-        ]
+        ready = [i for i, used in enumerate(solution.parents) if i not in done and done.issuperset(used)]
         if not ready:
             return Judgement(number, "The problem asks for no further sum.", None, done)
         claimed = [

@@ -16,16 +16,11 @@ def register() -> None:
     class Tutor(litellm.CustomLLM):
         async def acompletion(self, *args, messages, model, model_response, **options):
             text = tutor.reply(messages)
-            prompt_tokens = sum(len(message["content"].split()) for message in messages)
-            completion_tokens = len(text.split())
+            asked = sum(len(message["content"].split()) for message in messages)
             model_response.model = model
             model_response.choices[0].message.content = text
             model_response.choices[0].finish_reason = "stop"
-            model_response.usage = litellm.Usage(
-                prompt_tokens=prompt_tokens,
-                completion_tokens=completion_tokens,
-                total_tokens=prompt_tokens + completion_tokens,
-            )
+            model_response.usage = litellm.Usage(prompt_tokens=asked, completion_tokens=len(text.split()))
             return model_response
 
     others = [item for item in litellm.custom_provider_map if item["provider"] != PROVIDER]

@@ -91,9 +91,8 @@ def load_adapter(model: "PeftModel", folder: Path) -> None:
     hint = "use an adapter that was trained from this student"
     weights = load_file(folder / "adapter_model.safetensors")
     try:
-        keys = cast("tuple[list[str], list[str]]", set_peft_model_state_dict(model, weights))
+        missing, unexpected = cast("tuple[list[str], list[str]]", set_peft_model_state_dict(model, weights))
     except RuntimeError as error:  # a size mismatch; lists every tensor, one per line
         raise DataError(f"{message}: {str(error).splitlines()[1].strip()}", hint) from error
-    missing, unexpected = keys
     if wrong := [*unexpected, *(name for name in missing if ".lora_" in name)]:
         raise DataError(f"{message}: {wrong[0]} and {len(wrong) - 1} more differ", hint)

@@ -70,7 +70,6 @@ class Student(Protocol):
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Reply]:
         """Yield one reply per request as each finishes, in any order."""
-        ...
 
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[Scores]:
         """Yield the scores of each request, in any order. Only the engine can; others raise UsageError."""

@@ -53,14 +53,9 @@ def _render(
     """{"text": ..} or {"error": ..}, from a process of its own, because templates come with model files."""
     values = {"add_generation_prompt": generation_prompt, "enable_thinking": False, **(tokens or {})}
     try:
-        return _renderer.ask([template, messages, values], SECONDS)
+        return renderer.ask([template, messages, values], SECONDS)
     except (TimeoutError, EOFError) as error:
         raise DataError(f"the chat template cannot be rendered: {error}", _HINT) from None
-
-
-def start_renderer() -> None:
-    """Start the process that renders, which takes a second, while the caller loads a model."""
-    _renderer.start()
 
 
 def opens_thinking(template: str, tokens: Mapping[str, str]) -> bool:
@@ -90,4 +85,5 @@ def load_renderer() -> Callable[[Any], dict[str, str]]:
     return render
 
 
-_renderer = HelperProcess("template renderer", __name__, "load_renderer", BYTES, "reinstall transformers")
+renderer = HelperProcess("template renderer", __name__, "load_renderer", BYTES, "reinstall transformers")
+"""Starting takes a second, so whatever loads a model starts it first."""

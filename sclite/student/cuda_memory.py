@@ -36,8 +36,7 @@ def return_freed_memory() -> None:
     After each optimizer step on a CPU, or the heap grows with every new row length. A lower mmap threshold keeps it
     smaller still, but costs 10 % more CPU time in page faults.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 
 

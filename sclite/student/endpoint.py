@@ -109,8 +109,7 @@ def _read(request: Request, result: Result) -> Reply:
     cut_off = rejection is not None and rejection.reason in (CUT_OFF, REASONING_TOO_LONG)
     if rejection is not None and not cut_off and rejection.reason != EMPTY_REPLY:
         return Reply(index, "", 0, 0, "error", f"{rejection.reason}: {rejection.text}")
-    if entry is None:
-        return Reply(index, "", 0, 0, "error", "no reply")
+    assert entry is not None, "only a call that failed has none"
     text, prompt_tokens = _up_to_stop(entry.text, request.stop), entry.prompt_tokens or 0
     finish = "length" if cut_off and not text.endswith(tuple(request.stop)) else "stop"
     counts = entry.completion_tokens or 0, prompt_tokens

@@ -36,9 +36,7 @@ class HFModel(Student):
         import torch
 
         start, tokenizer, was_training = 0, self.tokenizer, self.model.training
-        ends = [self.end]
-        if tokenizer.eos_token_id not in (None, self.end):
-            ends.append(tokenizer.eos_token_id)
+        ends = list({self.end, tokenizer.eos_token_id} - {None})
         while start < len(requests):
             batch = requests[start : start + self.batch_size]
             first, max_tokens = batch[0], max(request.max_tokens for request in batch)

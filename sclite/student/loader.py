@@ -13,7 +13,7 @@ from sclite import prompts
 from sclite.config import Config, Student, TrainingStage
 from sclite.errors import DataError, DeviceError, NetworkError, UsageError
 from sclite.student.adapters import check_adapter, load_adapter, lora_targets, meta_model
-from sclite.student.chat_template import start_renderer
+from sclite.student.chat_template import renderer
 from sclite.student.cuda_memory import is_out_of_memory
 from sclite.student.tokenization import end_id, prompt_ids, prompt_text
 from sclite.trace import Step, Trace, render
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).resolve().parent.parent / "quickstart" / "student"
 """The folder of the embedded student, shipped in the package."""
-EVERY_TAG = render(Trace((Step("1", "1", "1", "1"),), "1", "1"))
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -38,7 +37,7 @@ def model_name(student: Student) -> str:
         raise UsageError("no student is configured", hint)
     if student.model == EMBEDDED:
         return str(EMBEDDED_FOLDER)
-    path = Path(student.model).expanduser()
+    path = Path(student.model)
     if (path / "config.json").is_file():
         return str(path)
     if student.model.startswith((".", "/", "~")):
@@ -53,23 +52,28 @@ def fetch_model(name: str) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    copies = ["consolidated*", "original/*"]  # the same weights in their author's format
     with _model_errors(f"the student {name} cannot be downloaded", OSError):
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=copies))
 
 
 @contextmanager
 def _model_errors(what: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors of these kinds into NetworkError if the Hub is unreachable, else into DataError."""
+    """Turn errors of these kinds, and the Hub client's, into NetworkError if the Hub is unreachable, else into DataError."""
+    import httpx
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    unreachable = (LocalEntryNotFoundError, ConnectionError, TimeoutError, httpx.RequestError)
+    expected: tuple[type[Exception], ...] = (*kinds, httpx.HTTPError)
     try:
         yield
-    except kinds as error:
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
+    except expected as error:
         message = f"{what}: {(str(error) or type(error).__name__).splitlines()[0]}"
         cause: BaseException | None = error
         while cause is not None:
-            if isinstance(cause, (LocalEntryNotFoundError, ConnectionError)):
+            status = getattr(getattr(cause, "response", None), "status_code", 0)
+            if isinstance(cause, unreachable) or status == 429 or status >= 500:
                 hint = "check the connection, or set student.model to a folder that holds the model"
                 raise NetworkError(message, hint) from error
             cause = cause.__cause__ or cause.__context__
@@ -116,14 +120,15 @@ def select_backend(student: Student) -> str:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a model; the pad token defaults to the end token."""
-    start_renderer()
+    """The tokenizer of a model; the pad token defaults to the end token, or else to the end of a turn."""
+    renderer.start()
     from transformers import AutoTokenizer
 
     with _model_errors(f"the student {name} cannot be loaded", OSError, ValueError, KeyError):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        end = tokenizer.eos_token_id
+        tokenizer.pad_token_id = end_id(tokenizer) if end is None else end
     tokenizer.padding_side = "left"
     return tokenizer
 
@@ -143,11 +148,13 @@ def check_tokenizer(tokenizer: Tokenizer, model_config: PretrainedConfig, name: 
     which the model has no embedding. A special token that neither our prompts nor padding use may lack one: Gemma 3's 1B
     has one for images.
     """
-    messages, unknown = prompts.solve_messages("1 + 1 = ?"), tokenizer.unk_token_id
+    question, unknown = "1 + 1 = ?", tokenizer.unk_token_id
+    messages, used = prompts.solve_messages(question), {tokenizer.eos_token_id, tokenizer.pad_token_id}
     if tokenizer.chat_template:
-        if "1 + 1 = ?" not in prompt_text(tokenizer, messages):
+        if question not in prompt_text(tokenizer, messages):
             raise DataError("the student's chat template drops the question", "choose an instruct model")
-        if unknown is not None and unknown in prompt_ids(tokenizer, messages):
+        ids = prompt_ids(tokenizer, messages)
+        if unknown in ids:
             raise DataError(
                 "the student's chat template uses a token that is not in its vocabulary",
                 "check the student's chat_template and added tokens",
@@ -155,15 +162,11 @@ def check_tokenizer(tokenizer: Tokenizer, model_config: PretrainedConfig, name: 
         if end_id(tokenizer) == unknown:
             message = "the student's end-of-turn token is not in its vocabulary"
             raise DataError(message, "choose an instruct model")
+        every_tag = render(Trace((Step("1", "1", "1", "1"),), "1", "1"))
+        used.update(ids, prompt_ids(tokenizer, prompts.review_messages(question, every_tag)))
     size = model_config.get_text_config().vocab_size
     beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= size}
-    if not beyond:
-        return
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    used = {tokenizer.eos_token_id, tokenizer.pad_token_id}
-    if tokenizer.chat_template:
-        used.update(prompt_ids(tokenizer, messages))
-        used.update(prompt_ids(tokenizer, prompts.review_messages("1 + 1 = ?", EVERY_TAG)))
     if wrong := sorted(i for i in beyond if i not in special or i in used):
         raise DataError(
             f"the tokenizer of {name} has ids up to {max(beyond)} ({beyond[wrong[0]]!r} is {wrong[0]}), the model's "

@@ -1,5 +1,6 @@
 """Log-probabilities at chosen positions: one pass through the decoder, the vocabulary only where it is needed."""
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from sclite.student.tokenization import TrainingSequence
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 LOGITS = 1 << 26
 """Most numbers in a table of logits: positions times vocabulary."""
@@ -104,12 +105,45 @@ def _head(model: "torch.nn.Module") -> "tuple[PreTrainedModel, torch.nn.Linear]"
     return causal, cast("torch.nn.Linear", causal.get_output_embeddings())
 
 
+def _logit_scale(config: "PretrainedConfig") -> float:
+    """By what a family multiplies the output of its head: Cohere, Falcon-H1, Muse; Granite and MiniCPM3 divide."""
+    factors = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    scale = math.prod(getattr(config, name, None) or 1.0 for name in factors)
+    return scale * scaling if config.model_type == "hyperclovax" else scale / scaling
+
+
 def vocabulary_log_probs(model: "torch.nn.Module", hidden: "Tensor") -> "Tensor":
     """Float32 log-probabilities over the vocabulary for hidden states [positions, width]."""
     causal, head = _head(model)
+    config = causal.config.get_text_config()
     logits = head(hidden.to(head.weight.dtype)).float()
-    cap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
+    if (scale := _logit_scale(config)) != 1:
+        logits *= scale  # in place: a second table of logits takes gigabytes
+    cap = getattr(config, "final_logit_softcapping", None)
     return ((logits / cap).tanh() * cap if cap else logits).log_softmax(-1)
+
+
+def check_log_probs(model: "torch.nn.Module", ids: list[int]) -> None:
+    """Raise DataError if the model computes other log-probabilities than `vocabulary_log_probs`, which are trained.
+
+    So does a family of which transformers treats the hidden states or logits in a way that is unknown here.
+    """
+    import torch
+
+    causal, was_training = _head(model)[0], model.training
+    if not type(causal).forward.__module__.startswith("transformers."):
+        return  # Unsloth's need not return logits
+    batch = pad([TrainingSequence(ids, [0.0] * len(ids))], 0)
+    model.eval()
+    with torch.no_grad(), autocast(model):
+        ours = vocabulary_log_probs(model, hidden_states(model, batch).flat)
+        logits = causal(input_ids=batch.ids.to(ours.device), use_cache=False).logits[0].float()
+    model.train(was_training)
+    spread = (logits - logits.mean(-1, keepdim=True)).norm()
+    if (ours - logits.log_softmax(-1)).norm() > 0.05 * spread:  # in 16 bits less than 0.01 of it
+        message = f"{causal.config.model_type} models compute their logits in a way that sclite cannot train"
+        raise DataError(message, "choose another student")
 
 
 def head_chunk_size(vocabulary: int) -> int:

@@ -13,16 +13,17 @@ PREFIX = "ollama/"
 
 def ollama_url() -> str:
     """Ollama's address, http://127.0.0.1:11434 or that in OLLAMA_HOST, which is read as Ollama does."""
-    given = os.environ.get("OLLAMA_HOST", "").strip()
+    given = os.environ.get("OLLAMA_HOST", "").strip().strip("\"'").strip()
     scheme, _, rest = given.rpartition("://")
+    bare = rest.count(":") > 1 and "[" not in rest  # ::1, without a port
     try:
-        parts = urlsplit(f"//{rest}")
+        parts = urlsplit(f"//[{rest}]" if bare else f"//{rest}")
         port = parts.port or {"http": 80, "https": 443}.get(scheme, 11434)
     except ValueError:
         raise UsageError(f"OLLAMA_HOST={given} is not an address", "write OLLAMA_HOST=HOST:PORT") from None
     host = parts.hostname or "127.0.0.1"
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # what a server listens on
-    return f"{scheme or 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{scheme or 'http'}://{f'[{host}]' if ':' in host else host}:{port}{parts.path.rstrip('/')}"
 
 
 def call_ollama(
@@ -35,11 +36,10 @@ def call_ollama(
         method = "GET" if body is None else "POST"
         response = httpx.request(method, f"{url}{path}", json=body, timeout=seconds)
         found = response.json()
-        failed = response.is_error or not isinstance(found, dict)
     except (httpx.HTTPError, ValueError) as error:
         hint = "start it: ollama serve (OLLAMA_HOST is its address)"
         raise TeacherError(f"Ollama does not answer at {url}: {error}", hint) from None
-    if failed:
+    if response.is_error or not isinstance(found, dict):
         reason = found.get("error") if isinstance(found, dict) else found
         raise TeacherError(f"Ollama at {url} refuses {path}: {reason}", "update Ollama, and see its log")
     return found

@@ -42,7 +42,8 @@ class Reviewed:
 
     `trace` is the new solution (None: the attempt stands). `scores` are the log-odds (nats) that each step is wrong: the
     weighted mean of those of review and confidence.
-    `accused` is the step that cause and correction belong to, also if its correction changes nothing (SAME_RESULT).
+    `accused` is the step that cause and correction belong to, also if its correction changes nothing (SAME_RESULT); like
+    the scores, they are those of the first round.
     `note` says why a review was abandoned; `tokens` counts what the review generated, `prefill` the tokens of
     its prompts that were not in the cache.
     """
@@ -201,7 +202,8 @@ def guided(question: str, attempt: Trace, settings: ReviewSettings) -> Script[Re
             return replace(result, tokens=tokens, note=outcome.note)
         attempt = outcome.trace
         rewritten = {each for each in rewritten if each < step} | {step} | corrected_steps(attempt)
-        result = replace(outcome, scores=result.scores, tokens=tokens)
+        found = outcome if round_number == 0 else result
+        result = replace(found, trace=outcome.trace, scores=result.scores, tokens=tokens)
     return result
 
 
@@ -210,7 +212,7 @@ def correct_step(
 ) -> Script[Reviewed]:
     """Correct a step in the review context, starting at `<Cause>`, and solve on from there in the solve context.
 
-    Without a readable cause, correction and answer, nothing is accused. If the correction comes to the same result as
+    Without a cause, a complete correction and an answer, nothing is accused. If the correction comes to the same result as
     the step, the step is accused, but the work stands.
     """
     before, wrong = work.steps[: step - 1], work.steps[step - 1]
@@ -227,7 +229,8 @@ def correct_step(
     text, tokens = _text_and_tokens(reply)
     written = parse(f"<Step1>x\n{CAUSE}{text or ''}").trace.steps[0]
     cause, correction = written.cause, written.correction
-    if cause is None or correction is None:
+    cut = not isinstance(reply, Reply) or reply.finish == "length"
+    if cut or cause is None or correction is None:
         return Reviewed(tokens=tokens, note=UNREADABLE)
     yield Corrected(step, cause, correction)
     if (result := _result(wrong.text)) is not None and result == _result(correction):

@@ -18,33 +18,6 @@ Odds = tuple[float, ...]
 """The log-odds (nats) that each step is wrong; empty without steps, or if they are too long to be scored."""
 
 
-def review_odds(question: str, work: Trace, folder: str = "") -> Script[Odds]:
-    """What the review decides at the end of each step, from one prefill: `<Cause>` or the closing tag."""
-    pieces = tuple(step_pieces(work.steps))
-    options = tuple((CAUSE, closer) for closer in pieces[1::2])
-    marks = tuple(range(0, len(pieces), 2))
-    messages = prompts.review_messages(question, render(work), folder)
-    return (yield from _odds(ScoreRequest(messages, pieces, marks, options, OTHER_TAGS)))
-
-
-def confidence_odds(question: str, work: Trace, folder: str = "") -> Script[Odds]:
-    """The log-odds that the student, solving, would write anything else than each step, from one prefill.
-
-    A well calibrated student is wrong as often as it would write something else.
-    """
-    pieces = tuple(step_pieces(work.steps))
-    options = tuple((text, None) for text in pieces[::2])
-    marks = tuple(range(-1, len(pieces) - 1, 2))
-    written = yield from _odds(ScoreRequest(prompts.solve_messages(question, folder), pieces, marks, options))
-    return tuple(-value for value in written)
-
-
-def _odds(request: ScoreRequest) -> Script[Odds]:
-    scores = (yield request) if request.marks else None
-    odds = scores.log_odds if isinstance(scores, Scores) else ()
-    return () if any(map(math.isnan, odds)) else odds
-
-
 def read_odds(
     question: str,
     attempt: Trace,
@@ -52,18 +25,34 @@ def read_odds(
     weights: Sequence[float] = (0.0, 1.0),
     rewritten: Collection[int] | None = None,
 ) -> Script[tuple[Odds, Odds]]:
-    """The log-odds of review and confidence of the steps of an attempt; zeros for one that none of `weights` uses.
+    """The log-odds of review and confidence of the steps of an attempt, one prefill each; zeros for one that no weight uses.
 
-    A correction is not what a student writes as it solves. So steps that are `rewritten` (default: those that the attempt
+    The review decides at the end of each step: `<Cause>` or the closing tag. Confidence compares each step with anything
+    else that the student, solving, would write: a well calibrated one is wrong as often as it would write something else.
+    A correction is not what it writes as it solves. So steps that are `rewritten` (default: those that the attempt
     corrects) have the review's log-odds in both.
     """
-    work, unread = corrected(attempt), (0.0,) * len(attempt.steps)
+    work = corrected(attempt)
+    pieces = tuple(step_pieces(work.steps))
+    review = confidence = (0.0,) * len(work.steps)
     rewritten = corrected_steps(attempt) if rewritten is None else rewritten
-    decides = min(weights) < 1 or rewritten
-    review = (yield from review_odds(question, work, folder)) if decides else unread
-    confidence = (yield from confidence_odds(question, work, folder)) if any(weights) else unread
+    if min(weights) < 1 or rewritten:
+        messages = prompts.review_messages(question, render(work), folder)
+        marks, decisions = tuple(range(0, len(pieces), 2)), tuple((CAUSE, closer) for closer in pieces[1::2])
+        review = yield from _odds(ScoreRequest(messages, pieces, marks, decisions, OTHER_TAGS))
+    if any(weights):
+        messages = prompts.solve_messages(question, folder)
+        marks, written = tuple(range(-1, len(pieces) - 1, 2)), tuple((text, None) for text in pieces[::2])
+        confidence = yield from _odds(ScoreRequest(messages, pieces, marks, written))
+        confidence = tuple(-value for value in confidence)
     pairs = enumerate(zip(review, confidence, strict=False), 1)
     return review, tuple(r if n in rewritten else c for n, (r, c) in pairs)
+
+
+def _odds(request: ScoreRequest) -> Script[Odds]:
+    scores = (yield request) if request.marks else None
+    odds = scores.log_odds if isinstance(scores, Scores) else ()
+    return () if any(map(math.isnan, odds)) else odds
 
 
 def pool(review: Odds, confidence: Odds, weight: float) -> Odds:

@@ -33,12 +33,8 @@ def prompt_text(tokenizer: "Tokenizer", messages: Messages, generation_prompt: b
     """The chat in the model's template, up to where the assistant begins; thinking is off if it has a switch."""
     if not tokenizer.chat_template:
         raise DataError("the student's tokenizer has no chat template", "choose an instruct model")
-    return render_chat(
-        tokenizer.get_chat_template(),
-        messages,
-        tokenizer.special_tokens_map,
-        generation_prompt=generation_prompt,
-    )
+    template, tokens = tokenizer.get_chat_template(), tokenizer.special_tokens_map
+    return render_chat(template, messages, tokens, generation_prompt=generation_prompt)
 
 
 def prompt_ids(tokenizer: "Tokenizer", messages: Messages) -> list[int]:
@@ -99,11 +95,10 @@ def encode_pieces(
         starts.append(len(ids))
         ids = ids + piece
         loss += [first] + [rest] * (len(piece) - 1)
-    decisions = [
-        (start - 1, wrong) for start, wrong in zip(starts, accused, strict=False) if wrong is not None
-    ]
-    marks, verdicts = tuple(mark for mark, _ in decisions), tuple(wrong for _, wrong in decisions)
-    return TrainingSequence([*ids, end_id(tokenizer)], [*loss, 1.0], marks, verdicts)
+    judged = zip(starts, accused, strict=False)
+    decisions = {start - 1: wrong for start, wrong in judged if wrong is not None}
+    ids, loss = [*ids, end_id(tokenizer)], [*loss, 1.0]
+    return TrainingSequence(ids, loss, tuple(decisions), tuple(decisions.values()))
 
 
 def encode_solution(

@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Generic, TypeVar
@@ -17,7 +17,6 @@ from sclite.teacher.ledger import Entry, Ledger
 from sclite.teacher.limits import Budget, Price
 from sclite.teacher.reply import CUT_IN_REASONING, EMPTY, ONLY_REASONING, REFUSAL
 from sclite.teacher.sender import (
-    MIN_FAILURES,
     REFUSED_BY_TEACHER,
     SENT,
     Messages,
@@ -109,20 +108,6 @@ def count_unanswered(dropped: Mapping[str, int]) -> int:
     return sum(dropped.get(reason, 0) for reason in ("no_reply", "unreadable_reply", EMPTY_REPLY))
 
 
-@contextmanager
-def _inspector_errors() -> Iterator[None]:
-    """Errors of the inspector in terms of its own settings."""
-    try:
-        yield
-    except (TeacherError, UsageError) as error:
-        texts = (
-            re.sub(r"teacher\.(price|api_base)", r"teacher.inspector_\1", x)
-            for x in (error.message, error.hint)
-        )
-        message, hint = (re.sub("teacher.model", "teacher.inspector", text) for text in texts)
-        raise type(error)(message, hint) from None
-
-
 class Teacher(AbstractContextManager["Teacher"]):
     """A LiteLLM model with the run's ledger, and an inspector if one is configured. Use as a context manager.
 
@@ -190,10 +175,8 @@ class Teacher(AbstractContextManager["Teacher"]):
         try:
             while True:
                 # twice as many as requests in flight: jobs that wait for a retry leave their slot to others
-                while limit_error is None and len(active) < 2 * self.settings.concurrency:
-                    job = next(pending, None)
-                    if job is None:
-                        break
+                room = 2 * self.settings.concurrency - len(active) if limit_error is None else 0
+                for job in islice(pending, room):
                     task = loop.create_task(self._work(job, stage))
                     task.add_done_callback(finish)
                     active.add(task)
@@ -213,7 +196,7 @@ class Teacher(AbstractContextManager["Teacher"]):
                 task.cancel()
         if limit_error is not None:
             raise limit_error
-        self._sender.raise_if_all_refused(MIN_FAILURES)
+        self._sender.raise_if_all_refused()
 
     def stream(self, job: Job[T], stage: str = "") -> Generator[str | Result[T], None, None]:
         """Yield the text of one reply as it arrives, then the result (alone if it is in the ledger); else as `ask_all`."""
@@ -291,11 +274,15 @@ class Teacher(AbstractContextManager["Teacher"]):
         made = await loop.run_in_executor(self._threads, job.check, entry.text)
         if isinstance(made, Rejection) or self._inspector is None or job.inspect is None:
             return made
+        chat = job.inspect(entry.text)
         for repair in range(2):
-            with _inspector_errors():
-                judged = await self._inspector.reply(
-                    job.inspect(entry.text), job.sample, repair, f"{stage} inspection"
-                )
+            try:
+                judged = await self._inspector.reply(chat, job.sample, repair, f"{stage} inspection", {})
+            except (TeacherError, UsageError) as error:
+                # in terms of the inspector's own settings
+                texts = error.message, error.hint
+                named = (re.sub(r"teacher\.(price|api_base)", r"teacher.inspector_\1", x) for x in texts)
+                raise type(error)(*(x.replace("teacher.model", "teacher.inspector") for x in named)) from None
             verdict, reason = _VERDICT.search(judged.text), _REASON.search(judged.text)
             if verdict is not None or judged.finish_reason != "stop":
                 break
@@ -345,9 +332,7 @@ class Teacher(AbstractContextManager["Teacher"]):
         `completion_tokens` is a guess per reply, until the ledger holds replies of this stage.
         """
         first, requests, characters = None, 0, 0
-        for job in jobs:
-            if not self._is_new(job):
-                continue
+        for job in filter(self._is_new, jobs):
             messages = [dict(message) for message in job.messages("")]
             parameters = {**self._sender.parameters, **job.parameters}
             first = first or {"model": self.settings.model, "messages": messages, **parameters}

@@ -16,9 +16,14 @@ RETRY, REFUSED, STOP = "retry", "refused", "stop"
 LONGEST_WAIT_SECONDS = 300.0  # a server that asks for a longer wait counts as not answering
 _BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS = 0.5, 60.0
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.I)
-_PROVIDER_PREFIX = re.compile(r"^(?:(?:litellm\.)?\w*(?:Error|Exception|Timeout)\b(?:\s+-)?[:\s]+|-\s+)+")
+_PROVIDER_PREFIX = re.compile(
+    r"^(?:(?:litellm\.)?\w*(?:Error|Exception|Timeout)\b(?: code: \d+)?(?:\s+-)?[:\s]+|-\s+)+"
+)
+_JSON_MESSAGE = re.compile(r"""(["'])message\1:\s*(["'])((?:\\.|(?!\2).)+)""", re.S)
 _NO_KEY = re.compile(r"missing credentials|missing \w* ?api.?key|api_key client option must be set", re.I)
+_BAD_KEY = re.compile(r"api key (?:not valid|expired)", re.I)  # Gemini's, with status 400
 _NO_CREDIT = re.compile(r"insufficient_quota|exceeded your current quota", re.I)
+_RETRY_IN = re.compile(r"retry in (\d+(?:\.\d+)?)(m?)s\b")  # Gemini's, which sends no header
 _NO_MODEL = re.compile(r"\bmodels?\b", re.I)
 _PASSWORD = re.compile(r"(?<=://)[^/\s@]*(?:@[^/\s@]*)*@")
 _UNREACHED = ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol", "ClientConnectorError")
@@ -48,7 +53,7 @@ class Failure:
             except ValueError:
                 try:
                     seconds = parsedate_to_datetime(value).timestamp() - time.time()
-                except ValueError:
+                except (ValueError, OverflowError):
                     continue
             if math.isfinite(seconds):
                 return max(0.0, seconds) * (1 + draw / 10)
@@ -72,13 +77,16 @@ def read_failure(error: BaseException) -> Failure:
     shown = body.get("message") if isinstance(body, Mapping) else None
     if not isinstance(shown, str) or not shown:
         shown = next((str(link) for link in chain if str(link) not in ("", "Connection error.")), "")
+    if inner := _JSON_MESSAGE.search(shown):
+        shown = re.sub(r"\\(.)", lambda escape: "\n" if escape[1] == "n" else escape[1], inner[3])
     lines = clean_text(redact(shown)).partition("Traceback (most recent")[0].strip().splitlines()
     message = _PROVIDER_PREFIX.sub("", lines[0] if lines else "").strip() or type(error).__name__
     message = message if len(message) <= 200 else message[:200] + ".."
 
-    no_key = bool(_NO_KEY.search(text))
+    no_key, pause = bool(_NO_KEY.search(text)), _RETRY_IN.search(text)
+    no_credit = _NO_CREDIT.search(text) and ("PerDay" in text or not (pause or "PerMinute" in text))
     redirected, unknown = 300 <= (status or 0) < 400, status == 404 and _NO_MODEL.search(message)
-    if status in (401, 402) or no_key or _NO_CREDIT.search(text) or redirected or unknown:
+    if status in (401, 402) or no_key or no_credit or redirected or unknown or _BAD_KEY.search(text):
         action = STOP
     else:
         transient = status is None or status in (408, 409, 425, 429) or status >= 500
@@ -87,21 +95,20 @@ def read_failure(error: BaseException) -> Failure:
     # LiteLLM gives a status to broken connections, too
     answered = bool(headers) or isinstance(error, ErrorReply)
     # after a connection that broke, or a body that is not a reply, the reply may have been charged for
-    free = answered and (status or 0) >= 300
+    free = isinstance(error, ErrorReply) or (answered and (status or 0) >= 300)
     for link in chain:
-        if isinstance(link, UnreadableReply):
-            free = not link.paid
-            break
         real = type(link).__module__.partition(".")[0] in ("openai", "httpx")
         received = real and (getattr(getattr(link, "response", None), "status_code", 0) or 0) >= 300
         unreached = type(link).__name__ in _UNREACHED or isinstance(link, ConnectionRefusedError)
-        if received or unreached or isinstance(link, ErrorReply):
-            free = True
-            break
+        free = free or received or unreached
+    if isinstance(error, UnreadableReply):
+        free = not error.paid
+    if pause:
+        headers = {f"retry-after{'-ms' * bool(pause[2])}": pause[1], **headers}
     slow = isinstance(error, TimeoutError) or status in (408, 429, 529)
     return Failure(
         action, status, headers, message, answered,
-        unreadable=any(isinstance(link, UnreadableReply) for link in chain),
+        unreadable=isinstance(error, UnreadableReply),
         free=free,
         overload=slow or "rate limit" in text.lower(),
         no_key=no_key,
@@ -129,22 +136,18 @@ def teacher_error(
             hint = "lower teacher.concurrency, or set teacher.requests_per_minute"
         elif failure.overload:
             hint += "; if it is only slow, raise teacher.timeout_seconds or lower teacher.concurrency"
-        return TeacherError(
-            f"{where} does not answer after {attempts} attempt{'s' * (attempts != 1)}: {failure.message}",
-            f"{hint}; paid replies are kept, re-run to resume",
-        )
-    if failure.no_key or status == 401:
+        hint += "; paid replies are kept, re-run to resume"
+        problem = f"does not answer after {attempts} attempt{'s' * (attempts != 1)}: {failure.message}"
+    elif failure.no_key or status == 401:
         problem = "has no key" if failure.no_key else "rejects the key (HTTP 401)"
         hint = f"the key comes from {key_variable}: export {key_variable}=.."
-        return TeacherError(f"{where} {problem}", hint)
-    if status in (402, 429):
-        problem = f"has no credit left: {failure.message}"
-        return TeacherError(f"{where} {problem}", "add credit, then re-run to resume")
-    if status is not None and 300 <= status < 400:
+    elif status in (402, 429):
+        problem, hint = f"has no credit left: {failure.message}", "add credit, then re-run to resume"
+    elif status is not None and 300 <= status < 400:
         location = redact(failure.headers.get("location", "")) or "another address"
         problem = f"redirects to {location} (HTTP {status})"
-        return TeacherError(f"{where} {problem}", "set teacher.api_base to the final address")
-    return TeacherError(
-        f"{where} refuses the request: {failure.message}",
-        f"check teacher.model and teacher.api_base; the key comes from {key_variable}",
-    )
+        hint = "set teacher.api_base to the final address"
+    else:
+        problem = f"refuses the request: {failure.message}"
+        hint = f"check teacher.model and teacher.api_base; the key comes from {key_variable}"
+    return TeacherError(f"{where} {problem}", hint)

@@ -52,7 +52,7 @@ class Budget:
             if not fits():
                 shown = [
                     # four decimals, or two significant digits for less than a cent; never an exponent
-                    f"${usd:.{max(4, 4 if usd == 0 or usd >= 0.01 else 1 - math.floor(math.log10(usd)))}f}"
+                    f"${usd:.{max(4, 1 - math.floor(math.log10(usd or 1)))}f}"
                     for usd in (limit_usd, self.ledger.spent_usd, max_usd)
                 ]
                 raise BudgetError(

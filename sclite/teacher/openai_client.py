@@ -82,12 +82,11 @@ class OpenAIClient:
     """One model at one address. All methods belong to the event loop."""
 
     litellm: ModuleType
-    provider: str
     model: str
     url: str
     key: str
     certificates: "ssl.SSLContext | str | bool"
-    listed: bool = False  # LiteLLM's price list decides the cost of a reply
+    listed: bool  # LiteLLM's price list decides the cost of a reply
     _idle: list["AsyncOpenAI"] = field(default_factory=list)  # each with its own connection
 
     def _open(self) -> "AsyncOpenAI":
@@ -127,12 +126,13 @@ class OpenAIClient:
             self._idle.append(client)
         body, cost_usd = decode(response.content), None
         if self.listed and isinstance(body, Mapping):  # the price list knows cached tokens and service tiers
-            name = f"{self.provider}/{self.model}"
-            names = (name, self.model, body.get("model")) if self.provider == "openai" else (name,)
             known = {field: body[field] for field in ("model", "usage", "service_tier") if field in body}
-            if any(isinstance(each, str) and each in self.litellm.model_cost for each in names):
-                with contextlib.suppress(ValueError, TypeError, AttributeError):  # invalid counts
-                    cost_usd = self.litellm.completion_cost(self.litellm.ModelResponse(**known), model=name)
+            names, prices = (f"openai/{self.model}", self.model, body.get("model")), self.litellm.model_cost
+            found = [prices.get(name, {}) for name in names if isinstance(name, str)]
+            if any(each.get("litellm_provider") == "openai" for each in found):
+                with contextlib.suppress(Exception):  # LiteLLM raises any; the reply is paid for
+                    reply = self.litellm.ModelResponse(**known)
+                    cost_usd = self.litellm.completion_cost(reply, model=names[0])
         return read(body, cost_usd)
 
 
@@ -145,11 +145,9 @@ def find_client(
     url, key = urlsplit(api_base), api_key or found or os.environ.get("OPENAI_API_KEY")
     if provider not in ("openai", "hosted_vllm") or name.startswith("responses/") or not key:
         return None
+    if not url.hostname or url.query or set(settings.extra) & set(litellm.types.utils.all_litellm_params):
+        return None
     if (litellm.model_cost.get(name) or {}).get("mode", "chat") != "chat":
-        return None
-    if url.scheme not in ("http", "https") or not url.hostname or url.query:
-        return None
-    if set(settings.extra) & set(litellm.types.utils.all_litellm_params):
         return None
     rules = litellm.utils.ProviderConfigManager.get_provider_chat_config(name, litellm.LlmProviders(provider))
     proxies = {} if proxy_bypass(url.hostname) else getproxies()
@@ -161,4 +159,4 @@ def find_client(
     if provider != "hosted_vllm" or not address.endswith("/chat/completions"):
         address += "/chat/completions"
     certificates = litellm.llms.custom_httpx.http_handler.get_ssl_configuration()
-    return OpenAIClient(litellm, provider, name, address, key, certificates, listed)
+    return OpenAIClient(litellm, name, address, key, certificates, listed and provider == "openai")

@@ -40,7 +40,7 @@ class Provider:
     price: Price | None  # None: unknown
     priced_by_user: bool
     max_output_tokens: float  # the most that it can write, infinity if unknown
-    direct: OpenAIClient | None = None  # bypasses LiteLLM, if the model allows it
+    direct: OpenAIClient | None  # bypasses LiteLLM, if the model allows it
 
     @property
     def errors(self) -> tuple[type[Exception], ...]:
@@ -72,19 +72,18 @@ class Provider:
             )
             if on_text is None:
                 return read(response.model_dump(), response._hidden_params.get("response_cost"))
-            parts: dict[str, list[str]] = {"content": [], "reasoning_content": []}
+            message = {"content": "", "reasoning_content": ""}
             reason, usage = None, None
             async for chunk in response:
                 found = chunk.model_dump()
                 usage = found.get("usage") or usage
                 for choice in found["choices"]:
                     reason = choice.get("finish_reason") or reason
-                    for name, texts in parts.items():
+                    for name in message:
                         if text := (choice.get("delta") or {}).get(name):
-                            texts.append(text)
+                            message[name] += text
                             if name == "content":
                                 on_text(text)
-        message = {name: "".join(texts) for name, texts in parts.items()}
         return read({"choices": [{"index": 0, "finish_reason": reason, "message": message}], "usage": usage})
 
     def charge(
@@ -106,7 +105,6 @@ class Provider:
         return (None, None), None if price is None else price.cost_usd(limits[0], estimate)
 
     async def close(self) -> None:
-        """Close all connections."""
         if self.direct is not None:
             await self.direct.close()
         await self.litellm.close_litellm_async_clients()
@@ -173,14 +171,13 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
     address = config.without_password(settings.api_base)
     try:
         parts = urlsplit(settings.api_base)
-        http = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        http = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not parts.fragment
         valid = http or not settings.api_base
     except ValueError:  # an invalid port
         valid = False
     if not valid:
-        shown = re.sub(r"^(\w+://)?.*@", r"\1", settings.api_base)  # without a password
-        why = f"the api_base {shown} of {settings.model} is not a valid URL"
-        raise UsageError(why, "write http://HOST:PORT/v1")
+        why = f"the api_base {address} of {settings.model} is not a valid URL"
+        raise UsageError(why, "write http://HOST:PORT/v1; in a password, escape special characters: # is %23")
     prepare_process(settings.concurrency)
     litellm = import_litellm()
     if prepare is not None:
@@ -200,9 +197,10 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
     if address and missing:  # a self-hosted endpoint often needs none, but LiteLLM insists
         options["api_key"] = "none"
     known = litellm.get_supported_openai_params(settings.model, name) or ()
-    if new := [parameter for parameter in settings.extra if parameter not in known]:
+    new = [parameter for parameter in settings.extra if parameter not in known]
+    if new and "allowed_openai_params" not in new:
         options["allowed_openai_params"] = new  # LiteLLM refuses those that it does not know for this model
-    key_variable = missing[0] if missing else f"{name.upper()}_API_KEY"
+    key_variable = missing[0] if missing else f"{name.removesuffix('_chat').upper()}_API_KEY"
     if not re.fullmatch("[!-~]*", os.environ.get(key_variable, "")):
         message = f"the key in {key_variable} contains a space, a line break or a non-ASCII character"
         hint = f"copy the whole key and run: export {key_variable}=.."

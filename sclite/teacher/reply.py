@@ -45,8 +45,8 @@ class Completion:
     text: str
     finish_reason: str
     tokens: tuple[int | None, int | None]  # of prompt and completion; None without valid counts
-    reply_bytes: int = 0  # of the reasoning and the text
-    listed_usd: float | None = None  # the cost by LiteLLM's price list
+    reply_bytes: int  # of the reasoning and the text
+    listed_usd: float | None  # the cost by LiteLLM's price list
 
 
 def clean_text(text: str) -> str:
@@ -77,7 +77,7 @@ def read(body: object, listed_usd: float | None = None) -> Completion:
     fields = error if isinstance(error, Mapping) else {"message": error}
     code, said = fields.get("code"), fields.get("message")
     if said or code is not None:
-        status = int(code) if isinstance(code, int) or (isinstance(code, str) and code.isdecimal()) else None
+        status = int(code) if isinstance(code, (int, str)) and re.fullmatch(r"\d{3}", str(code)) else None
         status = 429 if status is None and "rate_limit" in str(code) else status
         raise ErrorReply(clean_text(str(said or f"error {code}")), status)
     choices = body.get("choices")

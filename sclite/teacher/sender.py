@@ -1,13 +1,11 @@
 """One request until its reply: from the ledger, else from the endpoint, with rate limits, a budget and retries."""
 
 import asyncio
-import math
 import random
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from types import MappingProxyType
 from typing import Any
 
 from sclite import config
@@ -22,6 +20,8 @@ Messages = Sequence[Mapping[str, str]]
 MIN_FAILURES = 5  # different requests that must fail before the teacher is to blame rather than the requests
 REFUSED_BY_TEACHER = "refused_by_teacher"
 SENT: ContextVar[set[str]] = ContextVar("SENT")  # keys of the requests that the current job has sent
+# the request is to blame, but a blocked key or an offline tunnel, with 403 or 404, concerns all requests
+_ABOUT_REQUEST = (400, 413, 422)
 _TEMPLATE_TOKENS = 16  # that a chat template adds to each message
 
 
@@ -35,8 +35,8 @@ class NoReplyError(Exception):
 
 def parameters_of(settings: config.Teacher) -> dict[str, Any]:
     """The request parameters, beside the messages, that decide the reply."""
-    chosen = {name: getattr(settings, name) for name in ("temperature", "max_tokens")}
-    return {**{name: value for name, value in chosen.items() if value is not None}, **settings.extra}
+    temperature = {} if settings.temperature is None else {"temperature": settings.temperature}
+    return {**temperature, "max_tokens": settings.max_tokens, **settings.extra}
 
 
 class Sender:
@@ -59,7 +59,7 @@ class Sender:
         self._last_commit: asyncio.Task[None] | None = None
         self._next_commit: asyncio.Task[None] | None = None
         self._answered = self._succeeded = False  # any HTTP response; any usable reply
-        self._refused: dict[str, Failure] = {}  # by key, in this process
+        self._refused: dict[str, Failure] = {}  # by key, not in the ledger; since the last reply
         self._unanswered = 0  # requests given up since the last reply
 
     def key(self, messages: Messages, sample: int, repair: int, parameters: Mapping[str, Any]) -> str:
@@ -73,11 +73,13 @@ class Sender:
         return digest([self.settings.model, address, chat, chosen, sample, repair])
 
     def known(self, key: str, parameters: Mapping[str, Any]) -> Entry | None:
-        """The reply in the ledger, unless it was cut off at fewer tokens than it may have now."""
-        entry, limit = self.ledger.get(key), {**self.parameters, **parameters}.get("max_tokens")
-        if entry is None or entry.finish_reason not in ("length", CUT_IN_REASONING):
-            return entry
-        return entry if entry.max_tokens is None or (limit or math.inf) <= entry.max_tokens else None
+        """The reply in the ledger, unless it was cut off at fewer tokens than it may have now, or refused with more."""
+        entry, limit = self.ledger.get(key), {**self.parameters, **parameters}["max_tokens"]
+        if entry is not None and entry.max_tokens is not None:
+            cut_off = entry.finish_reason in ("length", CUT_IN_REASONING) and entry.max_tokens < limit
+            too_long = entry.finish_reason == REFUSED and entry.max_tokens > limit
+            return None if cut_off or too_long else entry
+        return entry
 
     def connect(self) -> Provider:
         """Import LiteLLM and resolve the model, once."""
@@ -91,7 +93,7 @@ class Sender:
         sample: int,
         repair: int,
         stage: str,
-        parameters: Mapping[str, Any] = MappingProxyType({}),
+        parameters: Mapping[str, Any],
         on_text: Callable[[str], None] | None = None,
     ) -> Entry:
         """The reply from the ledger, else from the endpoint, which gets the same request from two jobs once.
@@ -128,7 +130,7 @@ class Sender:
         provider, settings, shown = self.connect(), self.settings, pass_on if on_text else None
         # at most one token per byte, which digits and LaTeX can reach with any tokenizer
         sizes = (_TEMPLATE_TOKENS + len(m["content"].encode(errors="surrogatepass")) for m in messages)
-        limits = (sum(sizes), parameters.get("max_tokens", settings.max_tokens))
+        limits = (sum(sizes), parameters["max_tokens"])
         max_usd = provider.price.cost_usd(*limits) if provider.price else 0.0
         for attempt in range(1, settings.attempts_per_call + 1):
             async with self.budget.reserve(max_usd), self.limiter.call(sum(limits)) as began:
@@ -154,25 +156,32 @@ class Sender:
                     self.limiter.record(began)
                     tokens, cost_usd = provider.charge(completion, limits)
                     seconds = round(time.monotonic() - began, 3)
-                    given = (*tokens, cost_usd, seconds, parameters.get("max_tokens"))
+                    given = (*tokens, cost_usd, seconds, parameters["max_tokens"])
                     entry = Entry(completion.text, completion.finish_reason, *given)
                     self.ledger.put(key, entry)  # its cost counts from now on
             if entry is not None:
                 await self._flush()  # outside the block: the next call need not wait for the disk
                 self._answered = self._succeeded = True
                 self._unanswered = 0
+                self._refused.clear()
                 return entry
             self._answered = self._answered or failure.unreadable or failure.answered
             if failure.action == STOP:
                 raise teacher_error(failure, settings, provider.key_variable)
             if failure.action == REFUSED:
-                self._refused[key] = failure
-                self.raise_if_all_refused(max(MIN_FAILURES, settings.concurrency))
-                entry = Entry(failure.message, REFUSED, None, None, None, 0.0)
-                if self._succeeded:  # others were answered: this one is to blame, also the next time
+                alone = failure.status in _ABOUT_REQUEST
+                entry = Entry(failure.message, REFUSED, None, None, None, 0.0, parameters["max_tokens"])
+                # others were answered: this one is to blame, also the next time
+                if alone and self._succeeded:
                     self.ledger.put(key, entry)
                     await self._flush()
-                return entry
+                else:
+                    self._refused[key] = failure
+                    if len(self._refused) >= max(MIN_FAILURES, settings.concurrency):
+                        raise teacher_error(failure, settings, provider.key_variable)
+                if alone:
+                    return entry
+                raise NoReplyError("no_reply", failure.message)
             wait = failure.wait_seconds(attempt, random.random())
             if attempt == settings.attempts_per_call or wait > LONGEST_WAIT_SECONDS or begun:
                 break
@@ -196,8 +205,8 @@ class Sender:
         self._last_commit, self._next_commit = self._next_commit, None
         await asyncio.to_thread(self.ledger.flush)  # a disk may take 10 ms
 
-    def raise_if_all_refused(self, minimum: int) -> None:
-        """Raise TeacherError if at least `minimum` different requests were refused and none has succeeded."""
-        if not self._succeeded and len(self._refused) >= minimum:
+    def raise_if_all_refused(self) -> None:
+        """Raise TeacherError if several different requests were refused and none has succeeded."""
+        if not self._succeeded and len(self._refused) >= MIN_FAILURES:
             last = next(reversed(self._refused.values()))
             raise teacher_error(last, self.settings, self.connect().key_variable)

@@ -35,6 +35,11 @@ class Bundle:
     rejected: TrainingSequence | None = None
     replay: TrainingSequence | None = None
 
+    @property
+    def sides(self) -> list[TrainingSequence]:
+        """The sequences that it has."""
+        return [side for side in (self.review, self.rejected, self.replay) if side is not None]
+
 
 def build_bundles(
     tokenizer: Tokenizer, pairs: Iterable[Pair], questions: dict[str, str], folder: str = ""

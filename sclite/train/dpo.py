@@ -54,7 +54,7 @@ def train_dpo(
         keys = [bundle.key.rpartition("/") for bundle in bundles]
         kept = job.drop_long_rows(
             [(id, int(sample)) for id, _, sample in keys],
-            [max(len(side.ids) for side in (b.review, b.rejected) if side is not None) for b in bundles],
+            [max(len(side.ids) for side in bundle.sides) for bundle in bundles],
         )
         if not kept:
             raise DataError(f"no pair fits in dpo.max_length = {limit} tokens", "raise dpo.max_length")
@@ -111,8 +111,7 @@ def preference_task(
     """The DPO task: means over the pairs of an optimizer step, and over the tokens of its solved rows."""
     lengths, counts = [], []
     for bundle in bundles:
-        sides = [side for side in (bundle.review, bundle.rejected, bundle.replay) if side is not None]
-        lengths.append(sum(len(side.ids) for side in sides))
+        lengths.append(sum(len(side.ids) for side in bundle.sides))
         decisions = len(bundle.review.marks)
         solved = sum(weight > 0 for weight in bundle.replay.weights) if bundle.replay is not None else 0
         pairs = decisions + (bundle.rejected is not None)

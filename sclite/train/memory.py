@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING
 
 from sclite.errors import DataError
@@ -89,8 +90,8 @@ class Architecture:
     adapted: Counter[Shape]
     query_key_norms: bool
     logit_cap: bool
-    bf16_on_cpu: bool = False
-    rough: str = ""  # why the estimate is rough; empty if it is not
+    bf16_on_cpu: bool
+    rough: str  # why the estimate is rough; empty if it is not
 
     def lora_tensors(self, rank: int) -> list[int]:
         """Sizes of all LoRA factors, A [rank, in] and B [out, rank]."""
@@ -125,13 +126,13 @@ def architecture(config: PretrainedConfig, targets: Sequence[str] = ()) -> Archi
         rough = f"activations of {text.model_type} are estimated as if it were Llama"
     if "linear_attention" in (getattr(text, "layer_types", None) or ()):
         rough = "the working set of linear attention is a guess"
-    heads = text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    layers = getattr(text, "per_layer_config", None) or [text]  # those of Gemma 4 differ
+    query, keys, intermediate = (max(each) for each in zip(*map(_layer_widths, layers), strict=True))
     return Architecture(
         hidden=text.hidden_size,
-        query=heads * width,
-        keys=(getattr(text, "num_key_value_heads", None) or heads) * width,
-        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        query=query,
+        keys=keys,
+        intermediate=intermediate,
         layers=text.num_hidden_layers,
         vocabulary=text.vocab_size,
         max_positions=getattr(text, "max_position_embeddings", None),
@@ -143,6 +144,15 @@ def architecture(config: PretrainedConfig, targets: Sequence[str] = ()) -> Archi
         bf16_on_cpu=cpu_training_dtype(config).itemsize == 2,
         rough=rough,
     )
+
+
+def _layer_widths(layer: PretrainedConfig) -> tuple[int, int, int]:
+    """(query, keys, intermediate) of one layer's configuration; Mamba has no heads, Gemma 3n a list of MLP widths."""
+    heads = getattr(layer, "num_attention_heads", None) or 1
+    width = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+    middle = getattr(layer, "intermediate_size", None) or 4 * layer.hidden_size
+    keys = (getattr(layer, "num_key_value_heads", None) or heads) * width
+    return heads * width, keys, max(middle) if isinstance(middle, list) else middle
 
 
 # -- one step ------------------------------------------------------------------------------------------------------
@@ -185,21 +195,17 @@ class Estimate:
         return sum(self.parts.values())
 
 
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
-
-
 def nf4_bytes(weights: int) -> int:
     """Bytes of one weight in NF4 with double quantization, as bitsandbytes stores it."""
-    blocks = _blocks(weights, NF4_BLOCK)
-    return _blocks(weights, 2) + blocks + 4 * _blocks(blocks, NESTED_BLOCK) + NF4_TABLES
+    blocks = ceil(weights / NF4_BLOCK)
+    return ceil(weights / 2) + blocks + 4 * ceil(blocks / NESTED_BLOCK) + NF4_TABLES
 
 
 def optimizer_bytes(tensors: Iterable[int], bits: int) -> int:
     """Bytes of AdamW's two states for tensors of these sizes: in float32, or in blocks of 8 bits with their absmax."""
     sizes = list(tensors)
     large = [size for size in sizes if size >= MIN_8BIT and bits == 8]
-    blocked = sum(2 * size + 8 * _blocks(size, STATE_BLOCK) for size in large)
+    blocked = sum(2 * size + 8 * ceil(size / STATE_BLOCK) for size in large)
     return 8 * (sum(sizes) - sum(large)) + blocked + STATE_TABLES * bool(large)
 
 
@@ -221,11 +227,10 @@ def peak(model: Architecture, setting: Setting, forwards: Sequence[Forward]) -> 
     if model.query_key_norms:  # their inputs, in float32 without Unsloth
         widths += (1 if offloads else 2) * (model.query + model.keys)
     largest = max(out * into for out, into in model.linears)
-    unpacked = 2 * copies.buffers * largest + 4 * _blocks(largest, NF4_BLOCK) if setting.four_bit else 0
+    unpacked = 2 * copies.buffers * largest + 4 * ceil(largest / NF4_BLOCK) if setting.four_bit else 0
     chunk = head_chunk_size(model.vocabulary)
-    logits = [
-        (2 if model.logit_cap else 1) * model.vocabulary * min(carried, chunk) for _, carried in forwards
-    ]
+    table = (2 if model.logit_cap else 1) * model.vocabulary
+    logits = [table * min(carried, chunk) for _, carried in forwards]
     kept = [KEPT * size * (carried <= chunk) for size, (_, carried) in zip(logits, forwards, strict=True)]
     moments = []
     for last, (tokens, _) in enumerate(forwards):
@@ -265,10 +270,8 @@ def estimate_on_cpu(model: Architecture, setting: Setting) -> Estimate:
     parts, tensors = estimate(model, setting).parts, model.lora_tensors(setting.rank)
     element = 2 if model.bf16_on_cpu else 4  # bytes
     hidden = (6 if model.bf16_on_cpu else 4) * model.hidden
-    kept = (
-        model.layers * (hidden + 4 * (model.query + model.intermediate))
-        + model.adapted.total() * setting.rank
-    )
+    kept = model.layers * (hidden + 4 * (model.query + model.intermediate))
+    kept += model.adapted.total() * setting.rank
     activations = round(HEAP * element * kept * sum(tokens for tokens, _ in setting.forwards()))
     changed = {"weights": element * model.parameters, "optimizer": optimizer_bytes(tensors, 32)}
     return Estimate(parts | changed | {"activations": activations, "layer": 0, "allowance": LIBRARIES})

@@ -8,7 +8,6 @@ import resource
 import signal
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,8 +24,7 @@ FLAT, FALLING, EXPLODING, NOT_A_NUMBER = "margin_flat", "chosen_falling", "gradi
 ADVICE = {
     FLAT: "the margin stays at 0 and dpo_loss at 0.693: the model learns nothing; raise dpo.learning_rate, or check "
     "`sclite show pairs` for pairs with similar sides",
-    FALLING: "chosen texts become less likely, not only rejected ones: raise dpo.nll_weight or lower "
-    "dpo.learning_rate",
+    FALLING: "chosen texts become less likely, not only rejected ones: raise dpo.nll_weight or lower dpo.learning_rate",
     EXPLODING: "the gradient norm is more than ten times its median: lower the learning rate, or raise warmup_ratio",
     NOT_A_NUMBER: "the loss or the gradient is NaN or infinite: lower the learning rate and restart this stage with --fresh",
 }
@@ -45,8 +43,8 @@ ON_THE_LINE = {
 class MetricsLogger:
     """Logs one training: call `add` after each micro-batch and `log_step` after each optimizer step.
 
-    Rows of this phase after step `resumed_from` are removed from metrics.jsonl first. `tokens` of each step, if known,
-    tell how much of the work is done.
+    Rows after step `resumed_from` are removed from metrics.jsonl first. `tokens` of each step, if known, tell how much
+    of the work is done.
     """
 
     def __init__(
@@ -68,9 +66,8 @@ class MetricsLogger:
         lines = path.read_bytes().count(b"\n") if path.is_file() else 0
         if (lost := lines - len(found)) > 0:
             self.warn(f"{path}: {lost} damaged line{'s' * (lost > 1)} removed; the curves lack those steps")
-        kept = [row for row in found if row["phase"] != phase or row["step"] <= resumed_from]
-        self.rows = [row for row in kept if row["phase"] == phase]
-        write_text(path, (json.dumps(row) + "\n" for row in kept))
+        self.rows = [row for row in found if row["step"] <= resumed_from]
+        write_text(path, (json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, figures: Mapping[str, Tensor | list[Tensor]], tokens: int) -> None:
         """Add the figures of a micro-batch: its share of the step's means, or its maxima in lists."""
@@ -97,7 +94,7 @@ class MetricsLogger:
             found["memory_gb"] = peak / 1e9
             self._sums, self._tokens, self._began = {}, 0, time.monotonic()
         if "loss" in logs or "eval_loss" in logs:
-            row = {"phase": self.phase, "step": step} | {k: round(v, 6) for k, v in found.items()}
+            row = {"phase": self.phase, "step": step} | {k: float(f"{v:.7g}") for k, v in found.items()}
             self.rows.append(row)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -124,14 +121,11 @@ class MetricsLogger:
             self.warn("Ctrl-C: saving a checkpoint after this step; press it again to stop at once")
 
         before = signal.getsignal(signal.SIGINT)
-        main = threading.current_thread() is threading.main_thread()  # the only one that gets Ctrl-C
-        if main:
-            signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGINT, interrupt)
         try:
             yield
         finally:
-            if main:
-                signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, before)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

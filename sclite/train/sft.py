@@ -52,8 +52,7 @@ def train_sft(
         if not rows:
             raise DataError(
                 f"all {len(templates)} templates belong to problems reserved for stage 2: SFT has no rows to train on",
-                "`sclite build-data` writes those of the other problems; problems.correction_share sets the reserved "
-                "share",
+                "`sclite build-data` writes those of the other problems; problems.correction_share sets the reserved share",
             )
         if opens_thinking(tokenizer.get_chat_template(), tokenizer.special_tokens_map):
             empty = "the student's chat template opens a <think> block: sclite trains and uses it with an empty one"

@@ -31,7 +31,9 @@ from sclite.student.loader import (
     read_config,
     select_backend,
 )
+from sclite.student.log_probs import check_log_probs
 from sclite.student.origin import record_origin
+from sclite.student.tokenization import piece_ids
 from sclite.train.checkpoints import Checkpoints, sync_folder
 from sclite.train.micro_batch import choose_micro_batch
 from sclite.train.trainer import TrainingTask, train_adapter
@@ -60,6 +62,7 @@ def training_inputs(
     start: dict[str, Any] = {"lora": config.lora.model_dump(mode="json")}
     if before := START.get(stage):
         start = {f"{before}/adapter": run.file_digest(adapter_weights(before))}
+    # `checkpoints` only decides how often the best step is looked for
     without_effect = {"per_device_train_batch_size", "padding_free", "checkpoints", "tensorboard"}
     return {
         "problems kept for stage 2": digest(sorted(unseen)),
@@ -134,7 +137,6 @@ class TrainingJob:
         config, run, stage, report, inputs = self.config, self.run, self.stage, self.report, self.inputs
         checkpoints, weights = Checkpoints(run.path(f"{stage}/checkpoints")), adapter_weights(stage)
         adapter = run.path(f"{START[stage]}/adapter") if stage in START else None
-        copies = adapter is not None and self.settings.num_train_epochs == 0
         manifest = run.done(stage, inputs, weights)
         if manifest and manifest["figures"].get("adapter") in (None, run.file_digest(weights)):
             return Report.of(manifest)
@@ -156,7 +158,7 @@ class TrainingJob:
                     f"restore them to keep what is there, or add --fresh to train {stage} again",
                 )
         with timed(report):
-            if adapter is not None and copies:
+            if adapter is not None and self.settings.num_train_epochs == 0:
                 with _new_folder(run.path(f"{stage}/adapter")) as folder:
                     shutil.copytree(adapter, folder)
             else:
@@ -168,9 +170,10 @@ class TrainingJob:
                 check_tokenizer(tokenizer, read_config(name), name)
                 build_task = prepare(self, tokenizer)
                 micro_batch = choose_micro_batch(config, stage, self.longest)
-                loaded, _ = load_student(config, stage, adapter, train=True)
-                model = cast("PeftModel", loaded)
-                outcome = train_adapter(
+                base = fetch_model(name)  # before the training: afterwards the network may be gone
+                model = cast("PeftModel", load_student(config, stage, adapter, train=True)[0])
+                check_log_probs(model, *piece_ids(tokenizer, ["1 + 1 = 2. How much is 2 + 3?"]))
+                steps, best, warned = train_adapter(
                     model, build_task(model, micro_batch), self.settings, checkpoints,
                     run.path(f"{stage}/metrics.jsonl"), seed=config.seed, micro_batch=micro_batch,
                     progress=self.progress,
@@ -180,9 +183,9 @@ class TrainingJob:
                 run.path(f"done/{stage}.json").unlink(missing_ok=True)
                 with _new_folder(run.path(f"{stage}/adapter")) as folder:
                     model.save_pretrained(str(folder))
-                    record_origin(model, fetch_model(model.config.name_or_path), folder)
-                report.counts["steps"] = outcome.steps
-                report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings}
+                    record_origin(model, base, folder)
+                report.counts["steps"] = steps
+                report.figures |= {"best_step": best, "warnings": warned}
                 if adapter is None:
                     layers = (name.rpartition(".")[2] for name in model.targeted_module_names)
                     report.figures["lora"] = list(dict.fromkeys(layers))

@@ -14,7 +14,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,13 +27,13 @@ from sclite.student.cuda_memory import is_out_of_memory, return_freed_memory
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.losses import LossTerm, weighted_loss
 from sclite.train.metrics_logger import MetricsLogger
-from sclite.train.order import training_order
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 FEW_STEPS = 10
 EVAL_ROWS = 200  # at most; more would add little
+WINDOW = 50  # optimizer steps whose rows are sorted by length together
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,32 @@ class TrainingTask:
         return [rows[place] for place in order]
 
 
-@dataclass
-class TrainingResult:
-    """The result of a training. `best` is the step whose weights are kept, None without an evaluation."""
+def training_order(lengths: Sequence[int], batch: int, epochs: float, seed: int) -> list[int]:
+    """Row numbers, `batch` for each optimizer step, over `epochs` epochs; the last step may be smaller.
 
-    steps: int
-    best: int | None = None
-    warnings: list[str] = field(default_factory=list)
+    The order depends on the seed alone: a step has the same rows whatever the micro-batch, and a resumed training
+    continues at the very row. Rows of similar length (in tokens) share a step, so that little is padded. The step with
+    the longest row comes first: running out of memory shows at once and not after an hour.
+    """
+    draw = random.Random(seed)
+    wanted = max(1, round(epochs * len(lengths))) if lengths and epochs > 0 else 0
+    numbers: list[int] = []
+    while len(numbers) < wanted:
+        epoch = list(range(len(lengths)))
+        draw.shuffle(epoch)
+        numbers += epoch
+    numbers = numbers[:wanted]
+    steps: list[list[int]] = []
+    for start in range(0, wanted, WINDOW * batch):
+        window = sorted(numbers[start : start + WINDOW * batch], key=lambda i: -lengths[i])
+        cut = [window[i : i + batch] for i in range(0, len(window), batch)]
+        partial = [cut.pop()] if len(cut[-1]) < batch else []
+        draw.shuffle(cut)
+        steps += [*cut, *partial]
+    if len(steps) > 1:
+        full = range(len(steps) - (len(steps[-1]) < batch))
+        steps.insert(0, steps.pop(max(full, key=lambda s: lengths[steps[s][0]])))
+    return [number for step in steps for number in step]
 
 
 def held_out_rows(count: int, share: float, seed: int) -> list[int]:
@@ -89,11 +108,11 @@ def train_adapter(
     seed: int,
     micro_batch: int,
     progress: Progress = no_progress,
-) -> TrainingResult:
+) -> tuple[int, int | None, list[str]]:
     """Train the model's adapter in place, from its last complete checkpoint if there is one; logs steps to `metrics`.
 
-    Raises GpuMemoryError, ScliteError if nothing was learned, KeyboardInterrupt after Ctrl-C, once a checkpoint is
-    saved.
+    Returns (steps, the step whose weights are kept or None without an evaluation, warnings). Raises GpuMemoryError,
+    ScliteError if nothing was learned, KeyboardInterrupt after Ctrl-C, once a checkpoint is saved.
     """
     from transformers import EarlyStoppingCallback
 
@@ -108,8 +127,7 @@ def train_adapter(
     trainer = build_trainer(model, task, arguments, order, logger, checkpoints)
     if task.held_out and settings.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
-    steps = len(tokens)
-    if steps < FEW_STEPS:
+    if (steps := len(tokens)) < FEW_STEPS:
         remedy = f"raise {phase}.num_train_epochs, lower {phase}.batch_size, or add problems"
         plural = "s" * (steps != 1)
         logger.warn(f"{phase}: only {steps} optimizer step{plural}, too few to learn much: {remedy}")
@@ -118,7 +136,7 @@ def train_adapter(
         trainer.train(resume_from_checkpoint=str(checkpoints.path(step)) if step else None)
     if logger.interrupted:
         raise KeyboardInterrupt
-    last, best = trainer.state.global_step, trainer.state.best_global_step if task.held_out else None
+    last, best = trainer.state.global_step, trainer.state.best_global_step  # None without an evaluation
     if best and best != last:
         if checkpoints.path(best).is_dir():
             load_adapter(model, checkpoints.path(best))
@@ -127,7 +145,7 @@ def train_adapter(
             best = last
     finite = all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
     if finite and _weights_hash(model) != before:
-        return TrainingResult(last, best or None, logger.warnings)
+        return last, best, logger.warnings
     reason, change = "training did not change the adapter", "raise"
     if not finite:
         reason, change = "weights of the adapter are NaN or infinite after the last step", "lower"
@@ -179,18 +197,16 @@ def training_arguments(
         "use_cpu": not cuda,
         "gradient_checkpointing": cuda,
         "logging_steps": 1,
-        "save_strategy": "steps",
         "save_steps": every,
         "restore_callback_states_from_checkpoint": True,  # the count of early stopping
-        "save_total_limit": 2,  # the older one stays until the newer one is known to be complete
+        # the older one, beside the best, stays until the newer one is known to be complete
+        "save_total_limit": 3 if evaluates else 2,
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": every if evaluates else None,
         "metric_for_best_model": "eval_loss" if evaluates else None,
-        "greater_is_better": False,
         "report_to": ["tensorboard"] if settings.tensorboard else [],
         "disable_tqdm": True,
         "remove_unused_columns": False,
-        "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,
         "seed": seed,
         "data_seed": seed,
@@ -230,7 +246,7 @@ def build_trainer(
     `order` are row numbers, those of one optimizer step after those of the other.
     """
     import torch
-    from transformers import PrinterCallback, Trainer, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
     totals = [task.totals(order[start : start + batch]) for start in range(0, len(order), batch)]
@@ -259,6 +275,7 @@ def build_trainer(
                 terms = task.losses(model, inputs["batch"])
                 loss, figures = weighted_loss(terms, totals[self.state.global_step])
             self.accelerator.backward(loss)
+            figures["loss"] = loss.detach()  # where it is NaN, the trainer logs 0
             logger.add(figures, sum(task.lengths[number] for number in inputs["numbers"]))
             return loss.detach()
 
@@ -279,26 +296,9 @@ def build_trainer(
         def log(self, logs, start_time=None):
             super().log(logger.log_step(logs, self.state.global_step, self.state.max_steps))
 
-    if arguments["gradient_checkpointing"]:
-        model.enable_input_require_grads()
-    trainer = AdapterTrainer(
-        model=model,
-        args=TrainingArguments(**arguments),
-        train_dataset=list(order),
-        eval_dataset=list(task.held_out),
-        data_collator=lambda numbers: {"numbers": numbers, "batch": task.collate(numbers)},
-        callbacks=[_step_callback(logger, checkpoints)],
-    )
-    trainer.args._n_gpu = 1  # else the trainer splits every micro-batch over all GPUs it sees
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _step_callback(logger: MetricsLogger, checkpoints: Checkpoints) -> Any:
-    """Saves and stops after Ctrl-C, evaluates the last step, and marks complete checkpoints."""
-    from transformers import TrainerCallback
-
     class StepCallback(TrainerCallback):
+        """Saves and stops after Ctrl-C, evaluates the last step, and marks complete checkpoints."""
+
         def on_step_end(self, args, state, control, model, **_):
             if model.device.type == "cpu":
                 return_freed_memory()
@@ -310,4 +310,16 @@ def _step_callback(logger: MetricsLogger, checkpoints: Checkpoints) -> Any:
         def on_save(self, args, state, control, **_):
             checkpoints.mark(state.global_step)
 
-    return StepCallback()
+    if arguments["gradient_checkpointing"]:
+        model.enable_input_require_grads()
+    trainer = AdapterTrainer(
+        model=model,
+        args=TrainingArguments(**arguments),
+        train_dataset=list(order),
+        eval_dataset=list(task.held_out),
+        data_collator=lambda numbers: {"numbers": numbers, "batch": task.collate(numbers)},
+        callbacks=[StepCallback()],
+    )
+    trainer.args._n_gpu = 1  # else the trainer splits every micro-batch over all GPUs it sees
+    trainer.remove_callback(PrinterCallback)
+    return trainer

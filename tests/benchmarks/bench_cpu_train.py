@@ -31,10 +31,9 @@ def train(side: str, folder: str, micro: int, steps: int) -> None:
     from sclite.student.tokenization import encode_solution
     from sclite.train.checkpoints import Checkpoints
     from sclite.train.micro_batch import choose_micro_batch
-    from sclite.train.order import training_order
     from sclite.train.sft import supervised_task
     from sclite.train.stage import quiet_libraries
-    from sclite.train.trainer import train_adapter
+    from sclite.train.trainer import train_adapter, training_order
 
     stage = {"batch_size": BATCH, "num_train_epochs": 1, "eval_share": 0, "checkpoints": 1}
     config = Config.model_validate({"student": {"model": folder, "backend": "plain"}, "sft": stage})

@@ -23,7 +23,7 @@ from sclite.evaluate.metrics import Outcome, auc
 from sclite.student.base import ScoreRequest
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.self_correction import run_together
-from sclite.student.step_scores import Odds, pool, read_odds, review_odds
+from sclite.student.step_scores import Odds, pool, read_odds
 from sclite.trace import Trace, render
 
 RESAMPLES = 1000
@@ -38,7 +38,7 @@ SHOWN = {
 
 def request_of(outcome: Outcome, shown: str) -> ScoreRequest:
     """What a review asks for the scores of an answer, with a part of the work in its prompt."""
-    request = next(review_odds(outcome.question, outcome.work))
+    request = next(read_odds(outcome.question, outcome.work))
     assert isinstance(request, ScoreRequest)
     messages = prompts.review_messages(outcome.question, render(SHOWN[shown](outcome.work)))
     return replace(request, messages=messages)

@@ -207,7 +207,7 @@ def script(model: Any, tokenizer: Any, _: Any, case: Case, turn: Turn | None = N
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from sclite.train.order import training_order
+    from sclite.train.trainer import training_order
 
     rows = solved_rows(case.steps * case.batch, case.full, case.length)
     rows = [rows[i] for i in training_order([len(row.ids) for row in rows], case.batch, 1, 0)]

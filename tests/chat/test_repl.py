@@ -18,7 +18,7 @@ from sclite.chat import answer, conversation, repl
 from sclite.chat.answer import Settings
 from sclite.chat.conversation import KEYS, Chat
 from sclite.config import Config
-from sclite.errors import DataError, TeacherError, UsageError
+from sclite.errors import DATA, DONE, NETWORK, DataError, TeacherError, UsageError
 from sclite.quickstart.problem_sets import problem_set
 from sclite.quickstart.tutor_provider import MODEL
 from sclite.records import Feedback, Pair, Review
@@ -29,7 +29,7 @@ from tests.replay import TeacherServer, say
 from tests.toy import tiny_gguf, tiny_llama, write_rows
 
 
-def chatted(monkeypatch, run, student, at=None, lines=("How many?",), config=None, **options) -> bool:
+def chatted(monkeypatch, run, student, at=None, lines=("How many?",), config=None, **options) -> int:
     monkeypatch.setattr(answer, "check_gguf", lambda path: None)
     monkeypatch.setattr(answer, "Engine", lambda *_, **__: student)
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
@@ -49,18 +49,19 @@ def chatted(monkeypatch, run, student, at=None, lines=("How many?",), config=Non
     ],
 )
 def test_notes_say_what_an_answer_lacks(monkeypatch, capsys, run, student, options, message):
-    assert chatted(monkeypatch, run, student, question="How many?", **options)
+    assert chatted(monkeypatch, run, student, question="How many?", **options) == DONE
     assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_pipe_gets_one_answer_per_question_or_the_whole_reply_without_one(monkeypatch, capsys, run):
     lines = ("How many?", "", "   ", "word " * 100, "[/red] \x1b[2J?")
     student = Scripted(text=PLAIN.replace(">5<", ">5 [/red]\x1b[2J\n6<"))
-    assert not chatted(monkeypatch, run, student, lines=lines)
+    assert chatted(monkeypatch, run, student, lines=lines) == DATA
     out, err = capsys.readouterr()
     assert out == "5 [/red]␛[2J 6\n\n5 [/red]␛[2J 6\n"
     assert "error: cannot answer the question" in err
-    assert chatted(monkeypatch, run, Scripted(text="It is\nnine."), lines=("How many?", "", "And now?"))
+    lines = ("How many?", "", "And now?")
+    assert chatted(monkeypatch, run, Scripted(text="It is\nnine."), lines=lines) == DONE
     out, err = capsys.readouterr()
     assert out == "It is nine.\nIt is nine.\n"
     notes = [" ".join(part.split()) for part in err.split("note: ")[1:]]
@@ -70,16 +71,23 @@ def test_a_pipe_gets_one_answer_per_question_or_the_whole_reply_without_one(monk
 
 def test_json_gives_one_object_per_question(monkeypatch, capsys, run):
     lines = ("How many?", "word " * 100)
-    assert not chatted(monkeypatch, run, Scripted(**CORRECTING), lines=lines, as_json=True)
+    assert chatted(monkeypatch, run, Scripted(**CORRECTING), lines=lines, as_json=True) == DATA
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert (first["answer"], first["accused"], first["correction"]) == ("6", 2, "4 + 1 = 5")
     assert first["step_scores"] == [-2.0, 3.0, -1.0]
     assert (first["tokens"], first["prefill_tokens"]) == (15, 9)
     assert second["error"] == "cannot answer the question: too long"
-    chatted(monkeypatch, run, Scripted(), None, question="How many?", as_json=True, off="review is off: why")
-    found = json.loads(capsys.readouterr().out)
-    assert found["answer"] == "5"
-    assert found["note"] == "review is off: why"
+    for question in ("How many?", None):  # alone, or in a pipe
+        chatted(monkeypatch, run, Scripted(), question=question, as_json=True, off="review is off: why")
+        found = json.loads(capsys.readouterr().out)
+        assert found["answer"] == "5"
+        assert found["note"] == "review is off: why"
+
+
+def test_a_pipe_ends_with_the_exit_code_of_its_last_error(monkeypatch, run):
+    lines = ("word " * 100, "How many?")
+    assert chatted(monkeypatch, run, Scripted(), lines=lines, endpoint=Scripted(), off="off") == NETWORK
+    assert chatted(monkeypatch, run, Scripted(), lines=lines) == DATA
 
 
 @pytest.mark.parametrize(
@@ -159,6 +167,11 @@ def test_endpoint_reviews_freely(sclite, monkeypatch):
 @pytest.fixture
 def chat(run):
     return Chat(Scripted(**CORRECTING), 512, Path("x.gguf"), run, Settings())
+
+
+def test_question_in_another_encoding_gets_replacement_characters(chat):
+    assert chat.ask("caf\udce9?").question == "caf\ufffd?"  # as Python reads $'caf\xe9?' in an argument
+    assert "caf\ufffd?" in chat.student.asked[0].messages[-1]["content"]
 
 
 def test_questions_are_solved_alone_unless_history_is_on(chat):
@@ -316,6 +329,12 @@ def test_why_lists_the_probability_of_each_step(chat, capsys):
     shown = capsys.readouterr().out
     assert "2 + 2 = 4" in shown  # the review scores the corrected step
     assert "2 + 2 = 5" not in shown
+    chat.student = Scripted(render(Trace((Step("The list [a, b] has 2."), Step("See [/b].")), None, "2")))
+    chat.ask("How many?")
+    chat.command("/why")
+    shown = capsys.readouterr().out
+    assert "The list [a, b] has 2." in shown
+    assert "See [/b]." in shown
 
 
 def test_saved_conversations_can_be_loaded(chat, tmp_path):
@@ -430,7 +449,8 @@ class Slow(Scripted):
             time.sleep(60)
         if "four" in asked:
             lines = asked.partition("four")[2].count("\\n")
-            yield Reply(0, f"read {lines} line ends", 5, 20, "stop")
+            quotes = asked.partition("four")[2].count('"')
+            yield Reply(0, f"read {lines} line ends, {quotes} quotes{' and U+FFFD' * ('\ufffd' in asked)}", 5, 20, "stop")
         else:
             yield from super().stream(ask, cancel, pieces)
 
@@ -458,6 +478,12 @@ def test_a_session_takes_pastes_and_survives_errors_and_ctrl_c(terminal, leave, 
     time.sleep(0.3)  # the Enter that follows is typed, not pasted
     terminal.send("\r")
     terminal.wait("read 4 line ends")
+    terminal.wait(CLEARED)
+    terminal.send('"""four? He asked: "why""""\r')
+    terminal.wait(", 2 quotes")
+    terminal.wait(CLEARED)
+    os.write(terminal.ours, b"four caf\xe9s\r")
+    terminal.wait("and U+FFFD")
     terminal.wait(CLEARED)
     terminal.send("word " * 100 + "\r")
     terminal.wait("too long")

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -89,6 +90,8 @@ def scripted():
 
 CONTENT = "1. 2 + 2 = 4\n2. 4 + 1 = 5\n3. 5 + 1 = 6\n\nAnswer: 6"
 PLAIN_WRONG = "1. 2 + 2 = 4\n2. 4 + 1 = 6\n3. 6 + 1 = 7\nAnswer: 7"
+OWN = render(Trace((Step("2 + 2 = 5", None, "Too many.", "2 + 2 = 4"), Step("4 + 1 = 5")), None, "5"))
+"""A student that corrects itself as it solves."""
 REASONING = (
     "1. 2 + 2 = 4\n2. 4 + 1 = 6\n3. 6 + 1 = 7\nAnswer: 7\n\nProbability of an error: step 1: 12 %, step 2: 95 %, "
     "step 3: 27 %\n\nReview of step 2\nWhy wrong: 4 and 1 are 5.\nCorrect: 4 + 1 = 5\n3. 5 + 1 = 6\nAnswer: 6"
@@ -175,10 +178,11 @@ def test_conversation_is_held_by_the_last_question_and_raw_gets_all_of_it(script
         (Scripted("<Step1", finish="length"), Settings(), {}, "", False),
         (Scripted("2 < 3 <Answer>yes</Answer>"), Settings(), {}, "2 < 3 Answer: yes", True),
         (Scripted(**CORRECTING, finish="length"), Settings(), {}, PLAIN_WRONG.replace("\nA", "\n\nA"), True),
+        (Scripted(OWN), Settings(), {}, "1. 2 + 2 = 4\n2. 4 + 1 = 5\n\nAnswer: 5", True),
     ],
-    ids=["no review", "no review, stop", "cut off in a tag", "no steps", "cut off"],
+    ids=["no review", "no review, stop", "cut off in a tag", "no steps", "cut off", "own correction"],
 )
-def test_content_without_a_review(student, settings, asked, content, reasoning, streamed):
+def test_content_without_a_correction_by_the_review(student, settings, asked, content, reasoning, streamed):
     with serving(Service(student, "tom", settings, 2)) as url:
         reply = client(url).chat.completions.create(model="tom", messages=ASK, stream=streamed, **asked)
         said = [chunk.choices[0].delta for chunk in reply] if streamed else [reply.choices[0].message]
@@ -214,6 +218,17 @@ def test_choices_have_seeds_of_their_own_and_a_limit_of_tokens(raw):
     assert sum(a == b for a, b in zip(texts, again, strict=True)) >= 2  # rounding differs between batches
     reply = client(raw[0]).chat.completions.create(model="base:raw", messages=ASK, max_tokens=3)
     assert (reply.choices[0].finish_reason, reply.usage.completion_tokens) == ("length", 3)
+
+
+def test_request_without_a_seed_is_another_sample_each_time(raw, scripted):
+    ask = {"model": "base:raw", "messages": ASK, "temperature": 1.5, "max_tokens": 24}
+    replies = [client(raw[0]).chat.completions.create(**ask).choices[0].message.content for _ in range(3)]
+    assert len(set(replies)) == 3
+    for seed in (None, None, 0, 0):
+        client(scripted[0]).chat.completions.create(model="tom:raw", messages=ASK, temperature=1, seed=seed)
+    seeds = [request.seed for request in scripted[1].student.asked]
+    assert seeds[0] != seeds[1]
+    assert seeds[2:] == [0, 0]
 
 
 def test_models_health_and_metrics(scripted):
@@ -253,6 +268,41 @@ def test_page_shows_the_correction_that_a_step_has_of_its_own():
     text = json.dumps(render(Trace(steps, None, "5")))
     shown = subprocess.check_output(["node", "-e", f"{code}\nconsole.log(JSON.stringify(steps({text})))"])
     assert json.loads(shown) == [[1, "2 + 2 = 5", "Four.", "2 + 2 = 4"], [2, "4 + 1 = 5", None, None]]
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs node")
+def test_page_shows_the_correction_of_a_step_after_the_reviewed_one():
+    page = (ROOT / "sclite/chat/page.html").read_text()
+    code = page[page.index("function steps(") : page.index("// The text that has come")]
+    code += page[page.index("function draw(") : page.index("async function ask(")]
+    code += "function add(parent, tag, kind, text) { parent.children.push({ text, children: [] });"
+    code += "return parent.children.at(-1); }"
+    final = Step("2 + 2 = 4"), Step("4 + 1 = 5"), Step("5 + 1 = 7", None, "Too many.", "5 + 1 = 6")
+    found = {"first": WRONG, "accused": 2, "cause": "Five.", "correction": "4 + 1 = 5", "answer": "6"}
+    found |= {"step_scores": [-2.0, 3.0, -1.0], "final": render(Trace(final, None, "6"))}
+    code += f"const turn = {{ children: [] }}; draw(turn, {json.dumps(found)});"
+    code += "const texts = item => item.children.map(part => part.text);"
+    code += "console.log(JSON.stringify(turn.children[0].children.map(texts)));"
+    assert json.loads(subprocess.check_output(["node", "-e", code])) == [
+        ["·", 1, "12%", "2 + 2 = 4"],
+        ["✗", 2, "95%", "4 + 1 = 6", "Five."],
+        ["→", 2, "", "4 + 1 = 5"],
+        ["✗", 3, "", "5 + 1 = 7", "Too many."],
+        ["→", 3, "", "5 + 1 = 6"],
+    ]
+
+
+def test_null_is_the_default_of_a_field(scripted):
+    body = {"model": "tom", "messages": ASK} | dict.fromkeys(("n", "stream", "stop", "temperature", "seed"))
+    reply = httpx.post(f"{scripted[0]}/v1/chat/completions", json=body)
+    assert [each["message"]["content"] for each in reply.json()["choices"]] == [CONTENT]
+
+
+def test_name_that_ends_in_raw_has_a_model_that_reviews():
+    with serving(Service(Scripted(**CORRECTING), "math:raw", Settings(), 1)) as url:
+        for name, content in (("math:raw", CONTENT), ("math:raw:raw", WRONG)):
+            reply = client(url).chat.completions.create(model=name, messages=ASK)
+            assert reply.choices[0].message.content == content
 
 
 LONG = "word " * 600
@@ -461,6 +511,17 @@ def test_client_that_leaves_before_the_first_text_frees_its_slot(streamed):
             wait_until(lambda: service.active == 0)
         finally:
             student.release.set()
+
+
+def test_client_that_leaves_while_it_sends_its_question_is_no_failure(scripted):
+    url, service = scripted
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+        connection.sendall(f'{head}{{"model": '.encode())
+        time.sleep(0.2)
+    wait_until(lambda: service.counts)
+    assert list(service.counts) == ['errors_total{status="499"}']
+    assert httpx.get(f"{url}/health").json()["active"] == 0
 
 
 def test_no_reply_is_lost_or_mixed_up():

@@ -9,7 +9,7 @@ from sclite import config
 from sclite.config import Config
 from sclite.data.attempts import attempts_inputs, deduplicate, write_attempts
 from sclite.progress import no_progress
-from sclite.records import Attempt
+from sclite.records import Attempt, Drop
 from sclite.run import Run
 from sclite.student.base import Reply
 from sclite.student.endpoint import Endpoint
@@ -110,6 +110,12 @@ def test_rows_made_with_other_settings_are_discarded(run, grader):
     assert report.counts == {"attempts": 15, "right": 0, "wrong": 0, "unknown": 15}  # of failed calls
 
 
+def test_drops_of_an_earlier_import_are_forgotten_by_sampling(run, grader):
+    run.append("dropped.jsonl", [Drop(stage=stage, id="1", reason="r") for stage in ("attempts", "eval")])
+    sample(run, grader, Deterministic())
+    assert [drop.stage for drop in run.read("dropped.jsonl", Drop)] == ["eval"]
+
+
 def test_identical_attempts_count_once_and_a_changed_copy_is_parsed_anew():
     text = "<Step1>a\n</Step1>\n<Answer>1</Answer>"
     same, other = "<step 1>a</step 1><answer>1</answer>", "<Answer>1</Answer>"
@@ -117,7 +123,9 @@ def test_identical_attempts_count_once_and_a_changed_copy_is_parsed_anew():
         Attempt(id=i, sample=s, trace=t, answer="1", correct=True)
         for i, s, t in (("p1", 0, text), ("p1", 1, same), ("p1", 2, other), ("p2", 0, text))
     ]
-    assert [(r.id, r.sample) for r in deduplicate(rows)] == [("p1", 0), ("p1", 2), ("p2", 0)]
+    failed = [Attempt(id="p2", sample=s, trace="", answer=None, correct=None) for s in (1, 2)]
+    found = [(row.id, row.sample) for row in deduplicate([*rows, *failed])]
+    assert found == [("p1", 0), ("p1", 2), ("p2", 0), ("p2", 1), ("p2", 2)]
     row = Attempt(id="p", sample=0, trace="<Answer>1</Answer>", answer="1", correct=True)
     assert row.parsed is row.parsed
     assert row.parsed.trace.answer == "1"

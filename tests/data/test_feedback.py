@@ -1,13 +1,17 @@
 """Answers judged in the chat become attempts: graded by the run's, the user's or the teacher's answer, each once."""
 
 import json
+import re
 
 import pytest
 
+from sclite import pipeline
 from sclite.config import Config
+from sclite.context import Context
 from sclite.data.feedback import write_feedback
 from sclite.data.problems import gather_problems
-from sclite.records import FEEDBACK, Attempt, Drop, Feedback, Problem
+from sclite.progress import ProgressDisplay
+from sclite.records import FEEDBACK, Attempt, Drop, Feedback, Problem, Review
 from sclite.run import Report
 from sclite.teacher.client import Result
 from sclite.trace import Step, Trace, parse, render
@@ -161,6 +165,40 @@ def test_answer_that_cannot_be_compared_contradicts_no_verdict(run, unsure):
     judge(run, False, "x")
     report, _ = build(run, unsure)
     assert (report.counts, report.dropped) == ({"good": 1, "bad": 0}, {"grader_unknown": 1})
+
+
+def test_judged_attempt_is_not_used_while_its_problem_is_gone(run, write):
+    mine = [Problem(id="p0", question=QUESTION, answer="36")]
+    tried = {
+        "question": QUESTION,
+        "steps": ["48 + 24 = 72", "72 / 2 = 37"],
+        "answer": "37",
+        "first_error_step": 2,
+    }
+    source = write("tried.jsonl", tried)
+    run.replace("problems.jsonl", mine)
+    judge(run, False, "38")
+    noted = "<Cause>No.</Cause>\n<Correction>72 / 2 = 36</Correction>\n</Step2>"
+
+    def correct(request, nth):
+        work = request["messages"][-1]["content"].partition("work:\n")[2]
+        return say(re.sub("</Step2>.*", f"{noted}\n<Answer>36</Answer>", work, flags=re.S))
+
+    def reviewed(server, alone) -> list[str]:
+        teacher = {"model": "openai/replay", "api_base": server.url}
+        chosen = Config.model_validate({"teacher": teacher, "attempts": {"source": source}})
+        pipeline.build_corrections(Context(chosen, run, ProgressDisplay(quiet=True)), alone=alone)
+        return [row.id.partition("-")[0] for row in run.read("reviews.jsonl", Review)]
+
+    with TeacherServer(correct) as server:
+        assert reviewed(server, True) == ["feedback", "p0"]
+        run.replace("problems.jsonl", mine)
+        assert reviewed(server, False) == ["p0"]
+        attempts = run.path("attempts.jsonl").read_bytes()
+        assert reviewed(server, False) == ["p0"]
+        assert run.path("attempts.jsonl").read_bytes() == attempts
+        assert reviewed(server, True) == ["feedback", "p0"]
+        assert len(server.requests) == 2
 
 
 def test_problems_of_the_chat_do_not_count_as_imported_ones(run, grader):

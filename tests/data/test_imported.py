@@ -217,6 +217,17 @@ def test_invalid_imported_row_is_reported(filled, name, row, change, said):
     assert error.value.hint
 
 
+def test_imported_decision_after_its_content_pair_is_reported(filled):
+    of = {"step": 1, "prefix": PREFIX[:1], "rejected": "</Step1>\n"}
+    content = {"step": 1, "prefix": (PREFIX[0], CAUSE)}
+    rows = [DECISION.model_copy(update=of), DECISION, CONTENT.model_copy(update=content)]
+    filled.replace("pairs.jsonl", rows)
+    with pytest.raises(
+        DataError, match=r"row 2 \(p0\): step is 2, after its attempt's content pair at step 1"
+    ):
+        pipeline.build_pairs(context_of(filled))
+
+
 WEIGHTS = save({"lora_A": np.zeros((2, 2), np.float32)})
 
 

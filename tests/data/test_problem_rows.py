@@ -1,5 +1,6 @@
 """Rows of a problem file: which column and which text is the answer, and which rows are unusable."""
 
+import hashlib
 import math
 from datetime import date
 from decimal import Decimal
@@ -109,7 +110,8 @@ def test_calculator_marks_and_thoughts_are_no_part_of_a_solution():
 def test_columns_are_found_in_any_case_or_reported_with_those_that_exist():
     assert read_problem({"question": "?", "answer": "2", "id": 7}, {}).id == "7"
     assert read_problem({"question": "?", "answer": "2", "solution": "Count on."}, {}).solution == "Count on."
-    assert read_problem({"Question": "?", "ANSWER": "2"}, {}).answer == "2"
+    problem = read_problem({"Unique_ID": "u", "Question": "?", "ANSWER": "2", "ID": 7}, {})
+    assert (problem.answer, problem.id) == ("2", "7")
     with pytest.raises(BadRow, match="no known column, found: prompt, target") as caught:
         read_problem({"prompt": "q", "target": "a"}, {})
     assert "question and answer" in caught.value.hint
@@ -117,6 +119,11 @@ def test_columns_are_found_in_any_case_or_reported_with_those_that_exist():
     assert error.message == "no column golden, found: question, gold"
     assert "answer_column" in error.hint
     assert "no known column" in refused({"question": "question"}, gold="1").message
+
+
+def test_id_like_those_of_the_chats_feedback_is_replaced_by_a_hash():
+    problem = read_problem({"id": "feedback-1", "question": "?", "answer": "2"}, {})
+    assert problem.id == hashlib.sha256(b"?").hexdigest()[:12]
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_csv_has_bom_newlines_and_quotes_of_which_none_may_stay_open(tmp_path):
 
 def test_missing_file_folder_pipe_and_standard_input_are_rejected(tmp_path):
     assert "nothing.jsonl does not exist" in refused(tmp_path / "nothing.jsonl").message
-    for name in ("nothing.txt", "nothing.jsonl.gz", "./nothing"):
+    for name in ("nothing.txt", "nothing.jsonl.gz", "./nothing", "~nobody-here/p.jsonl"):
         assert f"{Path(name)} does not exist" in refused(name).message
     assert "is a folder" in refused(tmp_path).message
     assert "standard input cannot be problems.source" in refused("-").message

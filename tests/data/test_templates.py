@@ -106,7 +106,7 @@ def test_drops_have_a_reason_and_the_raw_reply(run, grader):
     def answer(request, nth):
         number = number_of(request)
         if number == 3:
-            return fail(404, "no known question in this request")
+            return fail(400, "no known question in this request")
         return say(reply(99)) if number == 5 else right(request, nth)
 
     with TeacherServer(answer) as server:

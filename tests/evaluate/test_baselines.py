@@ -16,9 +16,10 @@ PROBLEMS = [Problem(id=f"p{n}", question=f"What is {n} + 1?", answer=str(n + 1))
 def measure(run, grader):
     """(label, figures) of a baseline of some of PROBLEMS."""
 
-    def measure(name, student, count=3, identity="digest"):
+    def measure(name, student, count=3, identity="digest", **settings):
         held_out = HeldOut(PROBLEMS[:count], [], "mine.jsonl", "mine.jsonl", "eval/mine")
-        (found,) = measure_baseline(Config(), run, name, student, held_out, identity, grader).items()
+        config = Config.model_validate({"eval": settings})
+        (found,) = measure_baseline(config, run, name, student, held_out, identity, grader).items()
         return found
 
     return measure
@@ -65,3 +66,5 @@ def test_failed_calls_are_unknown_and_results_are_kept(measure):
     assert measure("base", again)[1] == figures
     assert again.requests == []
     assert measure("base", again, identity="other")[1]["acc_t1"] == 1
+    measure("base", again, identity="other", context=512)
+    assert len(again.requests) == 6  # replies that did not fit may fit now

@@ -1,5 +1,6 @@
 """The evaluation of one model, its table, and the example that is shown."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,18 @@ def test_failed_calls_of_a_model_behind_an_api_are_made_again(run, grader):
     assert unknown() == 0  # nothing has changed
 
 
+def test_first_and_all_tokens_are_averaged_over_the_same_answers(evaluate_student):
+    class Failing(ScriptedStudent):
+        def generate(self, requests):
+            for reply in super().generate(requests):
+                failed = reply.finish == "error"
+                yield replace(reply, tokens=0) if failed else replace(reply, prefill_tokens=7)
+
+    figures = evaluate_student(Failing(PLAIN, finishes=("error", "stop")), True)
+    assert (figures["unknown"], figures["tokens"], figures["tokens_first"]) == (10, 10.0, 10.0)  # no review
+    assert (figures["prefill"], figures["prefill_first"]) == (7.0, 7.0)
+
+
 def test_solved_problems_are_shown_and_truncated_answers_counted(evaluate_student):
     seen = []
     evaluate_student(WorkCounter(ScriptedStudent(PLAIN), 20, 20, lambda *report: seen.append(report)), True)
@@ -145,7 +158,8 @@ def test_table_has_dashes_for_ungraded_answers_and_the_cost_of_the_review(capsys
     tokens = {"tokens1": 30, "tokens2": 4, "prefill1": 9, "prefill2": 50}
     rows = [Outcome(id=str(i), correct1=True, correct2=True, **WHOLE, **tokens) for i in range(2)]
     assert "prefill1" not in rows[0].model_dump()
-    shown = table_of(capsys, rows, tokens_first=30, prefill_first=9, seconds_first=0.5, seconds=0.75)
+    rows.append(Outcome(id="failed", correct1=None, correct2=None, **WHOLE))
+    shown = table_of(capsys, rows, seconds_first=0.5, seconds=0.75)
     said = "answer 30 tokens generated, 9 prompt tokens, 0.50 s; review 4 tokens generated, 50 prompt tokens, 0.25 s"
     assert f"dpo, per problem: {said}" in " ".join(shown.split())
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sclite.evaluate.metrics import NEVER, Outcome, auc, compute_metrics, harmonic_mean, mcnemar_p
+from sclite.evaluate.metrics import NEVER, Outcome, auc, compute_metrics, harmonic_mean
 
 VERDICTS = st.sampled_from([True, False, None])
 
@@ -38,11 +38,12 @@ def test_unknown_outcome_is_not_a_wrong_answer():
     failed_review = [outcome(True, None, 0), outcome(True, False, 1, accused=1)]
     assert compute_metrics(failed_review)["acceptance"] == 0.0
     rows = [
-        outcome(True, True, 0, tokens1=10, tokens2=4, cut=True),
-        outcome(None, None, 1, format_ok=False, tokens1=99, cut=True),
+        outcome(True, True, 0, tokens1=10, tokens2=4, prefill1=7, cut=True),
+        outcome(None, None, 1, format_ok=False, tokens1=99, prefill1=88, cut=True),
     ]
     figures = compute_metrics(rows)
     assert (figures["tokens"], figures["format_validity"], figures["cut"]) == (14.0, 1.0, 1)
+    assert (figures["tokens_first"], figures["prefill_first"]) == (10.0, 7.0)
 
 
 def test_undefined_figures_are_none_and_not_zero():
@@ -149,5 +150,10 @@ def test_auc_needs_both_classes(wrong):
     ("gained", "spoiled", "p"), [(0, 0, 1.0), (1, 0, 1.0), (5, 0, 2 / 32), (8, 1, 20 / 512), (1, 8, 20 / 512)]
 )
 def test_mcnemar_is_the_exact_binomial(gained, spoiled, p):
-    assert mcnemar_p(gained, spoiled) == pytest.approx(p)
-    assert 0 < mcnemar_p(2100, 1900) < 0.01  # does not overflow
+    rows = outcomes((True, True), *[(False, True)] * gained, *[(True, False)] * spoiled)
+    assert compute_metrics(rows, bootstrap=0)["mcnemar_p"] == pytest.approx(p)
+
+
+def test_mcnemar_of_thousands_of_answers_does_not_overflow():
+    rows = outcomes(*[(False, True)] * 2100, *[(True, False)] * 1900)
+    assert 0 < compute_metrics(rows, bootstrap=0)["mcnemar_p"] < 0.01

@@ -73,7 +73,8 @@ class Reader(HTMLParser):
 def write(tmp_path):
     def write(summary=SUMMARY, examples=(), curves=None):
         path = tmp_path / "eval" / "report.html"
-        write_report(path, summary, examples, curves)
+        whole = {"baselines": {}, "n": 40, "notes": [], "source": "mine.jsonl", **summary}
+        write_report(path, whole, examples, curves or {})
         page = path.read_text(encoding="utf-8")
         reader = Reader(page)
         return page, " ".join(" ".join(reader.text).split()), reader

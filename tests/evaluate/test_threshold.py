@@ -224,9 +224,9 @@ def test_weight_of_the_confidence_ranks_fixed_answers_above_spoiled_ones(review,
     trials = [scored(right, (), (None, result)) for right, result in results]
     for trial, *last in zip(trials, review, confidence, strict=True):
         trial.review, trial.confidence = ((-9.0, score) for score in last)
-    assert threshold.choose_weight(trials) == weight
+    assert threshold.choose_weight(trials, threshold.WEIGHTS) == weight
     unknown = [scored(None, (1.0,), (True,)), scored(True, (), ()), scored(True, (1.0,), (None,)), trials[2]]
-    assert threshold.choose_weight(unknown) == 0.5  # nothing is spoiled
+    assert threshold.choose_weight(unknown, threshold.WEIGHTS) == 0.5  # nothing is spoiled
 
 
 @pytest.mark.parametrize("given", [None, 0.25])

@@ -15,6 +15,7 @@ from sclite.export import model as export
 from sclite.export import parity, reference
 from sclite.export.layers import check_merge
 from sclite.export.merge import merge
+from sclite.export.quantize import measure_importance, quantize
 from sclite.export.tensors import Tensors
 from tests.toy import merged_by_peft, random_adapter, sample_texts, write_tokenizer
 
@@ -168,6 +169,33 @@ def test_f16_gguf_equals_transformers(family, variant, tokenizer, patched, tmp_p
     assert found["kl"] <= 1e-3
     assert found["adapter_share"] == pytest.approx(1, abs=0.02)
     assert found["adapter_effect"] > 0.05
+
+
+def test_importance_of_experts_is_measured_on_their_own_tokens(tokenizer, converter, tmp_path):
+    """With eight experts, two of them for each of three tokens: some have none."""
+    own = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "sliding_window": None}
+    shape = transformers.MixtralConfig(**SHAPE | own, num_local_experts=8, num_experts_per_tok=2)
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(shape).float()
+    shutil.copytree(tokenizer, tmp_path / "base")
+    model.save_pretrained(tmp_path / "base")
+    gguf = tmp_path / "f32.gguf"
+    conversion.run_converter(converter, tmp_path / "base", gguf, outtype="f32")
+    layer, inputs, ids = model.model.layers[0], {}, [300, 301, 50]
+    for name, part in (("attn_q", layer.self_attn.q_proj), ("experts", layer.mlp)):
+        part.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0][0]}))
+    with torch.inference_mode():
+        model(torch.tensor([ids]))
+        chosen = (inputs["experts"] @ layer.mlp.gate.weight.T).topk(2).indices
+    found = measure_importance(gguf, [ids])
+    assert np.allclose(found["blk.0.attn_q.weight"], inputs["attn_q"].square().mean(0), rtol=1e-3)
+    assert found["blk.0.ffn_down_exps.weight"].shape == (8 * 256,)
+    for expert, means in enumerate(found["blk.0.ffn_gate_exps.weight"].reshape(8, 256)):
+        own = inputs["experts"][(chosen == expert).any(1)]
+        wanted = own.square().mean(0) if len(own) else 1  # the cache of the attention is in 16 bits
+        assert np.allclose(means, wanted, rtol=0.01, atol=0.01), expert
+    quantize(gguf, tmp_path / "small.gguf", "q4_k_m", found)
+    assert parity.find_changed_tensor(gguf, tmp_path / "small.gguf") is None
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,23 @@ def test_card_shows_the_whole_hub_id_but_only_the_last_part_of_a_path(
     assert f"- Problems: {shown}\n" in read_card(run)
 
 
+@pytest.mark.parametrize(
+    ("model", "shown"),
+    [
+        ("openai//data/alice/models/Qwen", "openai/Qwen"),
+        ("hosted_vllm/models/of/alice", "hosted_vllm/alice"),
+        ("openrouter/deepseek/deepseek-r1", "openrouter/deepseek/deepseek-r1"),
+        ("gpt-4o", "gpt-4o"),
+        ("", "unknown"),
+    ],
+)
+def test_card_names_models_behind_an_api_without_their_folders(tmp_path, student, model, shown):
+    run, own = make_run(tmp_path / "run"), {"student": model, "api_base": "http://here/v1"}
+    export_data(export_config(student, teacher={"model": model}, attempts=own if model else {}), run)
+    assert f"- Teacher: {shown}\n" in read_card(run)
+    assert f"; the corrected attempts are by {shown}\n" in read_card(run) or not model
+
+
 def prepared_by_trl(tokenizer, rows: list[dict]):
     """The rows as TRL's DPOTrainer prepares them."""
     args = DPOConfig(output_dir="unused", use_cpu=True, bf16=False, max_length=None, report_to=[])

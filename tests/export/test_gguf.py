@@ -20,17 +20,17 @@ from packaging.requirements import Requirement
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sclite.config import Config
-from sclite.errors import FAILED, DataError, NetworkError, ScliteError, UsageError
+from sclite.errors import FAILED, DataError, DeviceError, NetworkError, ScliteError, UsageError
 from sclite.export import gguf as conversion
 from sclite.export import parity, reference
 from sclite.export.gguf_writer import write_gguf
 from sclite.export.merge import Adapter
 from sclite.export.model import export_lora
-from sclite.export.quantize import quantize
+from sclite.export.quantize import measure_importance, quantize
 from sclite.export.samples import TRICKY, Sample
 from sclite.export.tensors import read_gguf
 from sclite.student.base import Request
-from sclite.student.llama_cpp.engine import Engine
+from sclite.student.llama_cpp.engine import Engine, llama
 from sclite.student.origin import record_origin
 from tests.toy import random_adapter, sample_texts, tiny_gguf, write_tokenizer
 
@@ -62,12 +62,12 @@ def grouped(student, tmp_path):
 @pytest.mark.parametrize(("base", "outtype"), [("student", "f32"), ("student", "f16"), ("grouped", "f32")])
 def test_writer_gives_the_same_file_as_llama_cpp(request, converter, tmp_path, base, outtype):
     folder, theirs = request.getfixturevalue(base), tmp_path / "theirs.gguf"
-    ours = write_gguf(folder, tmp_path / "ours.gguf", outtype=outtype)
-    conversion.run_converter(converter, folder, theirs, outtype=outtype)
+    ours = write_gguf(folder, tmp_path / "ours.gguf", outtype=outtype, title="Toy-1.4M-sft")
+    conversion.run_converter(converter, folder, theirs, outtype=outtype, title="Toy-1.4M-sft")
     (our_values, our_tensors), (their_values, their_tensors) = read_all(ours), read_all(theirs)
-    for key in ("general.name", "general.size_label"):
-        our_values.pop(key, None), their_values.pop(key, None)
+    their_values.pop("general.size_label", None)
     assert our_values == their_values
+    assert our_values["general.name"] == "Toy-1.4M-sft"
     assert set(our_tensors) == set(their_tensors)
     for name, tensor in our_tensors.items():
         other = their_tensors[name]
@@ -119,6 +119,8 @@ def test_adapter_gguf_beside_its_base_is_what_peft_computes(student, gguf, conve
     assert Path(found["lora"]) == run.path("export/sft-lora.gguf")
     assert sorted(path.name for path in run.path("export").iterdir()) == ["sft-lora.gguf", "sft-lora.md"]
     assert found["adapter_share"] == pytest.approx(1, abs=0.01)
+    name = GGUFReader(found["lora"]).get_field("general.name").contents()
+    assert name == f"{student.name} sft".title()
     ids = [1, 300, 301, 302, 50, 60]
     with Engine(gguf, parallel=1, context=256, exact=True) as engine:
         plain = engine.log_probabilities(ids)
@@ -309,10 +311,65 @@ def test_type_with_blocks_of_32_has_no_fallback(tmp_path):
 def test_file_that_has_the_type_is_copied_and_an_unknown_type_is_an_error(gguf, tmp_path):
     quantize(gguf, tmp_path / "same.gguf", "f32")
     assert (tmp_path / "same.gguf").read_bytes() == gguf.read_bytes()
-    with pytest.raises(UsageError, match="q4_k_x") as error:
-        quantize(gguf, tmp_path / "x.gguf", "q4_k_x")
+    # llama.cpp has names for the last three, but cannot write the one and gguf cannot read the others
+    for unknown in ("q4_k_x", "nvfp4", "q1_0", "q2_0"):
+        with pytest.raises(UsageError, match=unknown) as error:
+            quantize(gguf, tmp_path / "x.gguf", unknown)
+        assert f" {unknown}" not in error.value.hint
     for known in ("q4_k_m", "f32", "f16", "bf16", "q5_k_m", "q6_k", "q8_0", "q4_0"):
         assert f" {known}" in error.value.hint
+
+
+@pytest.mark.slow
+def test_every_type_that_is_offered_can_be_written_and_compared(gguf, tmp_path):
+    importance = measure_importance(gguf, [list(range(3, 300))])
+    with pytest.raises(UsageError) as error:
+        quantize(gguf, tmp_path / "x.gguf", "unknown")
+    names = error.value.hint.removeprefix("use one of ").split(", ")
+    assert len(names) > 30
+    for name in names:
+        quantize(gguf, tmp_path / "x.gguf", name, importance)
+        assert parity.find_changed_tensor(gguf, tmp_path / "x.gguf") is None, name
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "remedy"),
+    [("iq2_xxs", None, "choose another type (export.quant)"), ("q8_0", 100_000, "free some disk space")],
+    ids=["no-importance", "full-disk"],
+)
+def test_quantization_that_fails_names_the_remedy_for_its_cause(gguf, tmp_path, name, limit, remedy):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # a write beyond the limit fails, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit or before[0], before[1]))
+    try:
+        with pytest.raises(DataError, match=f"cannot quantize .* to {name}: ") as error:
+            quantize(gguf, tmp_path / "x.gguf", name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.hint == remedy
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_measured_or_compared_is_computed_on_the_cpu_alone(gguf, monkeypatch):
+    """CUDA builds compute large products on a GPU, also of weights in RAM: inexactly, and with copies of other names."""
+    api, opened = llama(), []
+    init = api.llama_init_from_model
+
+    def open_and_note(model, settings):
+        opened.append(settings.op_offload)
+        return init(model, settings)
+
+    monkeypatch.setattr(api, "llama_init_from_model", open_and_note)
+    measure_importance(gguf, [[5, 6, 7]])
+    with Engine(gguf, gpu_layers=0, parallel=1, context=256, exact=True):
+        assert opened == [False, False]
+
+
+def test_importance_matrix_without_enough_memory_is_a_device_error(gguf, monkeypatch):
+    monkeypatch.setattr(llama(), "llama_init_from_model", lambda *_: None)
+    with pytest.raises(DeviceError, match=r"cannot open .*tiny\.gguf with a context of 3 tokens") as error:
+        measure_importance(gguf, [[5, 6, 7]])
+    assert "export.imatrix = false" in error.value.hint
 
 
 def test_damaged_file_is_an_error_and_leaves_nothing(gguf, tmp_path):

@@ -99,6 +99,8 @@ def test_parity_describes_the_exported_file(base, run):
     assert re.search(r"; 2 of 2 greedy texts equal, (99\.9|100\.0)% of the adapter's effect$", line)
     assert "\n" not in line
     assert sorted(path.name for path in run.path("export").iterdir()) == ["parity.json", "sft-q8_0.gguf"]
+    name = GGUFReader(run.path("export/sft-q8_0.gguf")).get_field("general.name").contents()
+    assert name == f"{base.name}-sft"
 
 
 def test_answers_are_counted_that_end_and_can_be_read(tmp_path, monkeypatch):
@@ -324,7 +326,7 @@ def test_several_types_are_made_from_one_merge_and_again_if_one_is_damaged(base,
     assert "sclite export" in error.value.hint
     assert not export.export_model(config, run, "sft").skipped
     with Engine(path, parallel=1, context=256) as engine:
-        assert engine.vocabulary_size == 512
+        assert engine.vocabulary.size == 512
     assert export.describe_sizes(config) == "q4_k_m about 1 MB, q8_0 about 2 MB, bf16 about 3 MB"
 
 
@@ -704,6 +706,9 @@ def test_model_card_has_base_files_and_evaluation_and_another_base_a_warning(bas
     assert f"The chat template is that of {base.name}, unchanged" in own
     assert "one of training" not in own
     evaluated(run, config, "test", "sft")
+    summary = run.read_json("eval/test/summary.json")
+    summary["models"]["openai//data/alice/Qwen"] = summary["models"]["sft"] | {"file": "", "made_from": ""}
+    run.write_json("eval/test/summary.json", summary)
     run.path("eval/damaged").mkdir()
     run.path("eval/damaged/summary.json").write_text("{")
     ollama.write_modelfile(run, config, "sft")
@@ -716,6 +721,7 @@ def test_model_card_has_base_files_and_evaluation_and_another_base_a_warning(bas
         "- sft: 12 rows, 3 epochs, learning rate 0.0001, seed 0; LoRA r 32, alpha 64",
         f"| sft-q8_0.gguf | {report.figures['megabytes']:g} MB | {kl:.4f} |",
         "| sft-q8_0.gguf | 50 | 50.0% [40.0%, 60.0%] | unknown |",
+        "| openai/Qwen | 50 | 50.0% [40.0%, 60.0%] | unknown |",
     ):
         assert f"\n{line}\n" in card.text
     assert str(base) not in card.text

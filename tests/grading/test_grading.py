@@ -22,9 +22,10 @@ from sclite import helper_process
 from sclite.errors import ScliteError
 from sclite.grading import grader as grading
 from sclite.grading.algebra import same_formula
-from sclite.grading.extract import extract
+from sclite.grading.extract import answer_of, extract
 from sclite.grading.grader import Grader
 from sclite.helper_process import HelperProcess
+from sclite.trace import parse
 from tests.toy import wait_until
 
 PAIRS = [json.loads(line) for line in (Path(__file__).parent / "answer_pairs.jsonl").read_text().splitlines()]
@@ -94,10 +95,16 @@ def test_every_gold_answer_equals_itself_in_dollars_and_boxed(grader):
         ("Final Answer:\n\nEvelyn", "Evelyn"), ("She makes $<<9*2=18>>18\nA: 18", "18"),
         ("so 3 + 4 makes 7 in all", "7"), ("it fell to -3.5", "-3.5"), ("5-3", "3"),
         ("it costs $1,234.50, I think", "$1,234.50"), ("nothing here", None), ("", None), (r"\boxed{}", None),
+        ("The answer is:\n$$\n42\n$$", "42"), ("The answer is\n\n\\[ \n x = 42\n\\]", "x = 42"),
+        ("**Answer:** $$\n42\n$$", "42"), ("A: $$\n42\n$$", "42"), ("The answer is: $$42$$", "$$42$$"),
     ],
 )  # fmt: skip
 def test_the_final_answer_is_extracted(text, answer):
     assert extract(text) == answer
+
+
+def test_an_answer_is_not_looked_for_in_the_thoughts_before_it():
+    assert answer_of(parse("<think>Is it \\boxed{3}? No.</think>\nThe answer is 5.")) == "5"
 
 
 @settings(max_examples=200, deadline=None)
@@ -109,7 +116,7 @@ def test_any_text_is_graded_without_raising(text):
 
 
 PARTS = ("\\boxed{", "}", "#### ", "<answer", "answer ", "1,", "A:\n", "\\")
-STARTS = ("####", "answer", "answer:", "<", "\\boxed", "A:")
+STARTS = ("####", "answer", "answer:", "answer:$$", "<", "\\boxed", "A:")
 
 
 @pytest.mark.parametrize(

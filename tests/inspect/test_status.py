@@ -60,6 +60,17 @@ def adapter(run: Run, name: str, weights: bytes = b"weights") -> None:
     run.path(f"{name}/adapter_model.safetensors").write_bytes(weights)
 
 
+def export(run: Run, name: str) -> Path:
+    """The GGUF of a student, as `sclite export` leaves it."""
+    gguf = run.path(f"export/{name}-q4_k_m.gguf")
+    gguf.parent.mkdir(exist_ok=True)
+    gguf.write_bytes(b"GGUF" + name.encode())
+    files = {gguf.name: {"megabytes": 0.0, "sha256": run.file_digest(str(gguf.resolve()))}}
+    report = Report(f"export-{name}", figures={"files": files})
+    run.sign(report.stage, inputs_of(config(run), run, name), report)
+    return gguf
+
+
 def write_corrections(run: Run, *more: str) -> None:
     run.replace("reviews.jsonl", [REVIEW])
     inputs = corrections.corrections_inputs(config(run, *more), run)
@@ -84,7 +95,9 @@ def trained(built) -> Run:
     """The same after SFT, attempts and corrections."""
     adapter(built, "sft/adapter")
     made, unseen = config(built), frozenset(problem.id for problem in KEPT)
-    built.sign("sft", training_inputs(made, built, "sft", unseen), Report("sft", {"rows": 4, "steps": 2}))
+    report = Report("sft", {"rows": 4, "steps": 2})
+    report.figures["adapter"] = built.file_digest("sft/adapter/adapter_model.safetensors")
+    built.sign("sft", training_inputs(made, built, "sft", unseen), report)
     built.replace("attempts.jsonl", [row for row in ATTEMPTS if row.id in unseen])
     built.sign("attempts", attempts.attempts_inputs(made, built, KEPT), Report("attempts", {"wrong": 4}))
     write_corrections(built)
@@ -130,8 +143,10 @@ def test_stages_are_done_until_an_output_is_missing_or_another_file(trained):
     done = [name for name, state in states(trained).items() if state == "done"]
     assert done == ["problems", "templates", "sft", "attempts", "corrections"]
     adapter(trained, "sft/adapter", b"others")
-    found = states(trained)
-    assert (found["sft"], found["attempts"]) == ("done", "stale")
+    found = read(trained)["stages"]
+    assert (found["sft"]["state"], found["attempts"]["state"]) == ("stale", "stale")
+    assert "is not the adapter that sft wrote" in found["sft"]["why"][0]
+    assert following(trained) == "sclite train --fresh"  # else it is refused
     trained.path("sft/adapter/adapter_model.safetensors").unlink()
     assert read(trained)["stages"]["sft"]["why"][-1].endswith("safetensors is missing")
 
@@ -226,10 +241,12 @@ def test_damaged_rows_are_reported_with_the_command_that_repairs_them(trained):
     trained.path("templates.jsonl").write_bytes(b"\0\n")
     assert "0 of 7 rows are intact" in state(trained, "templates")[1][0]
     assert following(trained) == "sclite build-data"
+    named = Run(trained.folder.rename(trained.folder.with_name("teacher-prompts")))
+    assert following(named) == "sclite build-data"  # --fresh would empty the file
 
 
 def evaluated(run: Run) -> None:
-    run.path("export").mkdir()
+    run.path("export").mkdir(exist_ok=True)
     run.path("export/sft-q4_k_m.gguf").write_bytes(b"one")
     made = source_digest(config(run), run, "sft")
     figures = {"file": "sft-q4_k_m.gguf", "bytes": 3, "made_from": made}
@@ -301,6 +318,7 @@ def test_status_works_on_a_read_only_run(built):
 def test_the_next_command_runs_the_first_unfinished_stage(trained):
     assert read(trained)["next"] == f"sclite train --run {trained.folder}"
     assert following(trained, "teacher.model=openai/other") == "sclite build-data --fresh"
+    assert following(trained, "teacher.max_tokens=8192") == "sclite build-data"  # the rows stay
     assert following(trained, "seed=1") == "sclite build-data"
     assert following(trained, "sft.num_train_epochs=7") == "sclite train --fresh"  # else it is refused
     adapter(trained, "warmup/adapter")
@@ -340,12 +358,7 @@ def test_the_thresholds_of_all_exported_students_are_found(built):
     made = config(built)
     for name in ("sft", "dpo"):
         adapter(built, f"{name}/adapter")
-        gguf = built.path(f"export/{name}-q4_k_m.gguf")
-        gguf.parent.mkdir(exist_ok=True)
-        gguf.write_bytes(b"GGUF" + name.encode())
-        files = {gguf.name: {"megabytes": 0.0, "sha256": built.file_digest(str(gguf.resolve()))}}
-        report = Report(f"export-{name}", figures={"files": files})
-        built.sign(f"export-{name}", inputs_of(made, built, name), report)
+        gguf = export(built, name)
         if name == "sft":
             assert "threshold" not in states(built)  # train fits that of DPO's student
             store_threshold(made, built, gguf, FittedThreshold(threshold=2.0, problems=70, max_harm=0.005))
@@ -386,13 +399,30 @@ def test_options_of_one_export_do_not_make_it_stale(built):
 
 def test_threshold_on_few_problems_stays_fitted_with_another_limit(built):
     adapter(built, "dpo/adapter")
-    gguf = built.path("export/dpo-q4_k_m.gguf")
-    gguf.parent.mkdir()
-    gguf.write_bytes(b"GGUF")
-    files = {gguf.name: {"megabytes": 0.0, "sha256": built.file_digest(str(gguf.resolve()))}}
-    built.sign(
-        "export-dpo", inputs_of(config(built), built, "dpo"), Report("export-dpo", figures={"files": files})
-    )
     fitted = FittedThreshold(threshold=None, problems=8, max_harm=0.01)
-    store_threshold(config(built), built, gguf, fitted)
+    store_threshold(config(built), built, export(built, "dpo"), fitted)
     assert states(built, "review.max_harm=0.2")["threshold"] == "done"  # `train` would fit no other
+
+
+def test_the_newest_student_must_be_exported_and_evaluated(built):
+    adapter(built, "sft/adapter")
+    fitted = FittedThreshold(threshold=2.0, problems=70, max_harm=0.005)
+    store_threshold(config(built), built, export(built, "sft"), fitted)
+    evaluated(built)
+    adapter(built, "dpo/adapter")  # the export that follows DPO has failed
+    found = read(built)["stages"]
+    assert (found["export-sft"]["state"], found["export"]["state"]) == ("done", "not_begun")
+    assert (found["threshold-sft"]["state"], "threshold" in found) == ("done", False)
+    assert (found["eval"]["state"], found["eval"]["why"]) == ("stale", ["dpo has not been evaluated"])
+    stages = {name: Stage("done" if name in OUTPUTS else stage["state"]) for name, stage in found.items()}
+    assert next_command(config(built), stages).startswith("sclite train ")
+    export(built, "dpo")
+    assert "export" not in states(built)
+
+
+def test_a_missing_prompt_folder_makes_a_threshold_stale(built):
+    adapter(built, "dpo/adapter")
+    fitted = FittedThreshold(threshold=2.0, problems=70, max_harm=0.005)
+    store_threshold(config(built), built, export(built, "dpo"), fitted)
+    stage = read(built, "prompts.folder=gone")["stages"]["threshold"]
+    assert (stage["state"], stage["why"]) == ("stale", ["prompts.folder: gone is not a folder"])

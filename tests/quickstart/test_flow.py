@@ -189,6 +189,15 @@ def test_a_damaged_problem_is_restored_and_none_is_lost_with_it(tmp_path):
 
 
 @pytest.mark.usefixtures("before_templates")
+def test_more_problems_than_the_threshold_set_matches_stay(tmp_path):
+    for chosen, count in ((["problems.limit=1700"], 2700), ([], 2700)):
+        config = load(None, [f"run={tmp_path}", *chosen], {}, flow.DEFAULTS, own_file=False)
+        with pytest.raises(TeacherCalled):
+            flow.quickstart(config, quiet=True)
+        assert (tmp_path / "problems.jsonl").read_bytes().count(b"\n") == count
+
+
+@pytest.mark.usefixtures("before_templates")
 def test_evaluation_on_other_problems_leaves_the_split_of_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(TeacherCalled):

@@ -67,6 +67,14 @@ def test_a_changed_question_is_not_solved_like_the_original(problems, change):
     assert solve(f"\n {problems[0].question} \n") == solve(problems[0].question)
 
 
+def test_stories_without_a_usable_answer_are_not_solved():
+    story = "Tom has {} nuts. He puts all of them into {} equal boxes. How many nuts are in each?"
+    assert solve(story.format(8, 2)).answer == 4
+    for numbers in ((7, 2), (8, 0), ("9" * 5000, 3)):
+        assert solve(story.format(*numbers)) is None
+        assert not is_story(story.format(*numbers))
+
+
 def test_only_sums_and_products_may_be_swapped(problems):
     operations = [o for p in problems[:300] for o in solve(p.question).operations if o.left != o.right]
     assert {o.sign for o in operations} == set("+-*/")

@@ -97,6 +97,7 @@ def test_first_wrong_step_is_unknown_for_other_problems(question, text, step):
         ("48 - 24 = 24", "The sum to do is 48 + 24."),
         ("47 + 1 + 24 = 72", "No sum is worked out here."),  # no complete equation
         ("48 + 24 = 71 + 1", "No sum is worked out here."),
+        (f"48 + 24 = {'7' * 5000}", "No sum is worked out here."),
         ("no sums", "No sum is worked out here."),
     ],
 )

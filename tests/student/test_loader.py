@@ -4,13 +4,17 @@ import json
 import os
 from types import SimpleNamespace
 
+import httpx
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoTokenizer
 
 from sclite.config import Sft
-from sclite.errors import DataError
-from sclite.student.loader import is_padding_free, load_student, select_gpu
+from sclite.errors import DataError, NetworkError
+from sclite.student.loader import fetch_model, is_padding_free, load_student, load_tokenizer, select_gpu
 from tests.toy import tiny_llama, toy_config
 
 
@@ -70,6 +74,49 @@ def test_unused_special_token_may_lack_an_embedding_and_cudnn_attention_is_off(t
     assert load_student(config, "sft")[0].config.vocab_size == 512
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_tokenizer_without_end_and_pad_tokens_pads_with_the_end_of_turn(tmp_path):
+    config = changed_tokenizer(tmp_path / "student", lambda t: setattr(t, "eos_token", None))
+    path = tmp_path / "student/tokenizer_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "pad_token"}))
+    tokenizer = load_tokenizer(config.student.model)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token) == (None, "<|im_end|>")
+
+
+def refused(status):
+    response = httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co"))
+    return HfHubHTTPError(f"{status} Error", response=response)
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [
+        *((error("no route"), NetworkError) for error in (httpx.ProxyError, httpx.ReadError, TimeoutError)),
+        (httpx.RemoteProtocolError("closed"), NetworkError),
+        (refused(429), NetworkError),
+        (refused(503), NetworkError),
+        (refused(401), DataError),
+        (OSError(28, "No space left on device"), DataError),
+    ],
+)
+def test_failing_download_is_an_error_of_the_network_or_of_the_name(monkeypatch, raised, kind):
+    def snapshot_download(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(kind, match="the student me/model cannot be downloaded") as error:
+        fetch_model("me/model")
+    assert "student.model" in error.value.hint
+
+
+def test_weights_in_other_formats_are_not_downloaded(monkeypatch):
+    files = ["config.json", "model-1-of-1.safetensors", "consolidated.safetensors", "original/params.json"]
+    found = []
+    listed = lambda _, **patterns: found.extend(filter_repo_objects(files, **patterns)) or "."  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", listed)
+    fetch_model("me/model")
+    assert found == files[:2]
 
 
 def test_code_in_a_model_folder_never_runs(tmp_path):

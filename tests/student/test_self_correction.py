@@ -11,7 +11,7 @@ from sclite.prompts import solve_messages
 from sclite.student import self_correction
 from sclite.student.base import Reply, Request, ScoreRequest, Scores
 from sclite.student.self_correction import SAME_RESULT, ReviewSettings, correct_steps, free, guided
-from sclite.student.step_scores import confidence_odds, review_odds
+from sclite.student.step_scores import read_odds
 from sclite.trace import CAUSE, Step, Trace, open_piece, parse, render, step_pieces
 
 QUESTION = "Anna has 48 apples, buys 24, gives half away and finds 5. How many?"
@@ -65,7 +65,7 @@ def review(student, *attempts, script=guided, **settings):
 
 
 def test_score_request_covers_every_step_and_scores_come_in_any_order():
-    request = next(review_odds(QUESTION, WRONG))
+    request = next(read_odds(QUESTION, WRONG))
     assert request.options == tuple((CAUSE, f"</Step{n}>\n") for n in range(1, len(WRONG.steps) + 1))
     assert request.others == ("<Key>", "<Correction>")
     opened = [open_piece(n, step) for n, step in enumerate(WRONG.steps, 1)]
@@ -74,8 +74,8 @@ def test_score_request_covers_every_step_and_scores_come_in_any_order():
     assert render(WRONG) in request.messages[-1]["content"]
     assert request.messages[0]["role"] == "system"
     student = Scripted(odds=accuse_38)
-    scripts = [review_odds(QUESTION, work) for work in (WRONG, Trace(), RIGHT)]
-    found = self_correction.run_together(student, scripts)
+    scripts = [read_odds(QUESTION, work, weights=(0.0,)) for work in (WRONG, Trace(), RIGHT)]
+    found = [odds for odds, _ in self_correction.run_together(student, scripts)]
     assert found == [(-4.0, 3.0, -4.0), (), (-4.0, -4.0, -4.0)]
     assert len(student.scored) == 2
 
@@ -91,7 +91,7 @@ UNSURE = {
 
 
 def test_confidence_is_read_where_the_student_solves():
-    request = next(confidence_odds(QUESTION, WRONG))
+    request = next(read_odds(QUESTION, WRONG, weights=(1.0,)))
     assert request.pieces == tuple(step_pieces(WRONG.steps))
     assert [request.pieces[: mark + 1][-1:] for mark in request.marks] == [
         (),
@@ -101,8 +101,9 @@ def test_confidence_is_read_where_the_student_solves():
     assert request.options == tuple((open_piece(n, step), None) for n, step in enumerate(WRONG.steps, 1))
     assert request.messages == solve_messages(QUESTION)
     student = Scripted(confidence=UNSURE)
-    scripts = [confidence_odds(QUESTION, work) for work in (WRONG, Trace())]
-    assert self_correction.run_together(student, scripts) == [(-6.0, 3.0, -1.0), ()]
+    scripts = [read_odds(QUESTION, work, weights=(1.0,)) for work in (WRONG, Trace())]
+    found = [odds for _, odds in self_correction.run_together(student, scripts)]
+    assert found == [(-6.0, 3.0, -1.0), ()]
 
 
 @pytest.mark.parametrize(
@@ -216,6 +217,7 @@ NO_CORRECTION = ("no tags at all", "only a cause</Cause>", "</Cause>\n<Correctio
         *((text, REST, "stop", UNREADABLE) for text in NO_CORRECTION),
         (CORRECTION, "<Step3>36 + 5 = 41\n</Step3>\n", "stop", "no answer after the correction"),
         (CORRECTION, REST, "error", UNREADABLE),
+        ("72 is not twice 38.</Cause>\n<Correction>72 / 2 = 3", REST, "length", UNREADABLE),
     ],
 )
 def test_unreadable_review_keeps_the_first_answer(correction, rest, finish, note):
@@ -281,6 +283,17 @@ def test_second_round_without_a_correction_keeps_the_solution_of_the_first(secon
     student = Scripted(odds=lambda _: (-1.0, 2.0, -1.0), corrections=[CORRECTION, second])
     (got,) = review(student, WRONG, rounds=2)
     assert (got.trace, got.accused, got.correction, got.note) == (RIGHT, 2, "72 / 2 = 36", note)
+
+
+def test_after_two_rounds_the_first_is_reported_with_the_last_solution():
+    third = "Too few.</Cause>\n<Correction>36 + 5 = 42</Correction>"
+    odds = {render(WRONG): (-1.0, 2.0, 1.0), render(RIGHT): (-1.0, -1.0, 3.0)}
+    student = Scripted(odds=odds.get, corrections=[CORRECTION, third])
+    (got,) = review(student, WRONG, rounds=2)
+    assert [step.text for step in got.trace.steps[:3]] == [FIRST.text, "72 / 2 = 36", "36 + 5 = 42"]
+    assert (got.scores, got.accused) == ((-1.0, 2.0, 1.0), 2)
+    assert (got.cause, got.correction) == ("72 is not twice 38.", "72 / 2 = 36")
+    assert got.tokens == 40
 
 
 def test_attempts_do_not_affect_each_other():

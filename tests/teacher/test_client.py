@@ -189,7 +189,7 @@ def test_teacher_that_does_not_answer_is_given_up_and_replies_are_kept(ask, ledg
 
 def test_refused_request_is_skipped_and_kept_and_the_others_continue(ask):
     def answer(request, nth):
-        return fail(404, "no known question in this request") if number_of(request) % 2 else say("good")
+        return fail(400, "no known question in this request") if number_of(request) % 2 else say("good")
 
     with TeacherServer(answer) as server:
         ask(server, [job(0)])  # an answer: from now on a refusal is the request's fault, and is kept
@@ -200,6 +200,37 @@ def test_refused_request_is_skipped_and_kept_and_the_others_continue(ask):
             assert results[1].rejection == refused
         (alone,) = ask(server, [job(21)])  # one refusal does not condemn the teacher
     assert (alone.rejection, len(server.requests)) == (refused, 21)
+
+
+@pytest.mark.parametrize(("status", "message"), [(404, "The tunnel is offline"), (403, "The key is blocked")])
+def test_other_refusals_end_the_stage_and_are_requested_again(ask, ledger, status, message):
+    online = [0, 1, 2, 4]
+
+    def answer(request, nth):
+        return say("good") if number_of(request) in online else fail(status, message)
+
+    with TeacherServer(answer) as server:
+        results = ask(server, map(job, range(5)), concurrency=1)
+        assert [r.text for r in results] == ["good", "good", "good", None, "good"]
+        assert results[3].rejection == Rejection("no_reply", message)
+        with pytest.raises(TeacherError, match=f"refuses the request: {message}"):
+            ask(server, map(job, range(50)), concurrency=1)
+        assert len(server.requests) == 5 + 5
+        online.extend(range(50))
+        assert {r.text for r in ask(server, map(job, range(50)))} == {"good"}
+    assert ledger.totals()["requests"] == 50
+
+
+def test_request_refused_for_its_length_is_sent_again_with_fewer_tokens(ask):
+    def answer(request, nth):
+        long = number_of(request) == 1 and request["max_tokens"] > 50
+        return fail(400, "maximum context length exceeded") if long else say("good")
+
+    with TeacherServer(answer) as server:
+        for most, texts in ((100, ["good", None]), (200, ["good", None]), (50, ["good", "good"])):
+            results = ask(server, [job(0), job(1)], max_tokens=most, concurrency=1)
+            assert [r.text for r in results] == texts
+    assert [request["max_tokens"] for request in server.requests] == [100, 100, 50]
 
 
 def test_exceptions_in_a_check_the_jobs_or_the_ledger_reach_the_caller(asked, ask, monkeypatch):

@@ -96,12 +96,26 @@ def test_price_comes_from_the_list_or_is_unknown(ask, ledger):
     import litellm
 
     with TeacherServer(lambda request, nth: say("good", tokens=(10, 5))) as server:
-        for model in ("openai/gpt-4.1", "openai/nobody-knows"):
-            ask(server.remote_url, [job(1)], model=model)
-    totals, rates = ledger.totals(), litellm.model_cost["gpt-4.1"]
-    expected = 10 * rates["input_cost_per_token"] + 5 * rates["output_cost_per_token"]
+        for model in ("gpt-4.1", "deepseek-chat", "nobody-knows"):  # OpenAI's, another provider's, nobody's
+            assert ask(server.remote_url, [job(1)], model=f"openai/{model}")[0].text == "good"
+    totals, rates = ledger.totals(), [litellm.model_cost[name] for name in ("gpt-4.1", "deepseek-chat")]
+    expected = sum(10 * each["input_cost_per_token"] + 5 * each["output_cost_per_token"] for each in rates)
     assert totals["cost_usd"] == pytest.approx(expected)
-    assert (totals["requests"], totals["unpriced"]) == (2, 1)
+    assert (totals["requests"], totals["unpriced"]) == (3, 1)
+
+
+def test_price_list_that_fails_loses_no_reply(ask, monkeypatch):
+    import litellm
+
+    class UnknownError(Exception):
+        pass
+
+    def fail(*_, **__):
+        raise UnknownError
+
+    monkeypatch.setattr(litellm, "completion_cost", fail)
+    with TeacherServer(cheap) as server:
+        assert ask(server.remote_url, [job(1)], model="openai/gpt-4.1")[0].text == "good"
 
 
 @pytest.mark.parametrize("price", ["[-1000, 2]", "[1, -0.1]", "[nan, 1]", "[inf, 1]"])

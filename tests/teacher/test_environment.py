@@ -31,6 +31,11 @@ def test_key_that_no_header_can_hold_is_reported_and_not_shown(monkeypatch, key)
     assert "sk-" not in caught.value.message + caught.value.hint
 
 
+def test_hint_about_cohere_names_the_key_that_litellm_reads():
+    for model in ("cohere/command-a-03-2025", "cohere_chat/command-a-03-2025"):
+        assert provider.connect(config.Teacher(model=model)).key_variable == "COHERE_API_KEY"
+
+
 def test_missing_certificates_are_reported_before_any_request(tmp_path, monkeypatch):
     settings = config.Teacher(model="openai/replay", api_base="http://127.0.0.1:9/v1")
     (tmp_path / "text.pem").write_text("no certificate")
@@ -60,18 +65,24 @@ def test_limit_on_open_files_is_raised_or_the_setting_reported():
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 256  # this process is unchanged
 
 
-def test_password_in_an_address_is_in_no_dump_and_no_run(tmp_path):
-    address = "http://me:hush@hush@host:8000/v1"
+@pytest.mark.parametrize("password", ["hush@hush", "hu[sh", "1#hush", "hush#hush", "hush/hush", "hush?hush"])
+def test_password_in_an_address_is_in_no_dump_and_no_run(tmp_path, password):
+    address = f"http://me:{password}@host:8000/v1"
     assert without_password(address) == "http://host:8000/v1"
     teacher = {"api_base": address, "model": "m", "inspector_api_base": address}
     chosen = Config.model_validate({"teacher": teacher, "attempts": {"api_base": address}})
-    assert "hush" not in chosen.model_dump_json()
+    assert password not in chosen.model_dump_json()
     assert chosen.teacher.api_base == address
     run = Run(tmp_path)
     with run.recording(chosen):
         pass
     saved = run.path("run.toml").read_text()
-    assert ("hush" in saved, "http://host:8000/v1" in saved) == (False, True)
+    assert (password in saved, "http://host:8000/v1" in saved) == (False, True)
+
+
+def test_an_address_without_a_password_stays_as_it_is():
+    for address in ("http://host:8000/v1", "https://host/run/@cf/meta", "http://[::1]:8000/v1"):
+        assert without_password(address) == address
 
 
 @pytest.mark.parametrize("direct", [True, False])

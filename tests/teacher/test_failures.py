@@ -8,6 +8,23 @@ import pytest
 from sclite.teacher import failures
 from sclite.teacher.failures import read_failure
 
+# as LiteLLM reports them; Gemini's OpenAI-compatible endpoint sends a list, which OpenAI's SDK shows as Python's repr
+GEMINI = """litellm.RateLimitError: litellm.RateLimitError: geminiException - {
+  "error": {
+    "code": 429,
+    "message": "You exceeded your current quota, please check your plan and billing details.\\n* Quota exceeded%s",
+    "status": "RESOURCE_EXHAUSTED",
+    "details": [{"quotaId": "GenerateRequests%sPerProjectPerModel-FreeTier"}]
+  }
+}"""
+UNKNOWN = """litellm.NotFoundError: GeminiException - {
+  "error": {
+    "code": 404,
+    "message": "models/gemini-9 is \\"not\\" found"
+  }
+}"""
+BAD_KEY = "Error code: 400 - [{'error': {'code': 400, 'message': 'API key not valid. Please pass a valid API key.'}}]"
+
 
 class Failed(Exception):
     def __init__(self, text="", status=None, headers=None):
@@ -27,6 +44,11 @@ class Failed(Exception):
         ),
         (failures.STOP, "bad key, or pay", (401, 402)),
         (failures.STOP, "You exceeded your current quota", (429,)),
+        (failures.STOP, GEMINI % ("\\nPlease retry in 15.002s.", "PerDay"), (429,)),
+        (failures.RETRY, GEMINI % ("\\nPlease retry in 15.002s.", ""), (429,)),
+        (failures.RETRY, GEMINI % ("", "PerMinute"), (429,)),
+        (failures.STOP, UNKNOWN, (404,)),
+        (failures.STOP, BAD_KEY, (400,)),
         (failures.STOP, "litellm.NotFoundError: OpenAIException - The model `x` does not exist", (404,)),
         (
             failures.STOP,
@@ -45,7 +67,10 @@ def test_waits_follow_retry_after_or_grow_with_jitter_up_to_a_bound():
     assert read_failure(Failed(headers={"retry-after-ms": "250"})).wait_seconds(1, 0.0) == 0.25
     date = formatdate(time.time() + 20, usegmt=True)
     assert 17 < read_failure(Failed(headers={"retry-after": date})).wait_seconds(1, 0.0) < 21
-    assert read_failure(Failed(headers={"retry-after": "soon"})).wait_seconds(1, 0.0) == 0.5
+    for unusable in ("soon", "1e999", f"Wed, 21 Oct {'9' * 12} 07:28:00 GMT"):
+        assert read_failure(Failed(headers={"retry-after": unusable})).wait_seconds(1, 0.0) == 0.5
+    for said, seconds in (("15.002s", 15.002), ("250ms", 0.25), ("2h", 0.5)):
+        assert read_failure(Failed(GEMINI % (f" Please retry in {said}", ""))).wait_seconds(1, 0.0) == seconds
     waits = [read_failure(Failed()).wait_seconds(attempt, 0.0) for attempt in range(1, 12)]
     assert waits[:4] == [0.5, 1, 2, 4]
     assert max(waits) == 60
@@ -57,3 +82,18 @@ def test_message_is_one_line_without_prefixes_and_keys(monkeypatch):
     said = "litellm.RateLimitError: RateLimitError: OpenAIException - slow down, sk-very-secret\ntrace"
     error = Failed(said, 429)
     assert read_failure(error).message == "slow down, ***"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GEMINI % ("", ""), "You exceeded your current quota, please check your plan and billing details."),
+        (UNKNOWN, 'models/gemini-9 is "not" found'),
+        (BAD_KEY, "API key not valid. Please pass a valid API key."),
+        ('AnthropicException - {"error": {"message": "model: claude-x"}}', "model: claude-x"),
+        ('{"error": {"message": ""}}', '{"error": {"message": ""}}'),
+        ("Error code: 404 - {'detail': 'Not Found'}", "{'detail': 'Not Found'}"),
+    ],
+)
+def test_message_inside_json_is_shown(text, message):
+    assert read_failure(Failed(text, 400)).message == message

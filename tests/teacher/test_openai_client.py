@@ -227,7 +227,8 @@ def test_proxy_is_used_and_its_password_never_shown(monkeypatch):
 @pytest.mark.parametrize(
     "address",
     ["127.0.0.1:8000/v1", "http://127.0.0.1:87611/v1", "http://:8000/v1", "http://host:x/v1", "ftp://me:secret@host/v1",
-     "me:secret@host/v1", "ftp://me:se/secret@host", "ftp://me:a@secret@host"],
+     "me:secret@host/v1", "ftp://me:se/secret@host", "ftp://me:a@secret@host", "http://me:[secret@host/v1",
+     "http://me:1#secret@host/v1"],
 )  # fmt: skip
 def test_invalid_api_base_is_reported_before_any_request(address):
     with pytest.raises(UsageError, match="is not a valid URL") as failure:

@@ -115,6 +115,7 @@ def test_body_that_is_not_a_chat_completion_is_reported(data, message, paid):
     [
         ({"message": "busy", "code": 503}, 503), ({"message": "busy", "code": "429"}, 429),
         ({"message": "busy", "code": "rate_limit_exceeded"}, 429), ({"message": "busy"}, None), ("busy", None),
+        ({"message": "busy", "code": "5" * 5000}, None),
     ],
 )  # fmt: skip
 def test_error_with_status_200_is_an_error(error, status):

@@ -57,6 +57,12 @@ def test_extra_parameters_are_in_the_request_and_the_key(ask, model, direct):
     assert {name: value for name, value in first.items() if name not in without} == expected
 
 
+def test_parameters_that_litellm_shall_allow_can_be_named(asked):
+    extra = {"allowed_openai_params": ["reasoning_effort"], "reasoning_effort": "low"}
+    results, requests = asked(lambda request, nth: say("good"), [job(1)], extra=extra)
+    assert (results[0].text, requests[0]["reasoning_effort"]) == ("good", "low")
+
+
 def test_extra_goes_through_litellm_if_needed_and_not_to_the_inspector(asked, ask):
     extra = {"metadata": {"a": "b"}, "mock_response": "from LiteLLM"}
     results, requests = asked(lambda request, nth: say("good"), [job(1)], extra=extra)
@@ -86,8 +92,9 @@ def test_extra_is_json_toml_or_a_dotted_key(setting, tmp_path):
         ('{"model": "x"}', "sclite sets model itself, use teacher.model"),
         ('{"max_completion_tokens": 9}', "sclite sets max_completion_tokens itself, use teacher.max_tokens"),
         ('{"extra_body": {"messages": []}}', "sclite sets messages itself"),
-        ('{"api_key": "sk"}', "api_key looks like a secret"),
-        ('{"extra_body": {"aws_session_token": "sk"}}', "aws_session_token looks like a secret"),
+        ('{"api_key": "sk-1"}', "api_key looks like a secret"),
+        ('{"extra_body": {"aws_session_token": "sk-1"}}', "aws_session_token looks like a secret"),
+        ('{"api_key": "sk-1"', "this is not a JSON object"),
         ('{"a": [{"b": null}]}', "null, NaN and Infinity are not allowed"),
         ('{"a": NaN}', "null, NaN and Infinity are not allowed"),
         ('{"a": 1', "this is not a JSON object"),
@@ -98,6 +105,7 @@ def test_parameter_that_sclite_sets_or_cannot_store_is_refused(value, message):
     with pytest.raises(UsageError, match=r"teacher\.extra") as caught:
         load(None, [f"teacher.extra={value}"], {}, own_file=False)
     assert message in caught.value.message
+    assert "sk-1" not in caught.value.message + caught.value.hint
 
 
 def test_limit_reserves_the_price_of_the_service_tier(teacher_of):

@@ -13,7 +13,7 @@ from sclite.settings import load
 from sclite.student import tokenization
 from sclite.student.loader import load_student, load_tokenizer
 from sclite.student.log_probs import pad
-from sclite.student.step_scores import review_odds
+from sclite.student.step_scores import read_odds
 from sclite.student.tokenization import TrainingSequence, decision_ids, piece_ids, prompt_ids
 from sclite.trace import open_piece, parse, render
 from sclite.train.bundle import build_bundles, collate
@@ -208,7 +208,7 @@ def test_decision_odds_in_training_equal_the_scores_in_use(config, run, report, 
     signed = (got.decision_chosen - got.decision_rejected).tolist()
     for bundle in bundles:
         attempt = attempts[bundle.key]
-        asked = next(review_odds(questions[attempt.id], parse(attempt.trace).trace))
+        asked = next(read_odds(questions[attempt.id], parse(attempt.trace).trace))
         trained = [signed.pop(0) * (1 if accused else -1) for accused in bundle.review.accused]
         used = first_token_odds(model, tokenizer, asked)
         assert used[: len(trained)] == pytest.approx(trained, abs=1e-4)

@@ -210,6 +210,37 @@ def test_an_unchecked_architecture_or_mixed_bits_is_rough_and_experts_refused():
     assert error.value.hint
 
 
+FULL = {"layer_types": ["sliding_attention", "full_attention"], "vocab_size_per_layer_input": 512}
+
+
+@pytest.mark.parametrize(
+    ("shape", "widths"),
+    [
+        # twice the hidden size, and no heads
+        ({"model_type": "falcon_mamba", "hidden_size": 128, "num_hidden_layers": 2}, (128, 128, 256)),
+        (
+            {
+                "model_type": "gemma3n_text", **SMALL, **FULL, "num_hidden_layers": 2, "num_kv_shared_layers": 0,
+                "intermediate_size": [320, 640], "activation_sparsity_pattern": [0.0, 0.0],
+            },
+            (4 * 64, 2 * 64, 640),
+        ),
+        (
+            {
+                "model_type": "gemma4_text", **SMALL, **FULL, "num_hidden_layers": 2, "num_kv_shared_layers": 0,
+                "global_head_dim": 96, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+            },
+            (4 * 96, 2 * 64, 320),
+        ),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_layers_without_heads_or_of_different_widths_are_estimated(shape, widths):
+    found = architecture(config_of(shape))
+    assert (found.query, found.keys, found.intermediate) == widths
+    assert found.rough
+
+
 @pytest.mark.parametrize("name", ["qwen2.5-math-7b", "deepseek-math-7b"])
 def test_a_7b_model_at_2048_tokens_stays_below_its_targets(name):
     found = recipe_architecture(name)

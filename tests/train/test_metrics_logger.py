@@ -58,10 +58,11 @@ def test_micro_batch_figures_are_summed_and_maxima_kept(tmp_path):
     logger = MetricsLogger(tmp_path / "metrics.jsonl", "dpo")
     logger.add({"margin": 0.25, "margin_max": [3.0]}, 100)
     logger.add({"margin": 0.5, "margin_max": [2.0]}, 50)
-    logger.log_step({"loss": 0.7}, 1, 9)
+    logger.log_step({"loss": 0.7, "learning_rate": 4e-7}, 1, 9)
     row = read_metrics(tmp_path / "metrics.jsonl")[0]
     assert (row["margin"], row["margin_max"], row["tokens"], row["phase"]) == (0.75, 3.0, 150, "dpo")
     assert row["tokens_per_second"] > 0
+    assert row["learning_rate"] == 4e-7
 
 
 def test_the_progress_line_shows_loss_margin_speed_and_memory(tmp_path, monkeypatch):

@@ -15,9 +15,10 @@ from sclite.run import Report
 from sclite.student.loader import EMBEDDED_FOLDER, load_tokenizer, read_config
 from sclite.train.memory import Setting, architecture, estimate
 from sclite.train.sft import solve_rows
-from tests.toy import pay, write_rows, write_toy
+from tests.toy import pay, write_pairs, write_rows, write_toy
 from tests.train.architectures import QWEN_MATH_7B, config_of, recipe_architecture
 
+LONG = Template(id="long", question="How?", answer="2", trace=f"<Step1>{'1 ' * 9000}\n</Step1>")
 GPU = {"name": "GPU 24", "total_gb": 24.0, "free_gb": 23.4, "processes": []}
 
 
@@ -100,8 +101,7 @@ def test_planned_tokens_are_those_of_sft_or_unknown_without_a_tokenizer(toy, tok
     assert stage["loss_share"] == round(carried, 4)
     without = stage_of("sft", toy)
     assert [without[key] for key in counts] == [None] * 3
-    trace = "<Step1>" + "1 " * 9000 + "\n</Step1>"
-    toy.append("templates.jsonl", [Template(id="long", question="How?", answer="2", trace=trace)])
+    toy.append("templates.jsonl", [LONG])
     stage = stage_of("sft", toy, tokenizer=tokenizer)
     assert (stage["rows"], stage["too_long"]) == (6, 1)
 
@@ -141,6 +141,12 @@ def test_the_plan_of_dpo_counts_both_sides_and_replay(toy, tokenizer):
     sides = tokenizer(["abcd" * 5, "abcd" * 7], add_special_tokens=False)["input_ids"]
     assert carried == pytest.approx(sum(map(len, sides)), abs=0.1)
     assert replayed["tokens"] > without["tokens"]
+    toy.append("templates.jsonl", [LONG])
+    unseen, dpo = frozenset({"long"}), {"batch_size": 4, "num_train_epochs": 1}
+    long = stage_of("dpo", toy, tokenizer=tokenizer, unseen=unseen, dpo=dpo)  # it trains without replay
+    assert [long[key] for key in ("rows", "too_long", "tokens")] == [2, 0, without["tokens"]]
+    long = stage_of("dpo", toy, tokenizer=tokenizer, dpo={**dpo, "max_length": 64})
+    assert [long[key] for key in ("rows", "too_long")] == [0, 2]
 
 
 def test_hours_come_from_the_timed_steps_of_the_run(toy, tokenizer):
@@ -151,6 +157,17 @@ def test_hours_come_from_the_timed_steps_of_the_run(toy, tokenizer):
     stages = planned(toy, tokenizer=tokenizer)["stages"]
     assert [stages[name]["tokens_per_second"] for name in ("sft", "warmup", "dpo")] == [100, 100, None]
     assert stages["sft"]["hours"] == pytest.approx(stages["sft"]["tokens"] / 100 / 3600, abs=1e-3)
+
+
+def test_seconds_of_training_are_not_rounded_to_none(toy, tokenizer):
+    write_pairs(toy)
+    for name in ("sft", "dpo"):  # the warm-up takes the speed of SFT
+        row = {"phase": name, "step": 1, "tokens_per_second": 5000}
+        write_rows(toy.path(f"{name}/metrics.jsonl"), [row])
+    found = planned(toy, tokenizer=tokenizer)
+    seconds = sum(stage["tokens"] for stage in found["stages"].values()) / 5000
+    assert 1 < seconds < 10
+    assert 3600 * found["hours"] == pytest.approx(seconds, abs=1)
 
 
 def test_disk_use_grows_with_rank_and_quantization_bits(run):
@@ -169,6 +186,9 @@ def test_corrections_are_priced_like_the_templates_so_far(toy):
     pay(toy, "templates", *[0.02] * 9)  # six templates, three repairs
     teacher = planned(toy, unseen=frozenset({"p1", "p2"}), attempts={"samples": 4})["teacher"]
     assert teacher == {"requests": 8, "at_most": True, "cost_usd": 0.24, "spent_usd": 0.18}
+    imported = {"samples": 4, "source": "tries.jsonl"}  # which may hold more of them
+    teacher = planned(toy, unseen=frozenset({"p1", "p2"}), attempts=imported)["teacher"]
+    assert teacher == {"requests": None, "at_most": False, "cost_usd": None, "spent_usd": 0.18}
 
 
 def test_with_attempts_each_distinct_wrong_one_is_a_request(toy):

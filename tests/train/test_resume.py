@@ -9,9 +9,10 @@ import pytest
 from sclite.config import Config
 from sclite.errors import UsageError
 from sclite.run import Run
+from sclite.train import trainer
 from sclite.train.checkpoints import Checkpoints
-from sclite.train.order import training_order
 from sclite.train.sft import train_sft
+from sclite.train.trainer import training_order
 from tests.toy import (
     LONG,
     TRAIN,
@@ -98,6 +99,26 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path):
     assert checkpoints.step() == 3
     checkpoints.prepare({"seed": 1})
     assert checkpoints.step() == 0
+
+
+def test_the_checkpoint_before_stays_until_the_next_is_complete(folder, run, monkeypatch):
+    """Beside that of the best step, here the first: the evaluation loss rises as that of the training falls."""
+    write_toy(run, 12)
+    mark, before, whole = Checkpoints.mark, {}, trainer.weighted_loss
+
+    def marking(self, step):
+        before[step] = self.step()
+        mark(self, step)
+
+    def rising(parts, totals):
+        loss, figures = whole(parts, totals)
+        return (loss if loss.requires_grad else -loss), figures
+
+    monkeypatch.setattr(Checkpoints, "mark", marking)
+    monkeypatch.setattr(trainer, "weighted_loss", rising)
+    report = train_sft(toy_config(folder, sft={"num_train_epochs": 2, "eval_share": 0.34}), run)
+    assert report.figures["best_step"] == 1
+    assert before == {1: 0, 2: 1, 3: 2, 4: 3}
 
 
 def test_a_changed_setting_is_refused_unless_it_does_not_change_the_result(whole, tmp_path):

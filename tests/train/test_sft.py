@@ -12,8 +12,10 @@ from sclite.errors import DataError
 from sclite.records import Template
 from sclite.run import Run
 from sclite.student.loader import load_student, load_tokenizer
+from sclite.student.origin import fingerprint, read_origin
 from sclite.student.tokenization import TrainingSequence, encode_solution, end_id
 from sclite.trace import Step, Trace, render
+from sclite.train import stage
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.metrics_logger import MetricsLogger, read_metrics
 from sclite.train.sft import solve_rows, supervised, supervised_task, train_sft
@@ -49,6 +51,16 @@ def test_in_the_trainers_batches_the_prompt_alone_is_masked(folder, tmp_path):
             assert problem.question in prompt
             assert tokenizer.decode(ids[weights > 0]) == render(trace) + "<|im_end|>"
             assert int(ids[weights > 0][-1]) == end_id(tokenizer)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(9, 1), (10, 1), (11, 2), (19, 2), (101, 11)])
+def test_no_more_checkpoints_are_saved_than_configured(folder, tmp_path, steps, expected):
+    config = toy_config(folder, sft={"checkpoints": 10})
+    model, tokenizer = load_student(config, "sft", train=True)
+    task = supervised_task("sft", [GOOD] * 4, tokenizer.pad_token_id, held_out=[0])
+    rows = steps * config.sft.batch_size
+    settings = training_arguments(model, task, config.sft, tmp_path, rows=rows, micro_batch=1, seed=0)
+    assert (settings["save_steps"], settings["eval_steps"]) == (expected, expected)
 
 
 def test_the_share_of_trained_tokens_is_reported_and_nothing_trained_again(trained):
@@ -121,6 +133,19 @@ def test_the_micro_batch_changes_neither_losses_nor_gradients(folder, trained, t
         assert one
         assert one == pytest.approx(four, rel=1e-3)
         assert two == pytest.approx(four, rel=1e-3)
+
+
+def test_base_model_is_not_fetched_after_training(folder, run, monkeypatch):
+    """The network may be gone by then."""
+
+    def train_offline(*given, **named):
+        monkeypatch.setattr(stage, "fetch_model", lambda _: pytest.fail("fetched"))
+        return train_adapter(*given, **named)
+
+    monkeypatch.setattr(stage, "train_adapter", train_offline)
+    write_toy(run, 3)
+    train_sft(toy_config(folder, sft={"num_train_epochs": 1}), run)
+    assert read_origin(run.path("sft/adapter")).weights == fingerprint(folder)
 
 
 def test_rows_that_are_too_long_are_dropped_and_counted(folder, run):

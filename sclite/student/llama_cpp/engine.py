@@ -6,6 +6,7 @@ import functools
 import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import chain
 from pathlib import Path
 from threading import Event
@@ -15,7 +16,7 @@ import numpy as np
 
 from sclite.errors import DataError, DeviceError, UsageError
 from sclite.student.base import Messages, Reply, Request, ScoreRequest, Scores
-from sclite.student.chat_template import render_chat, start_renderer
+from sclite.student.chat_template import render_chat, renderer
 from sclite.student.llama_cpp.scheduler import MEMORY_HINT, Scheduler
 from sclite.student.llama_cpp.sequence import Option, TokenSequence, log_odds
 from sclite.student.llama_cpp.vocabulary import Vocabulary
@@ -54,16 +55,15 @@ def llama() -> ModuleType:
 def last_errors() -> str:
     """The errors among the last log lines of llama.cpp."""
     lines = [line.strip() for line in "".join(_log).splitlines()]
-    return (
-        "; ".join([x for x in lines if "error" in x.lower() or "fail" in x.lower()][-3:]) or "no reason given"
-    )
+    errors = [line for line in lines if "error" in line.lower() or "fail" in line.lower()]
+    return "; ".join(errors[-3:]) or "no reason given"
 
 
-class Engine:
+class Engine(AbstractContextManager["Engine"]):
     """One GGUF file as a student (protocol of sclite/student/base.py).
 
-    Attributes: `vocabulary_size`; `description` (from llama.cpp, such as "llama 7B Q4_K - Medium"); `offloaded` (whether
-    layers are on a GPU); `chat_template` (Jinja, "" if the file has none); `parallel`; `context` (tokens).
+    Attributes: `vocabulary`; `description` (from llama.cpp, such as "llama 7B Q4_K - Medium"); `offloaded` (whether layers
+    are on a GPU); `chat_template` (Jinja, "" if the file has none); `parallel`; `context` (tokens).
     Threads may share an engine: their requests then share its batches.
     """
 
@@ -85,10 +85,11 @@ class Engine:
         With caches of their own, the same requests give the same texts in every run, and 32 sequences are twice as fast
         on a CPU. If fewer than `OWN_CACHES` fit, all share one cache and wait while it is full; with `unified` False,
         fewer are decoded at once, with True all share one cache.
-        `exact`: float32 cache and no flash attention, for comparisons (errors of 1e-5 instead of 1e-2 nats; slower).
+        `exact`: float32 cache, no flash attention and no products of weights in RAM on a GPU, for comparisons (errors of
+        1e-5 instead of 1e-2 nats; slower).
         Raises DataError (no such file, not a GGUF), DeviceError (not enough memory), UsageError.
         """
-        start_renderer()
+        renderer.start()
         self._api = api = llama()
         self._model = self._context = None
         self.path = Path(path)
@@ -107,7 +108,6 @@ class Engine:
             raise DataError(f"llama.cpp cannot load {path}: {why}", hint)
         self.offloaded: bool = bool(api.llama_supports_gpu_offload()) and gpu_layers != 0
         self.vocabulary = Vocabulary(api, self._model)
-        self.vocabulary_size = self.vocabulary.size
         count, buffer = api.llama_model_n_params(self._model), ctypes.create_string_buffer(256)
         api.llama_model_desc(self._model, buffer, len(buffer))
         size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
@@ -164,6 +164,7 @@ class Engine:
             parameters.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if exact:
             parameters.type_k = parameters.type_v = api.GGML_TYPE_F32
+            parameters.op_offload = False
         _log.clear()
         self._context = api.llama_init_from_model(model, parameters)
         if not self._context:
@@ -187,30 +188,24 @@ class Engine:
             self._api.llama_model_free(self._model)
         self._model = self._context = None
 
-    def __enter__(self) -> "Engine":
-        return self
-
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # -- text and tokens
-
-    def token_ids(self, text: str, special: bool = False) -> list[int]:
-        """Ids of the text on its own, without BOS; `special`: parse control tokens in it."""
-        return self.vocabulary.ids(text, special)
 
     def chat_ids(self, messages: Messages) -> list[int]:
         """Prompt ids: the rendered chat template, up to where the assistant begins. DataError without a template."""
         if not self.chat_template:
             raise DataError(f"{self.path} has no chat template", "export it from a chat (instruct) model")
-        return self.token_ids(render_chat(self.chat_template, messages, self.special_tokens), special=True)
+        text = render_chat(self.chat_template, messages, self.special_tokens)
+        return self.vocabulary.ids(text, special=True)
 
     def _ids(self, messages: Messages, pieces: Sequence[str]) -> tuple[list[int], list[int]]:
         """Ids of prompt and pieces, and their number after each piece and, last, after the prompt."""
         ids, ends = self.chat_ids(messages), []
         prompt = len(ids)
         for piece in pieces:
-            ids = ids + self.token_ids(piece)
+            ids = ids + self.vocabulary.ids(piece)
             ends.append(len(ids))
         return ids, [*ends, prompt]
 
@@ -267,11 +262,11 @@ class Engine:
         lengths: dict[int, int] = {}
         for index, request in enumerate(requests):
             ids, ends = self._ids(request.messages, request.pieces)
-            others = [self.token_ids(option) for option in request.others]
+            others = [self.vocabulary.ids(option) for option in request.others]
             whole, lengths[index], marks[index] = TokenSequence(ids), len(ids), []
             for mark, texts in zip(request.marks, request.options, strict=True):
                 at = ends[mark] - 1
-                options = [self.token_ids(text) for text in texts if text is not None]
+                options = [self.vocabulary.ids(text) for text in texts if text is not None]
                 if not all(options):
                     raise UsageError(f"empty option in {texts}", "options need text")
                 heads = [option[0] for option in (*options, *others)]
@@ -301,7 +296,7 @@ class Engine:
                 yield Scores(index, odds, lengths[index], prefill[index])
 
     def log_probabilities(self, ids: Sequence[int]) -> np.ndarray:
-        """log p of every token after each of the ids: float64 (len(ids), vocabulary_size)."""
+        """log p of every token after each of the ids: float64 (len(ids), size of the vocabulary)."""
         sequence = TokenSequence(list(ids), reads=dict.fromkeys(range(len(ids))))
         (done,) = self.scheduler.run([sequence])
         return np.stack(done.read)

@@ -6,18 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sclite.errors import DataError, ScliteError
+from sclite.errors import DataError, DeviceError, ScliteError
 
 TEXT = "<Step1>2 + 3 = 5 €\n</Step1>\n<Cause>"
 
 
 def check_gguf(path: Path) -> None:
-    """Load the file, tokenize a text and run the model, in a child process. Raises DataError if llama.cpp cannot."""
+    """Load the file, tokenize a text and run the model, in a child process. Raises DataError or DeviceError if that fails."""
     root = str(Path(__file__).resolve().parents[3])
-    known = os.environ.get("PYTHONPATH")
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([root, known]) if known else root,
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
         "GGML_NO_BACKTRACE": "1",  # otherwise it starts a debugger
     }
     done = subprocess.run(
@@ -42,7 +41,8 @@ def check_gguf(path: Path) -> None:
             f"llama.cpp cannot read {path}: {reason}",
             "llama.cpp does not support its tokenizer or header: use another base model, or another copy of the file",
         ) from None
-    raise DataError(report["message"], report["hint"])
+    kind = DeviceError if done.returncode == DeviceError.code else DataError
+    raise kind(report["message"], report["hint"])
 
 
 if __name__ == "__main__":
@@ -50,7 +50,7 @@ if __name__ == "__main__":
 
     try:
         with Engine(sys.argv[1], parallel=1, context=256, gpu_layers=0, cache_gb=0.1) as engine:
-            engine.log_probabilities(engine.token_ids(TEXT))
+            engine.log_probabilities(engine.vocabulary.ids(TEXT))
     except ScliteError as error:
         os.write(1, json.dumps({"message": error.message, "hint": error.hint}).encode())
         sys.exit(error.code)

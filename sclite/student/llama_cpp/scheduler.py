@@ -61,19 +61,17 @@ class Scheduler:
         self.size = size = api.llama_n_batch(context)
         # a llama_batch over numpy arrays: filling it takes slices instead of a call per token
         self.tokens, self.positions, self.owners = (np.zeros(size, np.int32) for _ in range(3))
-        self.outputs, counts = np.zeros(size, np.int8), np.ones(size, np.int32)
-        pointers = (self.owners.ctypes.data + 4 * np.arange(size)).astype(np.uintp)
-        self._alive = (counts, pointers)
-        arrays: dict[str, np.ndarray] = {
+        self.outputs = np.zeros(size, np.int8)
+        self._arrays: dict[str, np.ndarray] = {  # kept: the batch has only their addresses
             "token": self.tokens,
             "pos": self.positions,
-            "n_seq_id": counts,
-            "seq_id": pointers,
+            "n_seq_id": np.ones(size, np.int32),
+            "seq_id": (self.owners.ctypes.data + 4 * np.arange(size)).astype(np.uintp),
             "logits": self.outputs,
         }
         self.batch = api.llama_batch()
         kinds = dict(self.batch._fields_)
-        for name, array in arrays.items():
+        for name, array in self._arrays.items():
             setattr(self.batch, name, ctypes.cast(array.ctypes.data, kinds[name]))
         self._inbox: SimpleQueue[list[TokenSequence] | None] = SimpleQueue()
         self._runs: set[Run] = set()

@@ -96,13 +96,12 @@ class TokenSequence:
             self.finish = "stop"
             return
         piece = vocabulary.piece(token)
-        for stop in self._stops:
-            tail = self.text[max(0, len(self.text) - len(stop) + 1) :] if len(stop) > 1 else b""
-            at = (tail + piece).find(stop)
-            if at >= 0:
-                self.text += piece[: at + len(stop) - len(tail)]
-                self.finish = "stop"
-                return
+        tail = self.text[max(0, len(self.text) - max(map(len, self._stops), default=1) + 1) :]
+        places = ((stop, (tail + piece).find(stop)) for stop in self._stops)
+        if ends := [at + len(stop) for stop, at in places if at >= 0]:
+            self.text += piece[: min(ends) - len(tail)]
+            self.finish = "stop"
+            return
         self.text += piece  # complete at once: another thread may be reading it
         if self.generated >= self.limit:
             self.finish = "length"

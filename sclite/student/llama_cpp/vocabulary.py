@@ -18,10 +18,8 @@ class Vocabulary:
     def ids(self, text: str, special: bool = False) -> list[int]:
         """Token ids of the text on its own, without BOS. `special`: parse control tokens in the text."""
         data = text.encode("utf-8")
-        room = len(data) + 8
-        found = (self._api.llama_token * room)()
-        count = self._api.llama_tokenize(self._of, data, len(data), found, room, False, special)
-        if count < 0:
+        count = -len(data) - 8  # minus the room that is needed, as llama.cpp returns it if there is less
+        while count < 0:
             found = (self._api.llama_token * -count)()
             count = self._api.llama_tokenize(self._of, data, len(data), found, -count, False, special)
         return found[:count]

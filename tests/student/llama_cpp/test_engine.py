@@ -1,8 +1,11 @@
 """The batched llama.cpp student, on a real GGUF, against transformers."""
 
+import json
 import random
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sclite.errors import DataError, DeviceError, UsageError
 from sclite.student.base import Request, ScoreRequest
 from sclite.student.llama_cpp.engine import Engine
+from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.llama_cpp.sequence import TokenSequence, sample
 from tests.toy import sample_texts, tiny_gguf, wait_until
 
@@ -71,12 +75,12 @@ def test_ids_match_transformers_and_sentencepiece(engine, folder, trained):
     texts = ["".join(draw.choices(letters, k=draw.randint(0, 60))) for _ in range(300)]
     texts += ["</Step1>\n<Cause>", "  two  spaces ", "<|im_end|x", *sample_texts(30, seed=9)]
     for text in texts:
-        ids = engine.token_ids(text)
+        ids = engine.vocabulary.ids(text)
         assert ids == model.encode(text) == trained[1](text, add_special_tokens=False).input_ids, text
         assert b"".join(engine.vocabulary.piece(token) for token in ids).decode() == text
     # control tokens are parsed in prompts but not in pieces
-    assert engine.token_ids("<|im_end|>", special=True) == [2]
-    assert 2 not in engine.token_ids("<|im_end|>")
+    assert engine.vocabulary.ids("<|im_end|>", special=True) == [2]
+    assert 2 not in engine.vocabulary.ids("<|im_end|>")
 
 
 def test_greedy_replies_match_transformers(engine, trained):
@@ -196,7 +200,7 @@ def test_common_prefix_is_computed_once_and_changes_no_reply(gguf, unified):
     requests = [Request(chat(q, system="Solve in steps. " * 12), max_tokens=16) for q in questions(8)]
     requests += requests[:3]
     with Engine(gguf, parallel=4, context=512, unified=unified, exact=True) as engine:
-        common = len(engine.token_ids("<|im_start|>system\n" + "Solve in steps. " * 12, special=True))
+        common = len(engine.vocabulary.ids("<|im_start|>system\n" + "Solve in steps. " * 12, special=True))
         shared = replies(engine, requests)
         assert common > 80
         assert engine.scheduler.shared_tokens >= 10 * common
@@ -225,7 +229,7 @@ def test_next_request_with_the_same_prefix_uses_the_cache(engine):
     assert second.prompt_tokens > first.prompt_tokens
     assert second.prefill_tokens <= second.prompt_tokens - first.prompt_tokens + 1
     scored = ScoreRequest(chat("How many apples?"), PIECES, (0,), (OPTIONS,))
-    after_the_mark = sum(len(engine.token_ids(piece)) for piece in PIECES[1:])
+    after_the_mark = sum(len(engine.vocabulary.ids(piece)) for piece in PIECES[1:])
     assert (
         next(engine.score([scored])).prefill_tokens == 1 + after_the_mark
     )  # odds are read at the token before
@@ -251,6 +255,15 @@ def test_multi_token_characters_are_decoded_whole():
         sequence.append(token, Bytes())
     assert sequence.text.decode() == "é漢😀"
     assert sequence.finish == "stop"
+
+
+@pytest.mark.parametrize("stops", [("b", "a"), ("bc", "a", "z")])
+def test_first_stop_string_in_the_text_ends_it(stops):
+    vocabulary = SimpleNamespace(ends=(), piece=[b"x", b"yabc"].__getitem__)
+    sequence = TokenSequence([1], request=Request((), stop=stops), limit=99)
+    for token in range(2):
+        sequence.append(token, vocabulary)
+    assert (bytes(sequence.text), sequence.finish) == (b"xya", "stop")
 
 
 def test_sampling_depends_on_the_seed_not_on_the_batch(gguf):
@@ -436,7 +449,7 @@ def test_solution_stays_in_the_cache_while_it_is_reviewed(gguf):
             scored = next(engine.score([ScoreRequest(review, PIECES, (0, 2), (OPTIONS,) * 2, ("<Key>",))]))
             assert 0 < scored.prefill_tokens < 2 * scored.prompt_tokens
             (rest,) = engine.generate([Request(solve, (first.text[:20],), max_tokens=3)])
-            assert rest.prefill_tokens <= 1 + len(engine.token_ids(first.text[:20]))
+            assert rest.prefill_tokens <= 1 + len(engine.vocabulary.ids(first.text[:20]))
 
 
 def test_engine_that_is_closed_ends_its_runs(gguf):
@@ -471,9 +484,20 @@ def test_invalid_gguf_is_rejected_with_a_hint(tmp_path, gguf):
         assert error.value.hint
 
 
+@pytest.mark.parametrize("kind", [DataError, DeviceError])
+def test_check_in_another_process_keeps_the_kind_of_its_error(tmp_path, monkeypatch, kind):
+    said, python = json.dumps({"message": "no memory", "hint": "free some"}), tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho '{said}'\nexit {kind.code}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(kind, match="no memory") as error:
+        check_gguf(tmp_path / "any.gguf")
+    assert error.value.hint == "free some"
+
+
 def test_llama_cpp_loads_silently(gguf, capfd):
     with Engine(gguf, parallel=2, context=256) as engine:
-        assert engine.vocabulary_size == 512
+        assert engine.vocabulary.size == 512
         assert isinstance(engine.offloaded, bool)
         assert "llama" in engine.description
         assert "?" not in engine.description
