@@ -18,6 +18,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # more threads than cores take up to 1.
 CLEAN = ("OPENAI_API_KEY", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 
 
+SLOW = ("test_flow.py", "test_three_commands.py", "test_resume.py", "test_kills.py", "test_architectures.py")
+
+
+def pytest_configure(config):
+    """Keep the order below, in which pytest-xdist would move files of few tests to the end."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """The slowest files first, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: item.path.name not in SLOW)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c():
     """Ctrl-C counts here and in what the tests start, also where a script runs them in the background without it."""
