@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 
 
 def without_password(address: str) -> str:
-    """The URL without user name and password, also if the password holds an unescaped #, / or bracket."""
+    """The URL without user name and password, also if the password holds an unescaped # or bracket."""
     if "@" not in address:
         return address
     with suppress(ValueError):  # also if what stands for the port is the start of a password

@@ -65,8 +65,11 @@ def has_problems(context: Context) -> bool:
     return context.problems is not None or bool(given)
 
 
-def check_sources(context: Context) -> None:
-    """Raise for other problems than the run's own, or an unusable `attempts.source` or GGUF, before anything is paid for."""
+def check_sources(context: Context, student: bool = True) -> None:
+    """Raise for other problems than the run's own, or a missing `attempts.source`, before anything is paid for.
+
+    With `student`, for an unusable GGUF as `attempts.student` too.
+    """
     if context.problems is None:  # else they are the quickstart's, or checked
         context.run.check_problems(context.config.problems.source)
     settings = context.config.attempts
@@ -75,7 +78,7 @@ def check_sources(context: Context) -> None:
     if settings.source and not Path(settings.source).is_file():
         hint = "check the path, or unset it: --set attempts.source="
         raise DataError(f"attempts.source: {settings.source} does not exist", hint)
-    if settings.kind == "gguf":
+    if student and settings.kind == "gguf":
         with context.display.wait("checking attempts.student"):
             context.student_gguf()
 

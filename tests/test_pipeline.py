@@ -220,6 +220,7 @@ def test_a_missing_gguf_is_named(run):
     context = context_of(run, "http://127.0.0.1:9/v1", **{"attempts.student": "none.gguf"})
     with pytest.raises(DataError, match=r"attempts\.student: none\.gguf does not exist"):
         pipeline.build_corrections(context)
+    pipeline.check_sources(context, student=False)  # templates do not need it
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def build_data(
         raise UsageError(f"invalid value for --only: {only}", "use --only templates or --only corrections")
     chosen = {"problems.source": problems, "problems.limit": limit, "teacher.max_cost": max_cost}
     context = common.context(chosen)
-    pipeline.check_sources(context)
+    pipeline.check_sources(context, student=only != "templates")
     # corrections follow where there is a student to make attempts
     both = only is None and bool("sft" in context.students() or context.config.attempts.student)
     if dry_run:

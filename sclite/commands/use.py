@@ -200,7 +200,7 @@ def chat(
         str(model).startswith(("/", ".", "~"))
         or model.suffix == ".gguf"
         or model.exists()
-        or (len(model.parts) != 2 and model.parent.is_dir())
+        or (model.parent.is_dir() and not str(model.parent).startswith("ollama"))
     )
     example, familiar, endpoint = "", lambda _: True, None
     if context.config.teacher.embedded and model is None:

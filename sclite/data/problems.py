@@ -31,8 +31,8 @@ def load_problems(
     """The first `limit` distinct problems of a local file or a Hub dataset, named by `key` in the configuration.
 
     A row goes to `drops` if it is unusable, repeats an id or a question, or overlaps the index `avoid` (`build_index`).
-    For a question that is `known`, that is the name of what it overlaps, or "". Raises DataError if no row is usable; if
-    all usable ones overlap, there are none.
+    For a question that is `known`, that is the name of what it overlaps, or "". Raises DataError if no row is usable;
+    without unusable rows, none is left if all overlap.
     """
     name, columns, avoid, known = source.source, source.columns(), avoid or {}, known or {}
     if not name:

@@ -170,7 +170,7 @@ def _read_stage(
         stage.why += run.damages(manifest)
         if not path.exists():
             stage.why.append(f"{output} is missing")
-        elif manifest["figures"].get("adapter") not in (None, run.file_digest(output)):
+        elif (signed := manifest["figures"].get("adapter")) and signed != run.file_digest(output):
             stage.why.append(f"{output} is not the adapter that {name} wrote")
         if stage.why and not unanswered:
             stage.state = STALE

@@ -202,7 +202,8 @@ def guided(question: str, attempt: Trace, settings: ReviewSettings) -> Script[Re
             return replace(result, tokens=tokens, note=outcome.note)
         attempt = outcome.trace
         rewritten = {each for each in rewritten if each < step} | {step} | corrected_steps(attempt)
-        found = outcome if round_number == 0 else result
+        # the first correction that stands, of which later rounds correct later steps
+        found = outcome if step <= (result.accused or step) else result
         result = replace(found, trace=outcome.trace, scores=result.scores, tokens=tokens)
     return result
 

@@ -1,5 +1,6 @@
 """What a failed call means: retry it, drop the request, or stop. No message here contains a key."""
 
+import json
 import math
 import os
 import re
@@ -19,7 +20,7 @@ _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.I)
 _PROVIDER_PREFIX = re.compile(
     r"^(?:(?:litellm\.)?\w*(?:Error|Exception|Timeout)\b(?: code: \d+)?(?:\s+-)?[:\s]+|-\s+)+"
 )
-_JSON_MESSAGE = re.compile(r"""(["'])message\1:\s*(["'])((?:\\.|(?!\2).)+)""", re.S)
+_JSON_TEXT = r"""(["']){}\1:\s*(["'])((?:\\.|(?!\2).)+)"""
 _NO_KEY = re.compile(r"missing credentials|missing \w* ?api.?key|api_key client option must be set", re.I)
 _BAD_KEY = re.compile(r"api key (?:not valid|expired)", re.I)  # Gemini's, with status 400
 _NO_CREDIT = re.compile(r"insufficient_quota|exceeded your current quota", re.I)
@@ -61,6 +62,14 @@ class Failure:
         return min(_LONGEST_BACKOFF_SECONDS, _BACKOFF_SECONDS * 2 ** (attempt - 1)) * (1 - draw / 2)
 
 
+def _unescape(text: str) -> str:
+    """A text from JSON, or from Python's repr of a dict, which escapes less."""
+    try:
+        return json.loads(f'"{text}"', strict=False)
+    except ValueError:
+        return re.sub(r"\\(.)", lambda escape: "\n" if escape[1] == "n" else escape[1], text)
+
+
 def read_failure(error: BaseException) -> Failure:
     """What an error of LiteLLM, OpenAI's SDK, httpx or a socket means."""
     chain: list[BaseException] = []
@@ -77,8 +86,9 @@ def read_failure(error: BaseException) -> Failure:
     shown = body.get("message") if isinstance(body, Mapping) else None
     if not isinstance(shown, str) or not shown:
         shown = next((str(link) for link in chain if str(link) not in ("", "Connection error.")), "")
-    if inner := _JSON_MESSAGE.search(shown):
-        shown = re.sub(r"\\(.)", lambda escape: "\n" if escape[1] == "n" else escape[1], inner[3])
+    # the message inside JSON, then that of the provider behind OpenRouter
+    inner = [re.search(_JSON_TEXT.format(key), shown, re.S) for key in ("message", "raw")]
+    shown = ": ".join(_unescape(found[3]) for found in inner if found) or shown
     lines = clean_text(redact(shown)).partition("Traceback (most recent")[0].strip().splitlines()
     message = _PROVIDER_PREFIX.sub("", lines[0] if lines else "").strip() or type(error).__name__
     message = message if len(message) <= 200 else message[:200] + ".."

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -169,7 +170,10 @@ class Sender:
             if failure.action == STOP:
                 raise teacher_error(failure, settings, provider.key_variable)
             if failure.action == REFUSED:
-                alone = failure.status in _ABOUT_REQUEST
+                flagged = failure.status == 403 and re.search(
+                    "moderat|flagged", failure.message, re.IGNORECASE
+                )
+                alone = failure.status in _ABOUT_REQUEST or bool(flagged)
                 entry = Entry(failure.message, REFUSED, None, None, None, 0.0, parameters["max_tokens"])
                 # others were answered: this one is to blame, also the next time
                 if alone and self._succeeded:

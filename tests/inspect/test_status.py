@@ -274,13 +274,16 @@ def test_status_reads_no_gguf(built, monkeypatch):
     adapter(built, "sft/adapter")  # its known hash no longer counts
     opened, really_open = [], open
 
-    def watched(path, *rest):
+    def watched(path, *rest, **named):
         opened.append(Path(path).name if isinstance(path, Path) else "")
-        return really_open(path, *rest)
+        return really_open(path, *rest, **named)
 
     monkeypatch.setattr("builtins.open", watched)
     assert states(built)["eval"] == "done"
     assert "adapter_model.safetensors" in opened
+    os.utime(export(built, "sft"), (1, 1))
+    opened.clear()
+    assert states(built)["export-sft"] == "done"
     assert not [name for name in opened if name.endswith(".gguf")]
 
 

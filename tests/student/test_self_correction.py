@@ -296,6 +296,15 @@ def test_after_two_rounds_the_first_is_reported_with_the_last_solution():
     assert got.tokens == 40
 
 
+def test_a_later_round_that_corrects_the_same_step_is_the_one_reported():
+    odds = iter([(-1.0, 2.0, 1.0), (-1.0, 3.0, -1.0)])
+    worse = "72 is not twice 38.</Cause>\n<Correction>72 / 2 = 35</Correction>"
+    student = Scripted(odds=lambda _: next(odds), corrections=[worse, CORRECTION])
+    (got,) = review(student, WRONG, rounds=2)
+    assert got.trace.steps[1].text == got.correction == "72 / 2 = 36"
+    assert got.accused == 2
+
+
 def test_attempts_do_not_affect_each_other():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION, "junk"])
     got = review(student, RIGHT, WRONG, Trace(), WRONG)

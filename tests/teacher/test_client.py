@@ -187,16 +187,19 @@ def test_teacher_that_does_not_answer_is_given_up_and_replies_are_kept(ask, ledg
     assert ledger.totals()["requests"] == 10
 
 
-def test_refused_request_is_skipped_and_kept_and_the_others_continue(ask):
+@pytest.mark.parametrize(
+    ("status", "message"), [(400, "no known question in this request"), (403, "the input was flagged")]
+)
+def test_refused_request_is_skipped_and_kept_and_the_others_continue(ask, status, message):
     def answer(request, nth):
-        return fail(400, "no known question in this request") if number_of(request) % 2 else say("good")
+        return fail(status, message) if number_of(request) % 2 else say("good")
 
     with TeacherServer(answer) as server:
         ask(server, [job(0)])  # an answer: from now on a refusal is the request's fault, and is kept
         for _ in range(2):
             results = ask(server, [job(i) for i in range(20)])
             assert [r.text for r in results] == ["good", None] * 10
-            refused = Rejection("refused_by_teacher", "no known question in this request")
+            refused = Rejection("refused_by_teacher", message)
             assert results[1].rejection == refused
         (alone,) = ask(server, [job(21)])  # one refusal does not condemn the teacher
     assert (alone.rejection, len(server.requests)) == (refused, 21)

@@ -93,6 +93,11 @@ def test_message_is_one_line_without_prefixes_and_keys(monkeypatch):
         ('AnthropicException - {"error": {"message": "model: claude-x"}}', "model: claude-x"),
         ('{"error": {"message": ""}}', '{"error": {"message": ""}}'),
         ("Error code: 404 - {'detail': 'Not Found'}", "{'detail': 'Not Found'}"),
+        (r'XException - {"error":{"message":"caf\u00e9 now"}}', "café now"),
+        (
+            '{"error":{"message":"Provider returned error","metadata":{"raw":"x is busy"}}}',
+            "Provider returned error: x is busy",
+        ),
     ],
 )
 def test_message_inside_json_is_shown(text, message):
