@@ -40,7 +40,10 @@ def _public_name(name: str) -> str:
 def _public_model(name: str) -> str:
     """A LiteLLM model, PROVIDER/NAME, where NAME may be the Hub ID or the folder that a local server calls its model."""
     provider, _, model = name.partition("/")
-    return f"{provider}/{_public_name(model)}" if provider and model else _public_name(name)
+    if not provider or name.endswith(".gguf"):
+        return _public_name(name)
+    folder = provider in ("openai", "hosted_vllm") and model.count("/") > 1
+    return f"{provider}/{Path(model).name}" if folder or model.startswith(("/", ".", "~")) else name
 
 
 def model_title(config: Config, name: str) -> str:

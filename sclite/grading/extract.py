@@ -48,7 +48,7 @@ def extract(text: str) -> str | None:
 
 def answer_of(parsed: ParsedTrace) -> str | None:
     """The final answer in a student's output: the answer of its trace, else whatever `extract` finds."""
-    return parsed.trace.answer or extract(without_thoughts(parsed.text))
+    return parsed.trace.answer or extract(without_thoughts(parsed.text) or parsed.text)
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:

@@ -56,7 +56,7 @@ _PATTERNS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^\\?\{ ?[a-z] ?(?:\\in ?\\mathbb\{R\} ?)?(?:\||:|\\mid)(.*?(?:[<>=]|\\[lgn]e(?![a-z])).*?)\\?\}$", r"\1"),
     (r"(?<= )in(?= ?[(\[])", r"\\in"),
     (r"(\d+) ?\\b?mod ?([1-9]\d*)", lambda m: str(int(m[1]) % int(m[2]))),
-    (r"(?<![\d_])(\()?(\w+)(?(1)\))(?: +(\()?base +|_ ?(\{ ?)?)(\w+)\s*(?(3)\))(?(4)\})(?=[})\s]*$)", lambda m: f"{m[2]}_{{{_BASES.get(m[5].lower(), m[5])}}}"),
+    (r"(?:(\()|(?<!\w))(\w+)(?(1)\))(?:(?<! ) +(\()?base +|_ ?(\{ ?)?)(\w+)(?(3)\s*\))(?(4)\s*\})(?=[})\s]*$)", lambda m: f"{m[2]}_{{{_BASES.get(m[5].lower(), m[5])}}}"),
     (r"\((\\begin\{[pbB]?matrix\}.*\\end\{[pbB]?matrix\})\)$", r"\1"),
     (r"\\begin\{array\}\{[lcr| ]*\}(.*)\\end\{array\}", r"\\begin{pmatrix}\1\\end{pmatrix}"),
     (r"(?i)^(?:so|thus|therefore|hence),? ", ""),

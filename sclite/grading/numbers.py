@@ -94,7 +94,7 @@ _ATTACHED = re.compile(r"(?:[A-Za-z]{2,}|[LVWJN]|[a-z](?=\^)|st|nd|rd|th)(?![A-Z
 _STOP = set("of the a an in each total all old altogether is are for at on".split())  # noqa: SIM905
 # "60 miles an hour"; but "half an hour", "3/4 of an hour"
 _EACH = re.compile(
-    r"(?i)(?<=\S )(?<!\bof )(?<!\bfor )(?:in )?(?:an?|each|every) (?=(?:second|minute|hour|day|week|month|year|person|pound|gallon|(?:square|cubic) [a-z]+)\b)"
+    r"(?i)(?<=\S )(?<!\bof )(?<!\bfor )(?:in )?(?:an?|each|every) (?=(?:second|minute|hour|day|week|month|(?:square|cubic) [a-z]+)\b)"
 )
 # "in" that is no inch: "5 in total", "12 cookies in each box"
 _PREPOSITION = re.compile(r"(?i)\bin (?=(?:total|all|the|each)\b)|(?<=\S )in (?=[a-z])")

@@ -42,8 +42,8 @@ class Reviewed:
 
     `trace` is the new solution (None: the attempt stands). `scores` are the log-odds (nats) that each step is wrong: the
     weighted mean of those of review and confidence.
-    `accused` is the step that cause and correction belong to, also if its correction changes nothing (SAME_RESULT); like
-    the scores, they are those of the first round.
+    `accused` is the step that cause and correction belong to, also if its correction changes nothing (SAME_RESULT). Of
+    several rounds, they are those of the earliest corrected step, the scores those of the first round.
     `note` says why a review was abandoned; `tokens` counts what the review generated, `prefill` the tokens of
     its prompts that were not in the cache.
     """

@@ -212,7 +212,8 @@ def test_card_shows_the_whole_hub_id_but_only_the_last_part_of_a_path(
     [
         ("openai//data/alice/models/Qwen", "openai/Qwen"),
         ("hosted_vllm/models/of/alice", "hosted_vllm/alice"),
-        ("openrouter/deepseek/deepseek-r1", "openrouter/deepseek/deepseek-r1"),
+        ("openrouter/deepseek/deepseek-r1:free", "openrouter/deepseek/deepseek-r1:free"),
+        ("fireworks_ai/accounts/fireworks/models/r1", "fireworks_ai/accounts/fireworks/models/r1"),
         ("gpt-4o", "gpt-4o"),
         ("", "unknown"),
     ],

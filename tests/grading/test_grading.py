@@ -105,6 +105,7 @@ def test_the_final_answer_is_extracted(text, answer):
 
 def test_an_answer_is_not_looked_for_in_the_thoughts_before_it():
     assert answer_of(parse("<think>Is it \\boxed{3}? No.</think>\nThe answer is 5.")) == "5"
+    assert answer_of(parse("<think>Is it \\boxed{3}? Yes.</think>")) == "3"  # there is nothing after them
 
 
 @settings(max_examples=200, deadline=None)
@@ -125,12 +126,14 @@ STARTS = ("####", "answer", "answer:", "answer:$$", "<", "\\boxed", "A:")
         *(part * (200_000 // len(part)) for part in PARTS),
         *(start + " " * 200_000 + "x" for start in STARTS),
         "####" + "1" * 200_000 + "x",
+        "ab_" * 200 + " " * 200 + "!",
     ],
     ids=lambda text: repr(text[:9]),
 )
 def test_hostile_texts_take_linear_time(text):
     begin = time.perf_counter()
     extract(text)
+    grading.compare_quickly(text[:1000], "5")
     assert time.perf_counter() - begin < 2
 
 
