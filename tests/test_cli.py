@@ -95,6 +95,7 @@ ERRORS = [
     ("eval mine.jsonl", 3, "mine.jsonl: too few problems, 3 of 3 were not trained on", ""),
     ("chat ?", 3, "runs/default/export holds no GGUF", "sclite train"),
     ("chat --model none.gguf ?", 3, "none.gguf does not exist", ""),
+    ("chat none.gguf", 3, "none.gguf does not exist", ""),
     ("chat ''", 2, "error: the question is empty", ""),
     ("show --run none", 3, "the run none does not exist", "sclite build-data"),
     ("status --run runs/none", 3, "the run runs/none does not exist", "sclite build-data"),
@@ -106,6 +107,12 @@ ERRORS = [
     (f"build-data mine.jsonl {shlex.join(TEACHER)} --set teacher.api_base=http://127.0.0.1:9/v1", 6,
      "teacher openai/replay at http://127.0.0.1:9/v1 does not answer", ""),
 ]  # fmt: skip
+
+
+def test_export_works_on_the_quickstarts_run_where_there_is_no_other(sclite):
+    Path("runs/quickstart").mkdir(parents=True)
+    Path("runs/quickstart/run.toml").write_text("")
+    assert "runs/quickstart has no templates" in sclite("export", "--format", "data").error
 
 
 @pytest.mark.parametrize(("typed", "code", "message", "hint"), ERRORS, ids=[typed for typed, *_ in ERRORS])

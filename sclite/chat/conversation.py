@@ -111,7 +111,7 @@ class Chat:
         name, _, rest = typed[1:].partition(" ")
         method = getattr(self, f"do_{name.lower()}", None)
         if method is None:
-            close = difflib.get_close_matches(name, self.commands(), 1, 0.5)
+            close = difflib.get_close_matches(name, self.commands(), 1, 0.6)
             hint = f"/{close[0]}" if close else "/help lists the commands"
             raise UsageError(f"there is no command /{name}", hint)
         method(rest.strip())
@@ -248,7 +248,7 @@ class Chat:
             flag = "flagged" if number == review.accused else "above" if odds > limit else ""
             score = f"{100 * probability(odds):.1f} %", f"{odds:+.2f}"
             rows.append([str(number), escape(readable(step.text)), *score, flag])
-        title = f"corrected from log-odds {limit:+.2f} ({100 * probability(limit):.0f} %)"
+        title = f"steps are corrected from log-odds {limit:+.2f} ({100 * probability(limit):.0f} %) on"
         console.print_table(title, ["step", "text", "error", "log-odds", ""], rows, texts=2)
         if review.cause:
             console.print(f"  why: {escape(review.cause)}\n  corrected: {escape(review.correction or '')}")
@@ -262,7 +262,9 @@ class Chat:
             path.write_bytes(TypeAdapter(list[Answer]).dump_json(self.answers, indent=1))
         except OSError as error:
             raise DataError(f"{path} cannot be written: {error.strerror}", "choose another file") from error
-        console.note(f"[dim]saved {len(self.answers)} answers to {escape(str(path))}[/]")
+        console.note(
+            f"[dim]saved {len(self.answers)} answer{'s' * (len(self.answers) != 1)} to {escape(str(path))}[/]"
+        )
 
     def do_load(self, rest: str) -> None:
         """FILE: continue a saved conversation"""
@@ -274,7 +276,7 @@ class Chat:
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise DataError(f"{path} is not a saved conversation: {reason}", "give a file of /save") from None
-        console.note(f"[dim]loaded {len(self.answers)} answers[/]")
+        console.note(f"[dim]loaded {len(self.answers)} answer{'s' * (len(self.answers) != 1)}[/]")
 
     def do_good(self, _: str) -> None:
         """the answer is right; `build-data` confirms it"""
@@ -314,4 +316,5 @@ def file_argument(rest: str, example: str) -> Path:
         (word,) = shlex.split(rest)
         return Path(word).expanduser()
     except (ValueError, RuntimeError):  # such as ~nobody
-        raise UsageError(f"{rest or 'nothing'} is not the name of a file", example) from None
+        message = f"{rest} is not the name of a file" if rest else "the command needs the name of a file"
+        raise UsageError(message, example) from None

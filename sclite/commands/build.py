@@ -75,7 +75,9 @@ def build_data(
                 role, content = console.escape(message["role"]), console.escape(message["content"])
                 console.print(f"\n[bold]{role}[/]\n{content}")
             cost = "unknown cost" if found["cost_usd"] is None else f"about ${found['cost_usd']:.4f}"
-            tokens = f"{found['prompt_tokens']} prompt tokens, {found['completion_tokens']} completion tokens"
+            tokens = (
+                f"{found['prompt_tokens']:,} prompt tokens, {found['completion_tokens']:,} completion tokens"
+            )
             requests = f"{found['requests']} requests plus repairs"
             console.print(f"\n{requests}: about {tokens}, {cost}. Nothing was sent.")
         if later:

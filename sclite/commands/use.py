@@ -102,7 +102,7 @@ def export(
             f"--format {format} takes no --quant, --imatrix or --ollama", "omit it, or use --format gguf"
         )
     chosen = dict(quant=quant, ollama=ollama, push=push, imatrix=imatrix, keep_template=keep_template)
-    context = common.context({f"export.{name}": value for name, value in chosen.items()})
+    context = common.of_existing_run().context({f"export.{name}": value for name, value in chosen.items()})
     settings, kind = context.config.export, "dataset" if format == "data" else "model"
     compared, url = None, ""
     if settings.ollama and format == "gguf":
@@ -188,8 +188,8 @@ def chat(
     from sclite.chat.repl import run_chat
     from sclite.run import Run
 
-    if model is None and question and re.fullmatch(r"[a-z][a-z0-9_]+/[A-Za-z][\w.:/-]*", question):
-        model, question = Path(question), None  # ollama/qwen3:8b is no question
+    if model is None and question and re.fullmatch(r"[a-z][a-z0-9_]+/[A-Za-z][\w.:/-]*|\S+\.gguf", question):
+        model, question = Path(question), None  # ollama/qwen3:8b and dpo.gguf are no questions
     if question is not None and not question.strip():
         raise UsageError("the question is empty", "run `sclite chat` without a question to type it")
     if common.json and question is None and console.is_interactive():

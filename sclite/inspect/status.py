@@ -264,11 +264,12 @@ def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
     # attempts of another student than the one that this run trains: their corrections need no training
     others = bool(config.attempts.source or config.attempts.student)
     others = others and stages["attempts"].state != NOT_BEGUN and stages["sft"].state == NOT_BEGUN
+    retrained = any(stages[each].state == STALE for each in TRAINED)
     if name is None:
         fitted = "threshold" in stages and bool(stages["threshold"].counts.get("fitted"))
         words = ["chat", "--self-correct"] if fitted or not config.review.needs_fit else ["chat"]
     elif quickstart:
-        words = ["quickstart"]
+        words = ["quickstart", "--fresh"] if retrained else ["quickstart"]
     elif name in ("problems", "templates"):
         # what `basis_of` holds: a larger token limit keeps the rows
         changed = [why for why in stages["templates"].why if not why.startswith("teacher.max_tokens:")]
@@ -281,10 +282,11 @@ def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
     elif others and stages["corrections" if config.attempts.source else "pairs"].state != DONE:
         words, needed = ["build-data", "--only", "corrections"], teacher
     else:
-        retrained = any(stages[each].state == STALE for each in TRAINED)
         words = ["train", "--fresh"] if retrained else ["train"]
         corrected = stages["corrections"].state == DONE or stages["pairs"].state == DONE
         needed = [*([] if config.student.model else ["student.model"]), *([] if corrected else teacher)]
+    if needed == ["student.model"] and not Path(SETTINGS).is_file():
+        words, needed = [*words, "--set", "student.model=.."], []
     if needed:
         return f"set {' and '.join(needed)} in {SETTINGS}" if Path(SETTINGS).is_file() else "sclite init"
     named = ["--run", config.run] if config.run != Config.model_fields["run"].default else []

@@ -351,7 +351,7 @@ def test_saved_conversations_can_be_loaded(chat, tmp_path):
     with pytest.raises(DataError, match="cannot be written"):
         chat.command(f"/save {tmp_path}")
     for named in ("~nobody-here/x", "", "'x", "x y"):
-        with pytest.raises(UsageError, match="not the name of a file"):
+        with pytest.raises(UsageError, match="the name of a file"):
             chat.command(f"/load {named}")
 
 

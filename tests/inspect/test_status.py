@@ -324,13 +324,17 @@ def test_the_next_command_runs_the_first_unfinished_stage(trained):
     assert following(trained, "teacher.max_tokens=8192") == "sclite build-data"  # the rows stay
     assert following(trained, "seed=1") == "sclite build-data"
     assert following(trained, "sft.num_train_epochs=7") == "sclite train --fresh"  # else it is refused
+    own = ("teacher.model=embedded/tutor", "problems.source=")
+    assert following(trained, *own, "sft.num_train_epochs=7") == "sclite quickstart --fresh"
     adapter(trained, "warmup/adapter")
     trained.sign("warmup", training_inputs(config(trained), trained, "warmup"), Report("warmup"))
     assert (
         following(trained, "attempts.temperature=0.1") == "sclite train --fresh"
     )  # the warm-up would be refused
     trained.path("done/sft.json").unlink()
-    assert following(trained, "student.model=") == "sclite init"
+    unnamed = "sclite train --fresh --set student.model=.."
+    assert following(trained, "student.model=") == unnamed
+    assert following(trained, "student.model=", "teacher.model=") != unnamed
     Path("sclite.toml").write_text("")
     assert following(trained, "student.model=") == "set student.model in sclite.toml"
 
