@@ -202,14 +202,13 @@ def describe_teacher(settings: Teacher) -> dict[str, Any]:
 
     Imports LiteLLM, and sends nothing.
     """
-    from unittest.mock import patch
-
     from sclite.teacher.provider import connect
 
     try:
-        litellm = connect(settings).litellm
+        provider = connect(settings)
     except UsageError as error:
         return {"problem": error.message, "fix": error.hint}
+    litellm = provider.litellm
     _, name, _, address = litellm.get_llm_provider(settings.model, api_base=settings.api_base or None)
     missing, found = list[str](), settings.model
     if name.startswith("ollama"):
@@ -218,9 +217,7 @@ def describe_teacher(settings: Teacher) -> dict[str, Any]:
         missing = litellm.validate_environment(settings.model)["missing_keys"]
         missing = missing[-1:] if name == "gemini" else missing  # one of two names of its key
         # nothing is missing either if LiteLLM does not know what is needed
-        with patch.dict(os.environ, clear=True):
-            known = litellm.validate_environment(settings.model)["missing_keys"]
-        found += ", key found" if known else ", key not checked"
+        found += ", key found" if provider.key_variable in os.environ else ", key not checked"
     return {"missing": missing, "found": found, "address": address or ADDRESSES.get(name, "")}
 
 

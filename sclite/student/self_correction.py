@@ -202,7 +202,7 @@ def guided(question: str, attempt: Trace, settings: ReviewSettings) -> Script[Re
             return replace(result, tokens=tokens, note=outcome.note)
         attempt = outcome.trace
         rewritten = {each for each in rewritten if each < step} | {step} | corrected_steps(attempt)
-        # the first correction that stands, of which later rounds correct later steps
+        # report the earliest corrected step; later rounds may correct later ones
         found = outcome if step <= (result.accused or step) else result
         result = replace(found, trace=outcome.trace, scores=result.scores, tokens=tokens)
     return result
