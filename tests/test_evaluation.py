@@ -15,7 +15,7 @@ from sclite.progress import ProgressDisplay
 from sclite.records import Problem
 from sclite.run import Report, Run
 from sclite.student.adapters import adapter_weights
-from sclite.student.ggufs import inputs_of
+from sclite.student.ggufs import export_stage, inputs_of
 from sclite.student.step_scores import Cutoff
 from tests.toy import ScriptedStudent
 
@@ -157,8 +157,8 @@ def exported(monkeypatch):
         name = context.students()[-1]
         content = context.config.export.quant.encode() + context.run.path(adapter_weights(name)).read_bytes()
         path = write_gguf(context, f"{name}-{context.config.export.quant}", content)
-        report = Report(f"export-{name}", figures={"files": {path.name: {}}})
-        context.run.sign(f"export-{name}", inputs_of(context.config, context.run, name), report)
+        report = Report(export_stage(name, context.config), figures={"files": {path.name: {}}})
+        context.run.sign(report.stage, inputs_of(context.config, context.run, name), report)
         names.append(name)
 
     monkeypatch.setattr(exports, "export", export)

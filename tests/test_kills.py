@@ -27,7 +27,7 @@ MARKS = {
     "pairs": "pairs.jsonl",
     "dpo": "dpo/metrics.jsonl",
     "export": "export/unfinished/",
-    "threshold": "done/export-dpo.json",
+    "threshold": "done/export-dpo-q8_0.json",
     "eval": "export/threshold.json",
 }
 """Each stage is killed as soon as this file has a line, or this folder a file."""

@@ -26,7 +26,7 @@ from sclite.export.tensors import read_json
 from sclite.files import sync, write_text
 from sclite.run import Report, Run, timed
 from sclite.student.adapters import STUDENTS, adapter_weights
-from sclite.student.ggufs import LORA_FILE, adapters_of, inputs_of
+from sclite.student.ggufs import LORA_FILE, export_stage, inputs_of
 from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.loader import check_tokenizer, fetch_model, load_tokenizer, model_name, read_config
 from sclite.student.origin import FILE as RECORD_OF_ORIGIN
@@ -51,7 +51,7 @@ def export_model(config: Config, run: Run, name: str) -> Report:
     Raises DataError if the adapter is missing or cannot be merged, or llama.cpp cannot load the result; ScliteError if a
     GGUF does not match the trained model, or the disk is too small.
     """
-    stage, report = f"export-{name}", Report(f"export-{name}")
+    stage, report = export_stage(name, config), Report(f"export-{name}")
     adapter = run.path(f"{name}/adapter") if name != "base" else None
     types, inputs, folder = config.export.types, inputs_of(config, run, name), run.path("export")
     for quant in types:
@@ -97,8 +97,7 @@ def export_model(config: Config, run: Run, name: str) -> Report:
             f"{answers['asked'] - answers['readable']} of {answers['asked']} greedy answers of {names[0]} do not end within "
             f"{parity.ANSWER_TOKENS} tokens or cannot be read: train on more templates, or for more epochs"
         )
-    earlier = {file: adapter for file, adapter in adapters_of(run, name).items() if file not in names}
-    report.figures = {**first, "files": files, "earlier": earlier, "parity": result, "warnings": warnings}
+    report.figures = {**first, "files": files, "parity": result, "warnings": warnings}
     run.sign(stage, inputs, report)
     return report
 

@@ -16,7 +16,7 @@ from sclite.files import write_text
 from sclite.run import Run
 from sclite.student.base import Request
 from sclite.student.chat_template import render_chat
-from sclite.student.ggufs import gguf_path
+from sclite.student.ggufs import export_stage, gguf_path
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.sequence import TokenSequence
 from sclite.student.ollama_api import call_ollama, ollama_url
@@ -42,7 +42,7 @@ def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, list[str
     system = prompts.solve_messages("", config.prompts.folder)[0]["content"]
     num_ctx, stop = min(config.export.num_ctx, max_context), tokens["eos_token"]
     text = build_modelfile(out.name, template, system=system, num_ctx=num_ctx, stop=stop)
-    if manifest := run.manifest(f"export-{name}"):
+    if manifest := run.manifest(export_stage(name, config)):
         warnings += manifest["figures"]["warnings"]
         card = build_model_card(config, run, name, "gguf", manifest["figures"])
         write_text(run.path("export/README.md"), card)

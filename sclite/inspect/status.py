@@ -28,7 +28,7 @@ from sclite.run import Run
 from sclite.settings import FILE as SETTINGS
 from sclite.signature import differences
 from sclite.student.adapters import STUDENTS, adapter_weights
-from sclite.student.ggufs import gguf_path, inputs_of, source_digest
+from sclite.student.ggufs import export_stage, exports_of, gguf_path, inputs_of, source_digest
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
 from sclite.train.metrics_logger import read_metrics
@@ -196,25 +196,27 @@ def _read_model_stages(config: Config, run: Run, fitting: int) -> dict[str, Stag
     has the newest student and each GGUF is unchanged, judged by its size and what it was made from.
     """
     found: dict[str, Stage] = {}
-    known = {name: run.manifest(f"export-{name}") for name in STUDENTS}
-    made = {name: manifest for name, manifest in known.items() if manifest is not None}
+    made = {name: exports for name in STUDENTS if (exports := exports_of(run, name))}
     trained = [name for name in STUDENTS if name in made or run.path(adapter_weights(name)).is_file()]
     newest = trained[-1] if trained else "base"
-    for name, manifest in made.items():
+    for name, exports in made.items():
+        configured = [each for each in exports if each["inputs"].get("quant") == config.export.quant]
+        chosen = (configured or exports)[-1]["inputs"]
         # the options of one export are not kept: compare with those that the existing file was made with
-        options = {key: manifest["inputs"].get(key) for key in ("imatrix", "keep_template")}
-        options["quant"] = str(manifest["inputs"].get("quant"))
+        options = {key: chosen.get(key) for key in ("quant", "imatrix", "keep_template")}
         own = config.model_copy(update={"export": config.export.model_copy(update=options)})
         output = f"export/{gguf_path(run, name, own).name}"
         inputs = partial(inputs_of, own, run, name)
-        found[f"export-{name}"] = _read_stage(run, f"export-{name}", output, inputs)
+        found[f"export-{name}"] = _read_stage(run, export_stage(name, own), output, inputs)
     if newest not in made:
         found["export"] = Stage()
 
     if config.review.needs_fit:
         fits = run.read_json(THRESHOLDS, dict[str, FittedThreshold]) or {}
-        for name, manifest in made.items():
-            digests = [file["sha256"] for file in manifest["figures"].get("files", {}).values()]
+        for name, exports in made.items():
+            adapter = run.file_digest(adapter_weights(name)) if name != "base" else ""
+            own = [each for each in exports if each["inputs"].get("adapter") == adapter]
+            digests = [file["sha256"] for each in own for file in each["figures"]["files"].values()]
             stage = "threshold" if name == newest else f"threshold-{name}"
             try:
                 fitted = next(filter(None, (find_threshold(fits, each, config) for each in digests)), None)

@@ -33,12 +33,22 @@ def inputs_of(config: Config, run: Run, name: str) -> dict[str, Any]:
     }
 
 
+def export_stage(name: str, config: Config) -> str:
+    """The stage that writes the GGUFs of base, sft or dpo in the configured quantization types."""
+    return f"export-{name}-{'+'.join(config.export.types)}"
+
+
+def exports_of(run: Run, name: str) -> list[dict[str, Any]]:
+    """The manifests of the exports of base, sft or dpo, the newest last."""
+    paths = run.path("done").glob(f"export-{name}-*.json")
+    stages = [path.stem for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)]
+    return [manifest for stage in stages if (manifest := run.manifest(stage)) is not None]
+
+
 def adapters_of(run: Run, name: str) -> dict[str, str]:
     """The GGUFs that were exported of base, sft or dpo, each with the digest of its adapter."""
-    if (manifest := run.manifest(f"export-{name}")) is None:
-        return {}
-    figures = manifest["figures"]
-    return figures.get("earlier", {}) | dict.fromkeys(figures["files"], manifest["inputs"]["adapter"])
+    exports = exports_of(run, name)
+    return {file: each["inputs"]["adapter"] for each in exports for file in each["figures"]["files"]}
 
 
 def find_ggufs(run: Run, name: str) -> list[Path]:

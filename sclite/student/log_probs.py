@@ -146,6 +146,31 @@ def check_log_probs(model: "torch.nn.Module", ids: list[int]) -> None:
         raise DataError(message, "choose another student")
 
 
+def check_padding_free(model: "torch.nn.Module", ids: list[int], asked: bool) -> None:
+    """Pad the rows of a model whose rows would see those before them: Unsloth's Gemma 2, without flash attention.
+
+    Raises DataError if padding-free rows were `asked` for.
+    """
+    import torch
+
+    if not getattr(model, "padding_free", False):
+        return
+    rows = [TrainingSequence(row, [0.0] * len(row)) for row in (ids, ids[: len(ids) // 2])]
+    positions = range(len(rows[1].ids))
+    with torch.no_grad(), autocast(model):
+        hidden = hidden_states(model, pad(rows, 0))
+        first, second = (
+            vocabulary_log_probs(model, hidden.at([row] * len(positions), positions)) for row in (0, 1)
+        )
+    spread = (first - first.mean(-1, keepdim=True)).norm()
+    if (second - first).norm() <= 0.1 * spread:
+        return
+    if asked:
+        family = _head(model)[0].config.model_type
+        raise DataError(f"padding_free = true: {family} models would mix the rows", "unset padding_free")
+    model.padding_free = False  # type: ignore[assignment]
+
+
 def head_chunk_size(vocabulary: int) -> int:
     """How many positions go through the head at a time."""
     return max(64, LOGITS // vocabulary)

@@ -31,7 +31,7 @@ from sclite.student.loader import (
     read_config,
     select_backend,
 )
-from sclite.student.log_probs import check_log_probs
+from sclite.student.log_probs import check_log_probs, check_padding_free
 from sclite.student.origin import record_origin
 from sclite.student.tokenization import piece_ids
 from sclite.train.checkpoints import Checkpoints, sync_folder
@@ -172,7 +172,9 @@ class TrainingJob:
                 micro_batch = choose_micro_batch(config, stage, self.longest)
                 base = fetch_model(name)  # before the training: afterwards the network may be gone
                 model = cast("PeftModel", load_student(config, stage, adapter, train=True)[0])
-                check_log_probs(model, *piece_ids(tokenizer, ["1 + 1 = 2. How much is 2 + 3?"]))
+                (ids,) = piece_ids(tokenizer, ["1 + 1 = 2. How much is 2 + 3?"])
+                check_log_probs(model, ids)
+                check_padding_free(model, ids, bool(self.settings.padding_free))
                 steps, best, warned = train_adapter(
                     model, build_task(model, micro_batch), self.settings, checkpoints,
                     run.path(f"{stage}/metrics.jsonl"), seed=config.seed, micro_batch=micro_batch,

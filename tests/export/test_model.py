@@ -34,7 +34,7 @@ from sclite.progress import ProgressDisplay
 from sclite.records import Template
 from sclite.run import Report, Run
 from sclite.student.adapters import adapter_weights
-from sclite.student.ggufs import gguf_path, source_digest
+from sclite.student.ggufs import exports_of, gguf_path, source_digest
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.loader import load_tokenizer, nf4_config
@@ -166,7 +166,7 @@ def test_wrong_weights_fail_the_export(base, run, monkeypatch, instead, failure,
         export.export_model(config_of(base), run, "sft")
     assert error.value.code == FAILED
     assert [path.name for path in run.path("export").iterdir()] == ["parity.json"]
-    assert run.manifest("export-sft") is None
+    assert exports_of(run, "sft") == []
     if ram == 1 << 40:
         instead("merge", lambda merge, *given, **named: damage(merge(*given, **named)))
         message = r"\.weight of the merged model is not the base with the adapter added once"
@@ -316,6 +316,7 @@ def test_several_types_are_made_from_one_merge_and_again_if_one_is_damaged(base,
     kls = [figures["kl"] for figures in report.figures["parity"]["files"].values()]
     assert kls[0] > kls[1] > kls[2] > report.figures["parity"]["unquantized"]["kl"]
     assert len(calls) == 1
+    assert not export.export_model(config_of(base, "f16"), run, "sft").skipped
     assert export.export_model(config, run, "sft").skipped
     path = run.path("export/sft-q8_0.gguf")
     path.unlink()

@@ -15,7 +15,7 @@ from sclite.inspect.status import OUTPUTS, Stage, next_command, read_status
 from sclite.records import FEEDBACK, Attempt, Drop, Feedback, Problem, Review, Template
 from sclite.run import Report, Run
 from sclite.settings import load
-from sclite.student.ggufs import inputs_of, source_digest
+from sclite.student.ggufs import export_stage, inputs_of, source_digest
 from sclite.teacher.ledger import Ledger
 from sclite.train.stage import training_inputs
 from tests.toy import pay
@@ -60,14 +60,15 @@ def adapter(run: Run, name: str, weights: bytes = b"weights") -> None:
     run.path(f"{name}/adapter_model.safetensors").write_bytes(weights)
 
 
-def export(run: Run, name: str) -> Path:
+def export(run: Run, name: str, quant: str = "q4_k_m") -> Path:
     """The GGUF of a student, as `sclite export` leaves it."""
-    gguf = run.path(f"export/{name}-q4_k_m.gguf")
+    gguf = run.path(f"export/{name}-{quant}.gguf")
     gguf.parent.mkdir(exist_ok=True)
     gguf.write_bytes(b"GGUF" + name.encode())
     files = {gguf.name: {"megabytes": 0.0, "sha256": run.file_digest(str(gguf.resolve()))}}
-    report = Report(f"export-{name}", figures={"files": files})
-    run.sign(report.stage, inputs_of(config(run), run, name), report)
+    made = config(run, f"export.quant={quant}")
+    report = Report(export_stage(name, made), figures={"files": files})
+    run.sign(report.stage, inputs_of(made, run, name), report)
     return gguf
 
 
@@ -400,8 +401,18 @@ def test_options_of_one_export_do_not_make_it_stale(built):
     gguf.parent.mkdir()
     gguf.write_bytes(b"GGUF")
     made = config(built, "export.imatrix=true", "export.keep_template=true")
-    built.sign("export-dpo", inputs_of(made, built, "dpo"), Report("export-dpo", figures={"files": {}}))
+    stage = export_stage("dpo", made)
+    built.sign(stage, inputs_of(made, built, "dpo"), Report(stage, figures={"files": {}}))
     assert states(built)["export-dpo"] == "done"
+
+
+def test_a_file_in_another_type_leaves_the_finished_export_and_its_threshold(built):
+    adapter(built, "dpo/adapter")
+    fitted = FittedThreshold(threshold=1.0, problems=60, max_harm=0.005)
+    store_threshold(config(built), built, export(built, "dpo"), fitted)
+    export(built, "dpo", "f16")  # `sclite export --quant f16`
+    assert [states(built)[stage] for stage in ("export-dpo", "threshold")] == ["done", "done"]
+    assert states(built, "export.quant=f16")["export-dpo"] == "done"
 
 
 def test_threshold_on_few_problems_stays_fitted_with_another_limit(built):

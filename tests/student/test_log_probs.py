@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sclite.errors import DataError
-from sclite.student.log_probs import check_log_probs, hidden_states, pad, token_log_probs
+from sclite.student.log_probs import check_log_probs, check_padding_free, hidden_states, pad, token_log_probs
 from sclite.student.tokenization import TrainingSequence
 from sclite.train.sft import train_sft
 from tests.toy import toy_config, write_toy
@@ -49,6 +49,21 @@ def test_family_whose_logits_are_computed_otherwise_is_refused():
         check_log_probs(model.train(), list(range(3, 23)))
     assert error.value.hint
     assert model.training
+
+
+def test_rows_are_padded_if_the_model_would_mix_them(monkeypatch):
+    model, ids = built("llama"), list(range(3, 23))
+    model.padding_free = True
+    check_padding_free(model, ids, asked=True)
+    assert model.padding_free
+    decoder = model.get_decoder()
+    forward = decoder.forward  # without positions that restart, the second row sees the first
+    monkeypatch.setattr(decoder, "forward", lambda **given: forward(**given | {"position_ids": None}))
+    with pytest.raises(DataError, match="llama models would mix the rows") as error:
+        check_padding_free(model, ids, asked=True)
+    assert error.value.hint == "unset padding_free"
+    check_padding_free(model, ids, asked=False)
+    assert not model.padding_free
 
 
 def test_logits_are_checked_before_the_first_step(folder, run, monkeypatch):
