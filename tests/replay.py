@@ -123,7 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
             owner.most_in_flight = max(owner.most_in_flight, owner.in_flight)
         try:
             answer = owner.answer(body, nth)
-            (self.stream if body.get("stream") and answer.status == 200 else self.respond)(answer)
+            streamed = body.get("stream") and answer.status == 200 and isinstance(answer.body, dict)
+            (self.stream if streamed else self.respond)(answer)
         except (BrokenPipeError, ConnectionResetError):
             pass
         finally:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sclite.errors import DataError, ScliteError
 from sclite.export.merge import BaseWeights
 from sclite.export.tensors import Tensors, open_tensors
+from sclite.student.loader import attention_of
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,9 @@ class TrainedWeights:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         config.__dict__.pop("quantization_config", None)  # BaseWeights dequantizes
         with init_empty_weights(include_buffers=False):
-            plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            plain = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=False, **attention_of(config)
+            )
         self.layers: int = config.get_text_config().num_hidden_layers
         self._tied: dict[str, str] = plain.all_tied_weights_keys
         self.base, self.model = BaseWeights(base, adapter), plain

@@ -13,7 +13,7 @@ from sclite.export.merge import BaseWeights
 from sclite.export.quantize import estimate_bytes
 from sclite.export.samples import Sample, split_samples
 from sclite.student.cuda_memory import available_ram
-from sclite.student.loader import max_positions, nf4_config, read_config
+from sclite.student.loader import attention_of, max_positions, nf4_config, read_config
 from sclite.student.origin import read_origin
 from sclite.student.tokenization import piece_ids, prompt_ids
 
@@ -101,6 +101,7 @@ def compute_references(
         if origin and origin.nf4:  # round to NF4 what was in NF4 in training
             settings |= {"dtype": getattr(torch, origin.dtype), "quantization_config": nf4_config()}
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        settings |= attention_of(config)
         model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, **settings)
         if "quantization_config" in settings or getattr(config, "quantization_config", None):
             model = model.dequantize().float()

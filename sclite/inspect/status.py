@@ -215,8 +215,8 @@ def _read_model_stages(config: Config, run: Run, fitting: int) -> dict[str, Stag
         fits = run.read_json(THRESHOLDS, dict[str, FittedThreshold]) or {}
         for name, exports in made.items():
             adapter = run.file_digest(adapter_weights(name)) if name != "base" else ""
-            own = [each for each in exports if each["inputs"].get("adapter") == adapter]
-            digests = [file["sha256"] for each in own for file in each["figures"]["files"].values()]
+            current = [each["figures"] for each in exports if each["inputs"].get("adapter") == adapter]
+            digests = [file["sha256"] for figures in current for file in figures["files"].values()]
             stage = "threshold" if name == newest else f"threshold-{name}"
             try:
                 fitted = next(filter(None, (find_threshold(fits, each, config) for each in digests)), None)

@@ -260,6 +260,12 @@ def max_positions(model_config: PretrainedConfig) -> int:
     return getattr(model_config.get_text_config(), "max_position_embeddings", None) or 1 << 20
 
 
+def attention_of(model_config: PretrainedConfig) -> dict[str, str]:
+    """Which attention a model must be loaded with: PyTorch's fused one, the default, ignores the soft cap of Gemma 2."""
+    capped = getattr(model_config.get_text_config(), "attn_logit_softcapping", None)
+    return {"attn_implementation": "eager"} if capped else {}
+
+
 def half_dtype() -> torch.dtype:
     """The 16-bit type for computing on this GPU."""
     import torch
@@ -314,6 +320,7 @@ def _load(
             arguments = {"dtype": half_dtype(), "device_map": {"": 0}}
             if config.student.load_in_4bit and getattr(model_config, "quantization_config", None) is None:
                 arguments["quantization_config"] = nf4_config()
+        arguments |= attention_of(model_config)
         model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **arguments)
         if lora is None:
             return model

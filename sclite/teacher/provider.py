@@ -21,7 +21,7 @@ from sclite import config
 from sclite.errors import UsageError
 from sclite.teacher.limits import FREE, Price
 from sclite.teacher.openai_client import OpenAIClient, bound_client, find_client
-from sclite.teacher.reply import Completion, read
+from sclite.teacher.reply import Completion, UnreadableReply, read
 
 _LOCAL_PROVIDERS = ("ollama", "ollama_chat", "lm_studio", "llamafile")
 _BYTES_PER_TOKEN = 4  # of English text; bounds the charge for a reply that is longer than max_tokens
@@ -84,6 +84,8 @@ class Provider:
                             message[name] += text
                             if name == "content":
                                 on_text(text)
+        if not any(message.values()):
+            raise UnreadableReply("the stream is empty: the endpoint may not support streaming")
         return read({"choices": [{"index": 0, "finish_reason": reason, "message": message}], "usage": usage})
 
     def charge(

@@ -58,7 +58,7 @@ FAMILIES = {
     "qwen3": ("Qwen3", {}),
     "qwen3.5": ("Qwen3_5", LINEAR_ATTENTION),
     "mistral": ("Mistral", {"sliding_window": None}),
-    "gemma2": ("Gemma2", WINDOW),
+    "gemma2": ("Gemma2", WINDOW | {"attn_logit_softcapping": 0.5}),
     "gemma3": ("Gemma3", WINDOW | {"num_hidden_layers": 6}),
     "phi3": ("Phi3", {"sliding_window": None}),
     "smollm3": ("SmolLM3", {"num_hidden_layers": 4, "tie_word_embeddings": True}),

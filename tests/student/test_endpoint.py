@@ -1,5 +1,6 @@
 """A student behind a real HTTP endpoint: what is sent, what comes back, what a re-run costs."""
 
+import json
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ from sclite.student.base import Request, ScoreRequest
 from sclite.student.endpoint import Endpoint
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger
-from tests.replay import BROKEN, TeacherServer, fail, say
+from tests.replay import BROKEN, Answer, TeacherServer, fail, say
 
 TRACE = "<Step1>1 + 1 = 2\n</Step1>\n<Answer>2</Answer>"
 
@@ -176,6 +177,14 @@ def test_stream_that_is_left_is_given_up_and_frees_the_endpoint(run):
         assert (totals["given_up"], totals["requests"]) == (1, 0)
         assert list(endpoint.stream(request("2?")))[-1].text == "good"
         wait.set()
+
+
+def test_endpoint_that_does_not_stream_is_named(run):
+    whole = Answer(200, json.dumps(say(TRACE).body).encode())
+    with TeacherServer(lambda body, nth: whole) as server, student(run, server.url) as endpoint:
+        *_, reply = endpoint.stream(request("1?"))
+    assert (reply.text, reply.finish) == ("", "error")
+    assert "may not support streaming" in reply.error
 
 
 def test_stream_that_breaks_is_not_repeated_after_its_first_words(run):
