@@ -69,8 +69,9 @@ def plan_run(context: Context) -> dict[str, Any]:
 
 
 def report_plan(context: Context, plan: Mapping[str, Any]) -> None:
-    """Print `plan_run` in two lines, or raise DeviceError if a stage will not fit."""
-    if misfits := [name for name, stage in plan["stages"].items() if stage["fits"] is False]:
+    """Print `plan_run` in two lines, or raise DeviceError if a stage will not fit on the GPU."""
+    misfits = [name for name, stage in plan["stages"].items() if stage["fits"] is False]
+    if misfits and plan["gpu"] is not None:
         message = f"{', '.join(misfits)} will not fit in GPU memory"
         raise DeviceError(message, "add --plan to see settings that fit")
     templates, corrections = plan["templates"], plan["teacher"]

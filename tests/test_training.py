@@ -204,7 +204,7 @@ def test_the_plan_leaves_out_what_the_threshold_is_fitted_on(folder, tmp_path):
 
 def test_a_plan_that_does_not_fit_ends_with_exit_5_as_json_too(capsys):
     with pytest.raises(DeviceError) as error:
-        print_plan({"stages": {"sft": {"fits": False}}}, json=True)
+        print_plan({"gpu": {}, "stages": {"sft": {"fits": False}}}, json=True)
     assert error.value.code == 5
     console.error(error.value, as_json=True)  # as the command line does
     shown = json.loads(capsys.readouterr().out)

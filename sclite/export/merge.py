@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sclite.errors import DataError, ScliteError
 from sclite.export.tensors import Tensors, open_tensors, read_json
+from sclite.student.loader import check_quantization
 from sclite.student.origin import Origin, fingerprint, read_origin
+from sclite.student.tokenizer_file import name_class
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +49,7 @@ def merge(base_folder: Path, adapter_folder: Path | None, out_folder: Path, *, o
 
 
 def copy_settings(base: Path, out: Path, untie: bool = False) -> None:
-    """Copy a model's configuration and tokenizer byte for byte, but no code and no references to code."""
+    """Copy a model's configuration and tokenizer, but no code and no references to code."""
     for path in sorted(base.iterdir()):
         if not path.is_file() or not path.name.endswith(COPIED) or path.name.endswith(".index.json"):
             continue
@@ -61,6 +63,7 @@ def copy_settings(base: Path, out: Path, untie: bool = False) -> None:
                 (out / path.name).write_text(json.dumps(after, indent=2) + "\n", encoding="utf-8")
                 continue
         shutil.copyfile(path, out / path.name)
+    name_class(out)
 
 
 UNSUPPORTED = {
@@ -82,12 +85,7 @@ class BaseWeights:
     def __init__(self, folder: Path, adapter: Path | None = None):
         self.folder, self._tensors = folder, Tensors(folder)
         config = read_json(folder / "config.json")
-        quantized = config.get("quantization_config")
-        if quantized and not (
-            quantized.get("quant_method") == "bitsandbytes" and quantized.get("load_in_4bit")
-        ):
-            hint = "set student.model to the unquantized model"
-            raise DataError(f"the weights of {folder} are quantized ({quantized.get('quant_method')})", hint)
+        check_quantization(config.get("quantization_config"), folder)
         self._states: dict[str, list[str]] = {}
         for name in self._tensors:
             owner = re.match(r"(.+\.weight)\.(absmax|quant_map|nested_|quant_state)", name)
@@ -133,7 +131,9 @@ class BaseWeights:
         if name in self:
             return name
         tail = re.sub(r"^(model\.|language_model\.)+", "", name)
-        alike = [other for other in self if other.endswith("." + tail) and "vision" not in other]
+        # Qwen3.5's layers for multi-token prediction have names like the first ones
+        own = (other for other in self if "vision" not in other and not other.startswith("mtp."))
+        alike = [other for other in own if other.endswith("." + tail)]
         if len(alike) == 1:
             return alike[0]
         hint = "set student.model to the base model of the adapter"

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from sclite.config import Export
 from sclite.errors import DataError
 from sclite.export.reference import Reference, Trained, compute_references
-from sclite.export.samples import TRICKY, Sample
+from sclite.export.samples import Sample
 from sclite.export.tensors import read_gguf
 from sclite.student.base import Messages, Request
 from sclite.student.llama_cpp.engine import Engine, last_errors
 from sclite.student.llama_cpp.sequence import TokenSequence
 from sclite.student.tokenization import end_id, piece_ids, prompt_ids
+from sclite.student.tokenizer_file import TRICKY
 from sclite.trace import parse
 
 if TYPE_CHECKING:

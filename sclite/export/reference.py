@@ -12,6 +12,7 @@ from sclite.export.layers import load_layered
 from sclite.export.merge import BaseWeights
 from sclite.export.quantize import estimate_bytes
 from sclite.export.samples import Sample, split_samples
+from sclite.student.adapters import meta_model
 from sclite.student.cuda_memory import available_ram
 from sclite.student.loader import attention_of, max_positions, nf4_config, read_config
 from sclite.student.origin import read_origin
@@ -98,9 +99,13 @@ def compute_references(
     else:
         origin = read_origin(adapter) if adapter else None
         settings: dict[str, Any] = {"device_map": {"": "cpu"}, "dtype": torch.float32}
-        if origin and origin.nf4:  # round to NF4 what was in NF4 in training
-            settings |= {"dtype": getattr(torch, origin.dtype), "quantization_config": nf4_config()}
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        if origin and origin.nf4:  # round to NF4 what was in NF4 in training
+            layers = meta_model(config).named_modules()
+            skipped = [
+                name for name, layer in layers if type(layer) is torch.nn.Linear and name not in origin.nf4
+            ]
+            settings |= {"dtype": getattr(torch, origin.dtype), "quantization_config": nf4_config(skipped)}
         settings |= attention_of(config)
         model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, **settings)
         if "quantization_config" in settings or getattr(config, "quantization_config", None):

@@ -18,14 +18,6 @@ HELD_OUT = 8
 """Samples of the run on which probabilities are compared."""
 QUESTION = "Anna has 12 nuts and buys 3 more. How many does she have?"
 TRACE = Trace((Step("12 + 3 = 15.", "Add.", "The sum is 15.", "12 + 3 = 15."),), "Add what is bought.", "15")
-TRICKY = (
-    "\n", "\n\n", "\n \n", "  ", " 7", "  42", " 1234567890", "3.14159", "1,234.5", "x1y2", "a\tb", "- one\n- two",
-    "1. First\n2. Second\n\n   a) third", "if x:\n    return y\n", "# A\n\n\n## B\n", "don't we'll I'm", "…–—“”‘’",
-    "naïve café Größe", "数学的问题", "привет мир", "مرحبا", "שלום", "🙂👩‍👩‍👧", "∑ᵢ xᵢ² ≤ ∞", "½ + ¼ = ¾",
-    r"\frac{1}{2} \times \sqrt{x}", "$x^2$ and \\(y\\)", "```python\nprint(1)\n```", "<b>bold</b> &amp;", '{"a": [1, 2]}',
-    "http://example.org/a?b=c#d", "A" * 50, "0" * 30, "!?!?...", "<Step1>", "</Step12>\n", "<Answer>-0.5</Answer>\n",
-)  # fmt: skip
-"""Texts on which tokenizers differ: line ends, runs of spaces, digits after spaces, scripts, markup."""
 
 
 class Sample(NamedTuple):

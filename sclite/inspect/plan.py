@@ -18,6 +18,7 @@ from sclite.errors import DataError, DeviceError, NetworkError
 from sclite.export.quantize import estimate_bytes
 from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Run
+from sclite.student.cuda_memory import available_ram
 from sclite.student.loader import model_name, read_config
 from sclite.student.tokenization import TrainingSequence
 from sclite.teacher.client import CHARACTERS_PER_TOKEN
@@ -74,7 +75,7 @@ def plan(
     unseen: frozenset[str] | None,
     fit: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
-    """The plan as JSON values. `gpu` is from `doctor`, with its processes; without one (None) `fits` is unknown.
+    """The plan as JSON values. `gpu` is from `doctor`, with its processes; None: the CPU, and `fits` is about its RAM.
 
     `unseen` are ids of the problems kept for stage 2 (None: unknown), `fit` of those for the review threshold. Without a
     tokenizer the forecast is unknown.
@@ -94,10 +95,14 @@ def plan(
         choice = choose(model, wanted, batch, free)
         setting = choice.setting or wanted
         memory = estimate_on_cpu(model, setting) if gpu is None else estimate(model, setting)
+        fits, verdict = choice.fits, choice.verdict
+        if gpu is None and (ram := available_ram()):
+            fits = memory.total <= ram
+            verdict = f"{memory.total / GB:.1f} GB of RAM needed, {ram / GB:.1f} GB available"
         alone = replace(wanted, micro_batch=1)
         stages[stage] = {
-            "fits": choice.fits,
-            "verdict": choice.verdict,
+            "fits": fits,
+            "verdict": verdict,
             "batch": batch,
             "micro_batch": setting.micro_batch,
             "accumulation": ceil(batch / setting.micro_batch),
@@ -255,10 +260,10 @@ def correction_cost_text(context: "Context", unseen: frozenset[str]) -> str:
 
 
 def print_plan(plan: Mapping[str, Any], json: bool = False) -> None:
-    """The plan as tables on stdout. Raises DeviceError if a stage does not fit."""
+    """The plan as tables on stdout. Raises DeviceError if a stage does not fit on the GPU; for RAM the estimate is too rough."""
     stages = plan["stages"]
     misfits = {name: stage for name, stage in stages.items() if stage["fits"] is False}
-    if misfits:
+    if misfits and plan["gpu"] is not None:
         error = DeviceError("not every stage fits on this GPU", "use the settings that the plan suggests")
         error.details = dict(plan)
         if json:
@@ -321,7 +326,7 @@ def print_plan(plan: Mapping[str, Any], json: bool = False) -> None:
         cost = "price unknown" if teacher["cost_usd"] is None else f"about ${teacher['cost_usd']:.2f}"
         corrections = f"{'at most ' if teacher['at_most'] else ''}{teacher['requests']:,}, {cost}"
     console.print(f"Corrections by the teacher: {corrections}")
-    if misfits:
+    if misfits and gpu is not None:
         raise error
 
 

@@ -21,12 +21,16 @@ def adapter_weights(stage: str) -> str:
 
 
 def meta_model(config: "PretrainedConfig") -> "PreTrainedModel":
-    """The model of a transformers configuration, without memory for its weights."""
+    """The model of a transformers configuration, without memory for its weights. DataError if it has no language model."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        message = f"transformers has no causal language model for {config.model_type}"
+        raise DataError(message, "choose a text model as student.model") from error
 
 
 def lora_targets(model: "PreTrainedModel", wanted: Sequence[str] = ()) -> list[str]:

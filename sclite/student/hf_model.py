@@ -1,15 +1,12 @@
 """A transformers model as a student: batched generation with the model that is trained."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import chain
-from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from sclite.errors import DataError
 from sclite.signature import digest
-from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
+from sclite.student.base import Reply, Request, Student
 from sclite.student.cuda_memory import free_memory, is_out_of_memory
 from sclite.student.loader import max_positions
 from sclite.student.log_probs import autocast
@@ -24,15 +21,16 @@ class HFModel(Student):
     """A transformers model as a student that does not score. Sampling is seeded per batch of `batch_size` requests."""
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "Tokenizer", batch_size: int = 64):
+        from transformers import GenerationConfig
+
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        # llama.cpp, in chat and evaluation, knows nothing of the checkpoint's settings: Qwen2.5 has a repetition penalty
+        model.generation_config = GenerationConfig()
         self.positions = max_positions(model.config)
         self.end, self.pad_id = end_id(tokenizer), tokenizer.pad_token_id
 
-    def generate(self, requests: Sequence[Request], **options: Any) -> Iterator[Reply]:
-        """Generate in batches with one temperature and set of stop strings, halved for good if GPU memory runs out.
-
-        `options` are further ones of transformers' generate.
-        """
+    def generate(self, requests: Sequence[Request]) -> Iterator[Reply]:
+        """Generate in batches with one temperature and set of stop strings, halved for good if GPU memory runs out."""
         import torch
 
         start, tokenizer, was_training = 0, self.tokenizer, self.model.training
@@ -50,7 +48,7 @@ class HFModel(Student):
                     f"a prompt of {width} tokens and an answer of {max_tokens} exceed the student's {self.positions} positions",
                     "lower attempts.max_tokens",
                 )
-            settings: dict[str, Any] = options | {"do_sample": first.temperature > 0}
+            settings: dict[str, Any] = {"do_sample": first.temperature > 0}
             if first.temperature > 0:
                 settings |= {"temperature": first.temperature, "top_p": first.top_p, "top_k": 0}
                 torch.manual_seed(int(digest([[r.seed for r in batch], prompts[0]]), 16) % 2**63)
@@ -88,30 +86,3 @@ class HFModel(Student):
                         text, finish = text[: text.index(stop) + len(stop)], "stop"
                 yield Reply(index, text, len(new), len(prompt), finish, prefill_tokens=len(prompt))
             start += len(batch)
-
-    def stream(
-        self, ask: Request | ScoreRequest, cancel: Event | None = None, pieces: bool = True
-    ) -> Iterator[str | Reply | Scores]:
-        """The text as it is generated in another thread, then the reply; a token after `cancel` is set, it ends."""
-        if isinstance(ask, ScoreRequest) or not pieces:
-            yield from super().stream(ask, cancel, pieces)
-            return
-        import torch
-        from transformers import StoppingCriteriaList, TextIteratorStreamer
-
-        cancel, left = cancel or Event(), Event()
-
-        def ended(ids: torch.Tensor, _: object) -> torch.Tensor:
-            return torch.full((len(ids),), cancel.is_set() or left.is_set(), device=ids.device)
-
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        options = {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([ended])}
-        with ThreadPoolExecutor(1, "generate") as pool:
-            written = pool.submit(lambda: list(self.generate([ask], **options)))
-            written.add_done_callback(lambda _: streamer.end())  # also after an error
-            try:
-                yield from filter(None, streamer)
-            finally:
-                left.set()
-        (reply,) = written.result()
-        yield replace(reply, finish="cancelled") if cancel.is_set() and reply.finish == "length" else reply

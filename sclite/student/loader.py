@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +17,7 @@ from sclite.student.adapters import check_adapter, load_adapter, lora_targets, m
 from sclite.student.chat_template import renderer
 from sclite.student.cuda_memory import is_out_of_memory
 from sclite.student.tokenization import end_id, prompt_ids, prompt_text
+from sclite.student.tokenizer_file import is_ignored
 from sclite.trace import Step, Trace, render
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).resolve().parent.parent / "quickstart" / "student"
 """The folder of the embedded student, shipped in the package."""
+OWN_KERNELS = ("llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3")
+"""Families with a decoder of Unsloth's own; it compiles the layers of others."""
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -122,10 +126,12 @@ def select_backend(student: Student) -> str:
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a model; the pad token defaults to the end token, or else to the end of a turn."""
     renderer.start()
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     with _model_errors(f"the student {name} cannot be loaded", OSError, ValueError, KeyError):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if is_ignored(tokenizer, name):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
     if tokenizer.pad_token_id is None:
         end = tokenizer.eos_token_id
         tokenizer.pad_token_id = end_id(tokenizer) if end is None else end
@@ -139,6 +145,14 @@ def read_config(name: str) -> PretrainedConfig:
 
     with _model_errors(f"the student {name} cannot be loaded", OSError, ValueError, KeyError):
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+def check_quantization(quantized: Mapping[str, Any] | None, model: str | Path) -> None:
+    """Raise DataError for weights that are stored quantized, unless by bitsandbytes in 4 bits: they could not be merged."""
+    method = (quantized or {}).get("quant_method")
+    if quantized and not (method == "bitsandbytes" and quantized.get("load_in_4bit")):
+        hint = "set student.model to the unquantized model"
+        raise DataError(f"the weights of {model} are quantized ({method})", hint)
 
 
 def check_tokenizer(tokenizer: Tokenizer, model_config: PretrainedConfig, name: str) -> None:
@@ -195,6 +209,7 @@ def load_student(
         hint = f"set max_length of [sft], [warmup] and [dpo] to {most} at most"
         raise DataError(f"max_length = {settings.max_length}: the student supports {most} positions", hint)
     check_tokenizer(tokenizer, model_config, name)
+    check_quantization(getattr(model_config, "quantization_config", None), name)
     padding_free = is_padding_free(model_config, settings, backend)
     if adapter is not None:
         check_adapter(adapter)
@@ -238,6 +253,8 @@ def load_student(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if backend == "unsloth" and settings.padding_free is None:  # otherwise a dense mask of all rows
+        padding_free = padding_free and model_config.model_type in OWN_KERNELS
     model.padding_free = padding_free  # type: ignore[assignment]  # read by `hidden_states`
     return model, tokenizer
 
@@ -285,13 +302,14 @@ def cpu_training_dtype(model_config: PretrainedConfig) -> torch.dtype:
     return torch.bfloat16 if native and model_config.dtype == torch.bfloat16 else torch.float32
 
 
-def nf4_config() -> BitsAndBytesConfig:
-    """NF4 with double quantization, computing in 16 bits."""
+def nf4_config(skipped: Sequence[str] | None = None) -> BitsAndBytesConfig:
+    """NF4 with double quantization, computing in 16 bits; `skipped` linear layers stay as they are (default: the head)."""
     import torch
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=None if skipped is None else list(skipped),
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=half_dtype() if torch.cuda.is_available() else torch.bfloat16,
@@ -333,10 +351,12 @@ def _load(
                     module.cast_input_dtype_enabled = False
         return cast("PreTrainedModel", student)
 
+    from transformers import AutoModelForCausalLM
     from unsloth import FastLanguageModel
 
+    own = model_config.model_type in OWN_KERNELS
     model, _ = FastLanguageModel.from_pretrained(
-        name,
+        str(fetch_model(name).resolve()),  # a Hub ID that ends in -bf16 would be loaded in 16 bits
         max_seq_length=length,
         load_in_4bit=config.student.load_in_4bit,
         dtype=None,
@@ -345,22 +365,31 @@ def _load(
         offload_embedding=False,
         fix_tokenizer=False,
         trust_remote_code=False,
+        **({} if own else {"auto_model": AutoModelForCausalLM}),  # otherwise another class than the export's
     )
     if lora is None:
         return model
-    if unsupported := [x for x in ("rank_pattern", "alpha_pattern", "use_dora") if getattr(lora, x)]:
+    if unsupported := [
+        x for x in ("rank_pattern", "alpha_pattern", "use_dora", "target_parameters") if getattr(lora, x)
+    ]:
         message = f"the adapter of the run uses {unsupported[0]}, which Unsloth training does not support"
         hint = "use a plain LoRA, or --set student.backend=plain"
         raise DataError(message, hint)
     targets = lora.target_modules or []
-    return FastLanguageModel.get_peft_model(
+    if not isinstance(targets, str):
+        # of a list, Unsloth drops whole paths and names that it does not know, except for its own decoders
+        targets = sorted(targets) if own else rf"(.*\.)?({'|'.join(map(re.escape, sorted(targets)))})"
+    student = FastLanguageModel.get_peft_model(
         model,
         r=lora.r,
         lora_alpha=lora.lora_alpha,
-        target_modules=targets if isinstance(targets, str) else sorted(targets),
+        target_modules=targets,
+        target_parameters=[],  # by default those of experts, which cannot be merged
         lora_dropout=lora.lora_dropout,
         use_rslora=lora.use_rslora,
         bias="none",
         use_gradient_checkpointing="unsloth",
         random_state=config.seed,
     )
+    student.peft_config["default"].base_model_name_or_path = name
+    return student

@@ -84,7 +84,7 @@ def hidden_states(model: "torch.nn.Module", batch: PaddedBatch) -> HiddenStates:
         positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
         flat_ids = batch.ids[batch.mask.bool()]
         inputs = {"input_ids": flat_ids[None].to(device), "position_ids": positions[None].to(device)}
-        if type(decoder).forward.__module__.startswith("unsloth"):
+        if type(decoder).forward.__module__.startswith("unsloth.models"):
             inputs["packed_seq_lengths"] = lengths.to(device, torch.int32)
         hidden = decoder(attention_mask=None, use_cache=False, **inputs).last_hidden_state
         expected, starts = len(flat_ids), lengths.cumsum(0) - lengths
@@ -156,12 +156,14 @@ def check_padding_free(model: "torch.nn.Module", ids: list[int], asked: bool) ->
     if not getattr(model, "padding_free", False):
         return
     rows = [TrainingSequence(row, [0.0] * len(row)) for row in (ids, ids[: len(ids) // 2])]
-    positions = range(len(rows[1].ids))
+    positions, was_training = range(len(rows[1].ids)), model.training
+    model.eval()
     with torch.no_grad(), autocast(model):
         hidden = hidden_states(model, pad(rows, 0))
         first, second = (
             vocabulary_log_probs(model, hidden.at([row] * len(positions), positions)) for row in (0, 1)
         )
+    model.train(was_training)
     spread = (first - first.mean(-1, keepdim=True)).norm()
     if (second - first).norm() <= 0.1 * spread:
         return

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from pydantic import BaseModel
 
@@ -11,6 +11,7 @@ from sclite.errors import DataError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 FILE = "trained_on.json"
 SAMPLE = 4096
@@ -49,10 +50,12 @@ def fingerprint(folder: Path) -> str:
 
 def record_origin(model: "torch.nn.Module", base: Path, adapter: Path) -> None:
     """Write next to the adapter what `model`, loaded from the folder `base`, was trained on."""
+    causal = cast("PreTrainedModel", getattr(model, "get_base_model", lambda: model)())
+    inside = set(causal.get_decoder().modules())  # a vision tower is neither trained nor exported
     layers = {
         name.removeprefix("base_model.model.").removesuffix(".base_layer"): module.weight
         for name, module in model.named_modules()
-        if type(module).__name__ == "Linear4bit"
+        if type(module).__name__ == "Linear4bit" and module in inside
     }
     state = next((weight.quant_state for weight in layers.values()), None)
     dtype = "bfloat16" if state is None else str(state.dtype).removeprefix("torch.")

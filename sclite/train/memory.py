@@ -90,6 +90,7 @@ class Architecture:
     adapted: Counter[Shape]
     query_key_norms: bool
     logit_cap: bool
+    scored_heads: int  # whose attention scores are kept in whole, for their soft cap
     bf16_on_cpu: bool
     rough: str  # why the estimate is rough; empty if it is not
 
@@ -141,6 +142,7 @@ def architecture(config: PretrainedConfig, targets: Sequence[str] = ()) -> Archi
         adapted=adapted,
         query_key_norms=any(name.endswith(".q_norm") for name, _ in model.named_modules()),
         logit_cap=bool(getattr(text, "final_logit_softcapping", None)),
+        scored_heads=text.num_attention_heads if getattr(text, "attn_logit_softcapping", None) else 0,
         bf16_on_cpu=cpu_training_dtype(config).itemsize == 2,
         rough=rough,
     )
@@ -236,7 +238,7 @@ def peak(model: Architecture, setting: Setting, forwards: Sequence[Forward]) -> 
     for last, (tokens, _) in enumerate(forwards):
         activations, waiting = sum(saved[: last + 1]) + returning, sum(kept[:last])
         at_head = waiting + (KEPT + BACKWARD) * logits[last]
-        layer = 2 * tokens * widths + unpacked
+        layer = 2 * tokens * (widths + 4 * model.scored_heads * setting.length) + unpacked
         moments.append({"activations": activations, "logits": at_head, "layer": 0})
         moments.append({"activations": activations, "logits": waiting, "layer": layer})
     host = one * model.layers * sum(tokens for tokens, _ in forwards) if offloads else 0
@@ -271,7 +273,7 @@ def estimate_on_cpu(model: Architecture, setting: Setting) -> Estimate:
     element = 2 if model.bf16_on_cpu else 4  # bytes
     hidden = (6 if model.bf16_on_cpu else 4) * model.hidden
     kept = model.layers * (hidden + 4 * (model.query + model.intermediate))
-    kept += model.adapted.total() * setting.rank
+    kept += model.adapted.total() * setting.rank + 3 * model.layers * model.scored_heads * setting.length
     activations = round(HEAP * element * kept * sum(tokens for tokens, _ in setting.forwards()))
     changed = {"weights": element * model.parameters, "optimizer": optimizer_bytes(tensors, 32)}
     return Estimate(parts | changed | {"activations": activations, "layer": 0, "allowance": LIBRARIES})

@@ -17,6 +17,7 @@ from sclite.export.layers import check_merge
 from sclite.export.merge import merge
 from sclite.export.quantize import measure_importance, quantize
 from sclite.export.tensors import Tensors
+from sclite.student.llama_cpp.engine import Engine
 from tests.toy import merged_by_peft, random_adapter, sample_texts, write_tokenizer
 
 SHAPE = {
@@ -169,6 +170,34 @@ def test_f16_gguf_equals_transformers(family, variant, tokenizer, patched, tmp_p
     assert found["kl"] <= 1e-3
     assert found["adapter_share"] == pytest.approx(1, abs=0.02)
     assert found["adapter_effect"] > 0.05
+
+
+def test_a_model_with_factors_for_long_contexts_gets_the_context_of_its_short_ones(
+    tokenizer, patched, tmp_path
+):
+    """llama.cpp would use the long ones for short rows, too."""
+    longrope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+    }
+    shape = transformers.Phi3Config(
+        **SHAPE | {"sliding_window": None, "max_position_embeddings": 1024},
+        original_max_position_embeddings=256,
+        rope_parameters=longrope | {"original_max_position_embeddings": 256, "partial_rotary_factor": 1.0},
+    )
+    torch.manual_seed(0)
+    base = shutil.copytree(tokenizer, tmp_path / "base")
+    transformers.Phi3ForCausalLM(shape).float().save_pretrained(base)
+    gguf = tmp_path / "f32.gguf"
+    conversion.run_converter(patched, base, gguf, outtype="f32")
+    for cache_gb in (4.0, 0.001):  # of their own, or shared
+        with Engine(gguf, context=1024, cache_gb=cache_gb) as engine:
+            assert (engine.context, engine.unified) == (256, False)
+    ids = np.random.default_rng(0).integers(4, 512, 60).tolist()
+    references = reference.compute_references(base, None, [(ids, 1)])
+    assert parity.compare_probabilities(references, gguf)["kl"] < 1e-4
 
 
 def test_importance_of_experts_is_measured_on_their_own_tokens(tokenizer, converter, tmp_path):

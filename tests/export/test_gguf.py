@@ -27,11 +27,12 @@ from sclite.export.gguf_writer import write_gguf
 from sclite.export.merge import Adapter
 from sclite.export.model import export_lora
 from sclite.export.quantize import measure_importance, quantize
-from sclite.export.samples import TRICKY, Sample
+from sclite.export.samples import Sample
 from sclite.export.tensors import read_gguf
 from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine, llama
 from sclite.student.origin import record_origin
+from sclite.student.tokenizer_file import TRICKY
 from tests.toy import random_adapter, sample_texts, tiny_gguf, write_tokenizer
 
 SYSTEM, USER = "Solve in steps.", "2 + 3?\n\nThink  well."

@@ -7,16 +7,22 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sclite.errors import DataError, ScliteError
 from sclite.export import layers
 from sclite.export import merge as module
-from sclite.export.merge import merge
+from sclite.export.merge import BaseWeights, merge
 from sclite.export.tensors import Tensors
-from sclite.student.origin import record_origin
+from sclite.student.loader import nf4_config
+from sclite.student.origin import read_origin, record_origin
 from tests.toy import LINEAR, merged_by_peft, random_adapter, tiny_llama
 
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 256}
+VISION = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
 PATTERNS = {
     "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 3},
     "alpha_pattern": {"layers.0.self_attn.v_proj": 40},
@@ -191,6 +197,35 @@ def test_adapter_of_other_weights_or_another_base_is_rejected(student, adapter, 
     save_file({key.replace("layers.1", "layers.7"): each for key, each in load_file(path).items()}, path)
     with pytest.raises(DataError, match=r"layers\.7.*does not have"):
         merge(student, adapter, tmp_path / "merged")
+
+
+def test_prefixed_weights_are_found_beside_those_of_multi_token_prediction(student, tmp_path):
+    """As in Qwen3.5, whose text model has no prefix in training."""
+    shutil.copytree(student, tmp_path / "base")
+    path, layer = tmp_path / "base/model.safetensors", "layers.0.mlp.gate_proj.weight"
+    prefixed = {
+        name.replace("model.", "model.language_model.", 1): each for name, each in load_file(path).items()
+    }
+    save_file({**prefixed, f"mtp.{layer}": prefixed[f"model.language_model.{layer}"].clone()}, path)
+    assert (
+        BaseWeights(tmp_path / "base").find(f"model.{layer}", "training") == f"model.language_model.{layer}"
+    )
+
+
+def test_weights_of_a_vision_tower_are_not_recorded(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    text = {**SHAPE, "num_hidden_layers": 1, "num_key_value_heads": 2, "head_dim": 16}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=VISION, mm_tokens_per_image=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    settings = {"quantization_config": nf4_config(), "dtype": torch.bfloat16, "device_map": {"": "cpu"}}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, **settings)
+    assert any(
+        "vision" in name for name, layer in model.named_modules() if type(layer).__name__ == "Linear4bit"
+    )
+    record_origin(model, tmp_path, tmp_path)
+    modules = read_origin(tmp_path).nf4
+    assert len(modules) == 7
+    assert not [name for name in modules if "vision" in name]
 
 
 def test_damaged_adapter_error_names_the_file(student, adapter, tmp_path):

@@ -52,6 +52,12 @@ def kind_of(name):
     return AutoConfig.for_model(name, **FAMILIES[name][0])
 
 
+def test_model_without_a_causal_language_model_is_an_error():
+    with pytest.raises(DataError, match="no causal language model for mistral3") as error:
+        meta_model(AutoConfig.for_model("mistral3"))
+    assert "student.model" in error.value.hint
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_default_targets_are_all_linear_layers_except_the_head(name):
     assert sorted(lora_targets(meta_model(kind_of(name)))) == sorted(FAMILIES[name][1])

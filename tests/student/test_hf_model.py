@@ -1,6 +1,4 @@
-"""The trained model as a student: its text is streamed as it is generated."""
-
-from threading import Event
+"""The trained model as a student."""
 
 import pytest
 
@@ -21,29 +19,15 @@ def student(folder):
     return HFModel(*load_student(config, "sft"))
 
 
-def test_streamed_pieces_are_the_text_of_the_reply(student):
-    (whole,) = student.generate([ASK])
-    *pieces, reply = student.stream(ASK)
-    assert reply == whole
-    assert len(pieces) > 1  # in words
-    assert "".join(pieces) == whole.text
-    assert list(student.stream(ASK, pieces=False)) == [whole.text, whole]
+def test_settings_of_the_checkpoint_change_nothing(student, folder):
+    config = Config.model_validate(
+        {"student": {"model": str(folder), "backend": "plain", "load_in_4bit": False}}
+    )
+    model, tokenizer = load_student(config, "sft")
+    model.generation_config.repetition_penalty = 5.0
+    assert list(HFModel(model, tokenizer).generate([ASK])) == list(student.generate([ASK]))
 
 
-def test_cancelling_ends_the_text_at_the_next_token(student):
-    cancel, pieces = Event(), []
-    for found in student.stream(ASK, cancel):
-        pieces.append(found)
-        cancel.set()
-    (whole,) = student.generate([ASK])
-    assert pieces[-1].finish == "cancelled"
-    assert pieces[-1].tokens < whole.tokens
-    assert whole.text.startswith(pieces[-1].text)
-
-
-def test_a_caller_that_stops_reading_ends_it_too_and_an_error_is_raised(student):
-    arriving = student.stream(Request(ASK.messages, max_tokens=400))
-    next(arriving)
-    arriving.close()
+def test_an_answer_beyond_the_positions_is_an_error(student):
     with pytest.raises(DataError, match="positions"):
-        list(student.stream(Request(ASK.messages, max_tokens=100_000)))
+        list(student.generate([Request(ASK.messages, max_tokens=100_000)]))

@@ -34,6 +34,17 @@ def test_stateful_layers_are_never_padding_free():
         is_padding_free(shaped("linear_attention"), asked, "unsloth")
 
 
+def test_weights_that_could_not_be_merged_are_refused_before_they_are_loaded(tmp_path):
+    path = tiny_llama(tmp_path) / "config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}})
+    )
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"are quantized \(fp8\)") as error:
+        load_student(toy_config(tmp_path), "sft", train=True)
+    assert error.value.hint == "set student.model to the unquantized model"
+
+
 @pytest.mark.parametrize(("before", "after"), [(None, "0"), ("3,1", "3"), ("", "")])
 def test_default_is_the_first_visible_gpu(monkeypatch, before, after):
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")

@@ -7,12 +7,13 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from sclite.config import Student
+from sclite.student.adapters import lora_targets
 from sclite.train.stage import quiet_libraries
 from tests.student.unsloth_on_cpu import ENVIRONMENT, measure
-from tests.toy import LINEAR, random_adapter, sample_texts, write_tokenizer
+from tests.toy import random_adapter, sample_texts, write_tokenizer
 
 pytestmark = pytest.mark.slow
 SHAPE = {
@@ -21,15 +22,21 @@ SHAPE = {
     "pad_token_id": 2,
 }  # fmt: skip
 FAMILIES = {
-    "llama": {},
-    "mistral": {"sliding_window": None},
-    "qwen2": {},
-    "qwen3": {},
-    "gemma": {},
-    "gemma2": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
-    "granite": {"logits_scaling": 8.0, "embedding_multiplier": 3.0, "attention_multiplier": 0.3},
-}
-"""Those that Unsloth has kernels for, and one that it leaves to transformers."""
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "gemma"), SHAPE),
+    "mistral": {**SHAPE, "sliding_window": None},
+    "gemma2": {**SHAPE, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
+    "granite": {**SHAPE, "logits_scaling": 8.0, "embedding_multiplier": 3.0, "attention_multiplier": 0.3},
+    "qwen3_5": {
+        "text_config": {
+            **SHAPE, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        },
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 48, "depth": 1, "num_heads": 2, "out_hidden_size": 64,
+        },
+    },
+}  # fmt: skip
+"""Those that Unsloth has kernels for, and two that it compiles, one of them with a vision tower."""
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +48,17 @@ def measured(tmp_path_factory):
     folders = [tmp_path_factory.mktemp("models") / family for family in FAMILIES]
     for folder in folders:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(folder.name, **SHAPE | FAMILIES[folder.name])
-        )
+        config = AutoConfig.for_model(folder.name, **FAMILIES[folder.name])
+        model_class = AutoModelForImageTextToText if folder.name == "qwen3_5" else AutoModelForCausalLM
+        model = model_class.from_config(config)
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 or name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.6 if "embed" in name else 0.15)
         model.save_pretrained(folder)
         write_tokenizer(folder, sample_texts(), vocab_size=512)
-        random_adapter(model, folder / "adapter", std=0.1, r=8, lora_alpha=16, target_modules=LINEAR)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        targets = lora_targets(model, ("q_proj", "v_proj"))
+        random_adapter(model, folder / "adapter", std=0.1, r=8, lora_alpha=16, target_modules=targets)
     out = folders[0].parent / "figures.pt"
     command = [sys.executable, "-m", "tests.student.unsloth_on_cpu", str(out), *map(str, folders)]
     cache = {"UNSLOTH_COMPILE_LOCATION": str(out.with_name("compiled"))}
@@ -63,8 +72,10 @@ def measured(tmp_path_factory):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_unsloth_computes_the_log_probs_and_gradients_of_transformers(family, measured):
     plain, ours = measured[family]
-    assert ours["padding_free"] == (family != "gemma2")  # its rows would see those before them
-    assert torch.allclose(ours["log_probs"], plain["log_probs"], atol=1e-3)
+    # rows of Gemma 2 would see those before them; of others than Unsloth's own, packed rows cost more than padding
+    assert ours["padding_free"] == (family not in ("gemma2", "granite", "qwen3_5"))
+    nats, share = (0.05, 0.03) if family == "qwen3_5" else (1e-3, 0.01)
+    assert torch.allclose(ours["log_probs"], plain["log_probs"], atol=nats)
     assert ours["gradients"].keys() == plain["gradients"].keys()
     for name, wanted in plain["gradients"].items():
-        assert (ours["gradients"][name] - wanted).norm() < 0.01 * wanted.norm(), name
+        assert (ours["gradients"][name] - wanted).norm() < share * wanted.norm(), name

@@ -62,6 +62,7 @@ def import_unsloth() -> None:
             module.DEVICE_COUNT = 1
         if name.startswith("unsloth") and hasattr(module, "torch_gpu_device"):
             module.torch_gpu_device = cuda.device
+    unsloth.models.llama._base_weight_dtype = lambda _: torch.bfloat16  # else not its LoRA kernels
     load, loader.select_backend = unsloth.FastLanguageModel.from_pretrained, lambda student: student.backend
 
     def load_on_cpu(name: str, **settings: Any) -> Any:

@@ -69,11 +69,18 @@ def test_each_stage_fits_the_memory_that_other_processes_leave(run):
     assert (least["fits"], least["largest_length"]) == (False, None)
 
 
-def test_without_a_gpu_the_plan_is_float32_and_whether_it_fits_unknown(run, monkeypatch):
+def test_without_a_gpu_the_plan_is_float32_and_fits_in_the_ram_or_not(run, monkeypatch, capsys):
     monkeypatch.setattr("sclite.train.memory.cpu_training_dtype", lambda _: torch.float32)
-    found, on_card = planned(run, None), planned(run)
+    for ram, fits in ((1 << 40, True), (int(30e9), False), (None, None)):
+        monkeypatch.setattr("sclite.inspect.plan.available_ram", lambda ram=ram: ram)
+        found = planned(run, None)
+        assert {(stage["fits"], stage["largest_length"]) for stage in found["stages"].values()} == {
+            (fits, None)
+        }
+        print_plan(found)  # an estimate of RAM is no reason to fail
+        assert ("GB of RAM needed, 30.0 GB available" in capsys.readouterr().out) is (fits is False)
+    on_card = planned(run)
     assert found["gpu"] is None
-    assert {(stage["fits"], stage["largest_length"]) for stage in found["stages"].values()} == {(None, None)}
     assert (found["bits"], on_card["bits"]) == (32, 4)
     sft, memory = found["stages"]["sft"], found["stages"]["sft"]["memory_gb"]
     assert memory["weights"] == round(4 * recipe_architecture("qwen2.5-math-7b").parameters / 1e9, 3)

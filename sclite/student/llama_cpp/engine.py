@@ -85,6 +85,7 @@ class Engine(AbstractContextManager["Engine"]):
         With caches of their own, the same requests give the same texts in every run, and 32 sequences are twice as fast
         on a CPU. If fewer than `OWN_CACHES` fit, all share one cache and wait while it is full; with `unified` False,
         fewer are decoded at once, with True all share one cache.
+        A model with factors for long contexts (Phi) gets the context of its short ones, which training uses.
         `exact`: float32 cache, no flash attention and no products of weights in RAM on a GPU, for comparisons (errors of
         1e-5 instead of 1e-2 nats; slower).
         Raises DataError (no such file, not a GGUF), DeviceError (not enough memory), UsageError.
@@ -116,6 +117,11 @@ class Engine(AbstractContextManager["Engine"]):
         self.chat_template = (template or b"").decode("utf-8", "replace")
         self.special_tokens = self.vocabulary.special_tokens(self._metadata)
         self.trained_context: int = api.llama_model_n_ctx_train(self._model) or context
+        kind = self._metadata("general.architecture")
+        original = self._metadata(f"{kind}.rope.scaling.original_context_length")
+        if original and self._metadata(f"{kind}.rope.scaling.type") != "yarn":
+            # Phi-3 and Phi-4-mini: in a longer context llama.cpp uses other position factors, for short rows too
+            self.trained_context, unified = min(self.trained_context, int(original)), False
         self.context = -(-min(context, self.trained_context) // 256) * 256
         self.scheduler = self._open_context(parallel, unified, cache_gb, exact)
 
