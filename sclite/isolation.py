@@ -113,12 +113,9 @@ def _run_child(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
 
-    def exit_with_parent() -> None:
-        if (parent := multiprocessing.parent_process()) is not None:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only runs in a child process"
+    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
     def progress(*values: object, **named: object) -> None:
         there.send((PROGRESS, (values, named)))

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sclite.errors import DataError, ScliteError
 from sclite.export.tensors import Tensors, open_tensors, read_json
-from sclite.student.loader import check_quantization
+from sclite.student.loader import check_quantization, load_tokenizer
 from sclite.student.origin import Origin, fingerprint, read_origin
-from sclite.student.tokenizer_file import name_class
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +49,8 @@ def merge(base_folder: Path, adapter_folder: Path | None, out_folder: Path, *, o
 
 def copy_settings(base: Path, out: Path, untie: bool = False) -> None:
     """Copy a model's configuration and tokenizer, but no code and no references to code."""
+    from transformers import PreTrainedTokenizerFast
+
     for path in sorted(base.iterdir()):
         if not path.is_file() or not path.name.endswith(COPIED) or path.name.endswith(".index.json"):
             continue
@@ -59,11 +60,13 @@ def copy_settings(base: Path, out: Path, untie: bool = False) -> None:
             if path.name == "config.json":
                 after.pop("quantization_config", None)
                 after |= {"tie_word_embeddings": False} if untie else {}
+            elif path.name == "tokenizer_config.json":  # llama.cpp's converter loads it with transformers
+                loaded = type(load_tokenizer(str(base)))
+                after |= {"tokenizer_class": loaded.__name__} if loaded is PreTrainedTokenizerFast else {}
             if after != before:
                 (out / path.name).write_text(json.dumps(after, indent=2) + "\n", encoding="utf-8")
                 continue
         shutil.copyfile(path, out / path.name)
-    name_class(out)
 
 
 UNSUPPORTED = {

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from sclite import prompts
 from sclite.config import Config
 from sclite.errors import DataError, ScliteError
 from sclite.export import parity
@@ -21,9 +22,10 @@ from sclite.export.layers import check_merge
 from sclite.export.merge import Adapter, BaseWeights, copy_settings, merge
 from sclite.export.quantize import estimate_bytes, measure_importance, quantization_type, quantize
 from sclite.export.reference import Trained, compute_references, format_size
-from sclite.export.samples import Sample, read_samples, solve_chats, split_samples
+from sclite.export.samples import QUESTION, Sample, read_samples, split_samples, spread
 from sclite.export.tensors import read_json
 from sclite.files import sync, write_text
+from sclite.records import Problem
 from sclite.run import Report, Run, timed
 from sclite.student.adapters import STUDENTS, adapter_weights
 from sclite.student.ggufs import LORA_FILE, export_stage, inputs_of
@@ -73,7 +75,10 @@ def export_model(config: Config, run: Run, name: str) -> Report:
             check_tokenizer(student.tokenizer, read_config(str(student.base)), str(student.base))
             full, parts, importance = _write_parts(config, run, name, student, samples)
             made = {quant: work / file for quant, file in zip(types, names, strict=True)}
-            chats = solve_chats(config, run, parity.GREEDY)
+            asked = spread(
+                [row.question for row in run.read("problems.jsonl", Problem)] or [QUESTION], parity.GREEDY
+            )
+            chats = [prompts.solve_messages(each, config.prompts.folder) for each in asked]
             result = parity.compare_export(student, full, made, samples, chats) | {"importance": importance}
             run.write_json("export/parity.json", result)
             later = [run.path(adapter_weights(each)) for each in STUDENTS[STUDENTS.index(name) + 1 :]]

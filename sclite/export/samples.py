@@ -36,12 +36,12 @@ def read_samples(config: Config, run: Run) -> list[Sample]:
         (prompts.solve_messages(QUESTION, folder), TRACE),
         (prompts.review_messages(QUESTION, "".join(all_pieces(TRACE)), folder), TRACE),
     ]
-    for template in _spread(run.read("templates.jsonl", Template), ROWS):
+    for template in spread(run.read("templates.jsonl", Template), ROWS):
         found.append((prompts.solve_messages(template.question, folder), template.parsed.trace))
-    for attempt in _spread(attempts, ROWS):
+    for attempt in spread(attempts, ROWS):
         if attempt.id in questions:
             found.append((prompts.solve_messages(questions[attempt.id], folder), attempt.parsed.trace))
-    for review in _spread(run.read("reviews.jsonl", Review), ROWS):
+    for review in spread(run.read("reviews.jsonl", Review), ROWS):
         reviewed = traces.get((review.id, review.sample))
         if review.id in questions and reviewed:
             chat = prompts.review_messages(questions[review.id], reviewed, folder)
@@ -49,7 +49,7 @@ def read_samples(config: Config, run: Run) -> list[Sample]:
     return [Sample(chat, all_pieces(trace)) for chat, trace in found]
 
 
-def _spread(rows: list[T], count: int) -> list[T]:
+def spread(rows: list[T], count: int) -> list[T]:
     """Up to `count` of the rows, at equal distances."""
     return rows[:: max(1, -(-len(rows) // count))]
 
@@ -67,9 +67,3 @@ def split_samples(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     step = max(1, -(-len(others) // HELD_OUT))
     rest = [sample for number, sample in enumerate(others) if number % step]
     return samples[:2] + mix(others[::step], 3), mix(rest, 7)
-
-
-def solve_chats(config: Config, run: Run, count: int) -> list[Messages]:
-    """Chats that ask for solutions, of up to `count` problems spread over the run, or of the one that every run has."""
-    questions = [problem.question for problem in run.read("problems.jsonl", Problem)] or [QUESTION]
-    return [prompts.solve_messages(each, config.prompts.folder) for each in _spread(questions, count)]

@@ -8,8 +8,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 NAME = "tokenizer.json"
-CLASS = "PreTrainedTokenizerFast"
-"""The class that reads all of it."""
 TRICKY = (
     "\n", "\n\n", "\n \n", "  ", " 7", "  42", " 1234567890", "3.14159", "1,234.5", "x1y2", "a\tb", "- one\n- two",
     "1. First\n2. Second\n\n   a) third", "if x:\n    return y\n", "# A\n\n\n## B\n", "don't we'll I'm", "…–—“”‘’",
@@ -37,15 +35,3 @@ def is_ignored(tokenizer: "Tokenizer", name: str) -> bool:
     whole = PreTrainedTokenizerFast(tokenizer_file=path)
     ids, other = (each(list(TRICKY), add_special_tokens=False)["input_ids"] for each in (whole, tokenizer))
     return bool(ids != other)
-
-
-def name_class(folder: Path) -> None:
-    """Have a folder's tokenizer.json read whole, also by llama.cpp's converter, which loads it with transformers."""
-    from transformers import AutoTokenizer
-
-    path = folder / "tokenizer_config.json"
-    if not ((folder / NAME).is_file() and path.is_file()):
-        return
-    if is_ignored(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), str(folder)):
-        settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": CLASS}
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
