@@ -44,6 +44,8 @@ CONTEXT, CACHED = 700_000_000, 800_000_000
 (0.3 to 0.84 GB measured). With rows that fill the GPU that is the largest tensor of a layer: 1.87 GB at 76,032 tokens."""
 LIBRARIES, HEAP = 600_000_000, 1.8
 """Bytes of a CPU process without a model; what a process takes for a byte of activations (1.1 to 1.8 measured)."""
+SCORES = 5
+"""16-bit values alive per attention score of a layer with a soft cap while it runs backward (measured on a CPU)."""
 KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 """Architectures whose activations the estimate was checked on; others are estimated as if they were Llama."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
@@ -238,7 +240,7 @@ def peak(model: Architecture, setting: Setting, forwards: Sequence[Forward]) -> 
     for last, (tokens, _) in enumerate(forwards):
         activations, waiting = sum(saved[: last + 1]) + returning, sum(kept[:last])
         at_head = waiting + (KEPT + BACKWARD) * logits[last]
-        layer = 2 * tokens * (widths + 4 * model.scored_heads * setting.length) + unpacked
+        layer = 2 * tokens * (widths + SCORES * model.scored_heads * setting.length) + unpacked
         moments.append({"activations": activations, "logits": at_head, "layer": 0})
         moments.append({"activations": activations, "logits": waiting, "layer": layer})
     host = one * model.layers * sum(tokens for tokens, _ in forwards) if offloads else 0

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sclite.errors import DataError
 from sclite.student.adapters import lora_targets
+from sclite.student.loader import attention_of
 from sclite.student.log_probs import PaddedBatch, hidden_states, token_log_probs, vocabulary_log_probs
 from sclite.train import memory
 from sclite.train.memory import Setting, architecture, estimate, nf4_bytes, optimizer_bytes, peak
@@ -142,14 +143,15 @@ def test_bytes_per_logit_match_what_torch_holds():
     assert tracker.most / entries == pytest.approx(memory.KEPT + memory.BACKWARD, rel=0.02)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(("family", "length"), [("llama", 256), ("qwen3", 256), ("gemma2", 512)])
 @pytest.mark.parametrize("middle", [704, 1024, 1408])
-def test_the_peak_of_a_plain_step_matches_the_estimate(family, middle):
+def test_the_peak_of_a_plain_step_matches_the_estimate(family, length, middle):
     """Base in 16 bits, LoRA in float32, layers checkpointed: the peak of our own forward and backward pass."""
     shape = {"model_type": family, "tie_word_embeddings": False, **SMALL, "hidden_size": 256}
     shape |= {"intermediate_size": middle, "num_hidden_layers": 3}
-    found = architecture(config_of(shape))
-    model = built(shape, "cpu")
+    config = config_of(shape)
+    found = architecture(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **attention_of(config))
     model = get_peft_model(model, LoraConfig(r=2, target_modules=lora_targets(model)))
     for factor in model.parameters():
         if factor.requires_grad:
@@ -160,15 +162,16 @@ def test_the_peak_of_a_plain_step_matches_the_estimate(family, middle):
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
     model.train()
-    ids = torch.randint(0, 512, (2, 256))
-    mask, weights = torch.ones_like(ids), torch.zeros(2, 256)
+    ids = torch.randint(0, 512, (2, length))
+    mask, weights = torch.ones_like(ids), torch.zeros(2, length)
     mask[0, -9:], weights[:, 200:204] = 0, 1.0
     batch = PaddedBatch(ids, mask, weights)
     before = [*model.parameters(), *model.buffers(), ids, mask, weights]
     with PeakTracker(before) as tracker, torch.autocast("cpu", torch.bfloat16):
         log_probs, _ = token_log_probs(model, hidden_states(model, batch), batch)
         (-log_probs.mean()).backward()
-    estimated, _ = peak(found, Setting("sft", 2, 256, 2, four_bit=False, backend="plain"), [(512, 8)])
+    setting = Setting("sft", 2, length, 2, four_bit=False, backend="plain")
+    estimated, _ = peak(found, setting, [(2 * length, 8)])
     made = 4 * sum(found.lora_tensors(2))  # the gradients
     assert tracker.most == pytest.approx(sum(estimated.values()) + made, rel=0.05)
 
