@@ -224,7 +224,9 @@ class TrainingStage(Section):
     max_grad_norm: float = setting(1.0, "gradient clipping: maximum norm", gt=0)
     checkpoints: int = setting(10, "checkpoints and evaluations per stage; resumes from the latest", ge=1)
     eval_share: float = setting(0.02, "share of rows held out to select the best checkpoint", ge=0, lt=1)
-    padding_free: bool | None = setting(None, "join rows instead of padding them (default: where Unsloth has its own decoder)")
+    padding_free: bool | None = setting(
+        None, "join rows instead of padding them (default: where Unsloth has its own decoder)"
+    )
     early_stopping_patience: int = setting(0, "stop after N evaluations without progress; 0: never", ge=0)
     tensorboard: bool = setting(False, "write TensorBoard files in addition to metrics.jsonl")
 

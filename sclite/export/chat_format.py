@@ -289,9 +289,10 @@ def write_format(form: ChatFormat, tokenizer: PreTrainedTokenizerBase, folder: P
     if end != tokenizer.eos_token_id:
         changes["eos_token"] = tokenizer.convert_ids_to_tokens(end)
     bos = tokenizer.bos_token or ""
-    if bos and not form.start.startswith(bos) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        changes["add_bos_token"] = False
-        _edit(folder / "tokenizer.json", {"post_processor": None})  # counts more than add_bos_token
+    if bos and not form.start.startswith(bos):
+        changes["add_bos_token"] = False  # without it, llama.cpp adds one for some vocabularies
+        if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+            _edit(folder / "tokenizer.json", {"post_processor": None})  # counts more than add_bos_token
     _edit(folder / "tokenizer_config.json", changes)
     if "eos_token" in changes:
         _edit(folder / "generation_config.json", {"eos_token_id": end})

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 500_000_000
 COPIED = (".json", ".model", ".jinja", ".txt", ".tiktoken")
+SAMPLING = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p", "do_sample")
 KEEPS_BASE_WEIGHTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that do not change the base weights; PiSSA, OLoRA, CorDA and others do."""
 
@@ -60,6 +61,8 @@ def copy_settings(base: Path, out: Path, untie: bool = False) -> None:
             if path.name == "config.json":
                 after.pop("quantization_config", None)
                 after |= {"tie_word_embeddings": False} if untie else {}
+            elif path.name == "generation_config.json":  # vLLM would sample with a repetition penalty
+                after = {key: value for key, value in after.items() if key not in SAMPLING}
             elif path.name == "tokenizer_config.json":  # llama.cpp's converter loads it with transformers
                 loaded = type(load_tokenizer(str(base)))
                 after |= {"tokenizer_class": loaded.__name__} if loaded is PreTrainedTokenizerFast else {}

@@ -292,7 +292,8 @@ def write_sampling_gguf(config: Config, adapter: Path | None, work: Path, *, sma
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     merged = _merge(config, _load(config, adapter), work / "merged", "f16")
-    path = convert_model(merged, work / "f16.gguf", outtype="f16")
+    # llama.cpp treats spaces after the special tokens of Phi-3 by the name
+    path = convert_model(merged, work / "f16.gguf", outtype="f16", title=model_title(config, "sft"))
     shutil.rmtree(merged)
     check_gguf(path)
     if small:

@@ -74,7 +74,7 @@ def build_modelfile(
         message = f"a Modelfile cannot hold the stop {stop!r}, which contains a quote or a newline"
         raise DataError(message, "use a student with another end token")
     lines += [f'PARAMETER stop "{stop}"'] if stop else []
-    lines += [f"PARAMETER num_ctx {num_ctx}", "PARAMETER temperature 0"]
+    lines += [f"PARAMETER num_ctx {num_ctx}", "PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
     return "\n".join(lines) + "\n"
 
 

@@ -85,7 +85,9 @@ class Endpoint(Student):
             "seed": request.seed,
             "drop_params": True,  # otherwise LiteLLM rejects what the provider does not support
         }
-        if request.top_p < 1:
+        if (
+            request.top_p < 1 and "claude" not in self.teacher.settings.model
+        ):  # refuses it beside a temperature
             parameters["top_p"] = request.top_p
         return Job(
             str(index), lambda error: request.messages, lambda text: None, self.version, parameters=parameters

@@ -108,6 +108,13 @@ def count_unanswered(dropped: Mapping[str, int]) -> int:
     return sum(dropped.get(reason, 0) for reason in ("no_reply", "unreadable_reply", EMPTY_REPLY))
 
 
+_LESS_REASONING = {
+    **dict.fromkeys(("ollama", "ollama_chat"), "think=false"),
+    "deepseek": "reasoning_effort=none",
+}
+"""The parameter that shortens the reasoning, by provider, where it is not `reasoning_effort=low`."""
+
+
 class Teacher(AbstractContextManager["Teacher"]):
     """A LiteLLM model with the run's ledger, and an inspector if one is configured. Use as a context manager.
 
@@ -134,6 +141,8 @@ class Teacher(AbstractContextManager["Teacher"]):
         # not the loop's default executor, in which LiteLLM needs a thread for each call
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="check")
         self._has_warned = False
+        setting = _LESS_REASONING.get(settings.model.partition("/")[0], "reasoning_effort=low")
+        self._less_reasoning = f"teacher.extra.{setting}"
 
     def __exit__(self, *_: object) -> None:
         """Cancel calls in flight and close connections. The ledger stays open."""
@@ -244,8 +253,7 @@ class Teacher(AbstractContextManager["Teacher"]):
                     self._has_warned = True
                     console.note(
                         f"[yellow]warning:[/] reasoning used up a reply's whole budget of {budget} tokens; such requests are "
-                        f"sent once more with {larger}. To pay once, raise teacher.max_tokens or lower "
-                        "reasoning_effort in teacher.extra"
+                        f"sent once more with {larger}. To pay once, raise teacher.max_tokens or set {self._less_reasoning}"
                     )
                 continue
             repeated = error.startswith(rejection.text)  # the same messages would get the same reply
@@ -262,7 +270,7 @@ class Teacher(AbstractContextManager["Teacher"]):
                 CUT_IN_REASONING: (
                     REASONING_TOO_LONG,
                     f"its reasoning used up the budget of {budget} tokens: raise teacher.max_tokens, or make it think less, "
-                    "as in --set teacher.extra.reasoning_effort=low",
+                    f"as in --set {self._less_reasoning}",
                 ),
                 REFUSAL: (REFUSED_BY_TEACHER, f"it declines: {' '.join(entry.text.split())[:200]}"),
                 ONLY_REASONING: ("only_reasoning", "there is reasoning but no reply after it"),

@@ -23,7 +23,11 @@ _PROVIDER_PREFIX = re.compile(
 _JSON_TEXT = r"""(["']){}\1:\s*(["'])((?:\\.|(?!\2).)+)"""
 _NO_KEY = re.compile(r"missing credentials|missing \w* ?api.?key|api_key client option must be set", re.I)
 _BAD_KEY = re.compile(r"api key (?:not valid|expired)", re.I)  # Gemini's, with status 400
-_NO_CREDIT = re.compile(r"insufficient_quota|exceeded your current quota", re.I)
+_NO_CREDIT = re.compile(
+    r"insufficient_quota|exceeded your current quota|credit balance is too low|insufficient balance"
+    r"|reached your specified api usage limits",  # Anthropic's and DeepSeek's, with status 400
+    re.I,
+)
 _RETRY_IN = re.compile(r"retry in (\d+(?:\.\d+)?)(m?)s\b")  # Gemini's, which sends no header
 _NO_MODEL = re.compile(r"\bmodels?\b", re.I)
 _PASSWORD = re.compile(r"(?<=://)[^/\s@]*(?:@[^/\s@]*)*@")
@@ -44,6 +48,7 @@ class Failure:
     free: bool  # it costs nothing
     overload: bool  # fewer concurrent calls would help
     no_key: bool
+    no_credit: bool
 
     def wait_seconds(self, attempt: int, draw: float) -> float:
         """How long to wait after failed attempt `attempt` (from 1): Retry-After if sent, else exponential backoff."""
@@ -122,6 +127,7 @@ def read_failure(error: BaseException) -> Failure:
         free=free,
         overload=slow or "rate limit" in text.lower(),
         no_key=no_key,
+        no_credit=bool(no_credit),
     )  # fmt: skip
 
 
@@ -151,7 +157,7 @@ def teacher_error(
     elif failure.no_key or status == 401:
         problem = "has no key" if failure.no_key else "rejects the key (HTTP 401)"
         hint = f"the key comes from {key_variable}: export {key_variable}=.."
-    elif status in (402, 429):
+    elif failure.no_credit or status in (402, 429):
         problem, hint = f"has no credit left: {failure.message}", "add credit, then re-run to resume"
     elif status is not None and 300 <= status < 400:
         location = redact(failure.headers.get("location", "")) or "another address"

@@ -27,6 +27,8 @@ _LOCAL_PROVIDERS = ("ollama", "ollama_chat", "lm_studio", "llamafile")
 _BYTES_PER_TOKEN = 4  # of English text; bounds the charge for a reply that is longer than max_tokens
 _LONGEST_TOKEN_BYTES = 128  # no vocabulary in use has a longer one
 _OTHER_FILES = 128  # open files other than connections
+# tokens; Ollama's context is 4,096 on most machines, and it drops the beginning of what exceeds it without a word
+_SHORT_REPLY, _LONGEST_PROMPT = 2048, 4096
 
 
 @dataclass(frozen=True)
@@ -191,13 +193,22 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
         hint = "write PROVIDER/NAME: anthropic/NAME, ollama_chat/NAME, or openai/NAME for an OpenAI-compatible endpoint"
         raise UsageError(message, hint) from None
     missing = litellm.validate_environment(settings.model)["missing_keys"]
-    missing = [variable for variable in missing if variable.endswith("_API_KEY")]
+    # LiteLLM lists Azure's key also where only its version is missing
+    missing = [each for each in missing if each.endswith("_API_KEY") and not os.environ.get(each)]
     options: dict[str, Any] = {"api_base": address} if address else {}
     if address != settings.api_base:  # aiohttp refuses a password beside the SDK's own header
         login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
         options["extra_headers"] = {"Authorization": f"Basic {b64encode(login.encode()).decode()}"}
     if address and missing:  # a self-hosted endpoint often needs none, but LiteLLM insists
         options["api_key"] = "none"
+    if name.startswith("ollama") and settings.max_tokens > _SHORT_REPLY and "num_ctx" not in settings.extra:
+        options["num_ctx"] = _LONGEST_PROMPT + 2 * settings.max_tokens
+    if name == "lm_studio" and not (
+        address or os.environ.get("LM_STUDIO_API_BASE")
+    ):  # LiteLLM would call OpenAI
+        raise UsageError(
+            f"{settings.model} needs an address", "set teacher.api_base=http://localhost:1234/v1"
+        )
     known = litellm.get_supported_openai_params(settings.model, name) or ()
     new = [parameter for parameter in settings.extra if parameter not in known]
     if new and "allowed_openai_params" not in new:

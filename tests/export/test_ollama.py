@@ -29,6 +29,7 @@ def test_modelfile_has_template_system_prompt_stop_and_context():
         'PARAMETER stop "</s>"',
         "PARAMETER num_ctx 4096",
         "PARAMETER temperature 0",
+        "PARAMETER repeat_penalty 1",
     ]
     assert "TEMPLATE" not in build_modelfile("m.gguf", "")
 

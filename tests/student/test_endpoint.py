@@ -179,6 +179,15 @@ def test_stream_that_is_left_is_given_up_and_frees_the_endpoint(run):
         wait.set()
 
 
+def test_claude_gets_no_top_p_beside_a_temperature(run):
+    with TeacherServer(lambda body, nth: say(TRACE)) as server:
+        made = config.Teacher(model="openai/claude-haiku-4-5", api_base=server.url, repairs=0)
+        with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(made, ledger) as client:
+            list(Endpoint(client, "attempts").generate([request("1?")]))
+    assert server.requests[0]["temperature"] == 0.8
+    assert "top_p" not in server.requests[0]
+
+
 def test_endpoint_that_does_not_stream_is_named(run):
     whole = Answer(200, json.dumps(say(TRACE).body).encode())
     with TeacherServer(lambda body, nth: whole) as server, student(run, server.url) as endpoint:

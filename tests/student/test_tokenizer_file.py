@@ -45,8 +45,11 @@ def test_all_of_the_file_is_read_also_from_an_export(split_digits, tmp_path):
     loaded = load_tokenizer(str(folder))
     assert encoded(loaded) == expected
     assert (loaded.eos_token, loaded.pad_token) == ("<|im_end|>", "<|im_end|>")
+    sampling = {"repetition_penalty": 1.1, "temperature": 0.7, "do_sample": True}  # vLLM would use them
+    (folder / "generation_config.json").write_text(json.dumps(sampling | {"eos_token_id": 2}))
     (tmp_path / "out").mkdir()
     copy_settings(folder, tmp_path / "out")
+    assert json.loads((tmp_path / "out/generation_config.json").read_text()) == {"eos_token_id": 2}
     assert (
         encoded(AutoTokenizer.from_pretrained(tmp_path / "out")) == expected
     )  # as llama.cpp's converter loads it

@@ -36,6 +36,29 @@ def test_hint_about_cohere_names_the_key_that_litellm_reads():
         assert provider.connect(config.Teacher(model=model)).key_variable == "COHERE_API_KEY"
 
 
+def test_key_of_azure_is_kept_beside_an_address_without_a_version(monkeypatch):
+    monkeypatch.setenv("AZURE_API_KEY", "secret")
+    monkeypatch.delenv("AZURE_API_VERSION", raising=False)
+    found = provider.connect(config.Teacher(model="azure/gpt-4o", api_base="https://x.openai.azure.com"))
+    assert "api_key" not in found.options
+
+
+def test_ollama_gets_a_context_for_prompt_and_reply_unless_replies_are_short():
+    """It would drop the beginning of what exceeds 4,096 tokens, and say nothing."""
+    teacher = {"model": "ollama_chat/qwen3", "max_tokens": 4096}
+    assert provider.connect(config.Teacher(**teacher)).options["num_ctx"] > 2 * 4096
+    for own in ({"max_tokens": 1024}, {"extra": {"num_ctx": 9000}}):
+        assert "num_ctx" not in provider.connect(config.Teacher(**teacher | own)).options
+
+
+def test_lm_studio_without_an_address_is_refused(monkeypatch):
+    """LiteLLM would send the problems to OpenAI."""
+    monkeypatch.delenv("LM_STUDIO_API_BASE", raising=False)
+    with pytest.raises(UsageError, match="needs an address") as error:
+        provider.connect(config.Teacher(model="lm_studio/qwen3"))
+    assert "teacher.api_base" in error.value.hint
+
+
 def test_missing_certificates_are_reported_before_any_request(tmp_path, monkeypatch):
     settings = config.Teacher(model="openai/replay", api_base="http://127.0.0.1:9/v1")
     (tmp_path / "text.pem").write_text("no certificate")

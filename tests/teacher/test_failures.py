@@ -5,6 +5,7 @@ from email.utils import formatdate
 
 import pytest
 
+from sclite import config
 from sclite.teacher import failures
 from sclite.teacher.failures import read_failure
 
@@ -47,6 +48,9 @@ class Failed(Exception):
         (failures.STOP, GEMINI % ("\\nPlease retry in 15.002s.", "PerDay"), (429,)),
         (failures.RETRY, GEMINI % ("\\nPlease retry in 15.002s.", ""), (429,)),
         (failures.RETRY, GEMINI % ("", "PerMinute"), (429,)),
+        (failures.STOP, "Your credit balance is too low to access the Anthropic API.", (400,)),
+        (failures.STOP, "You have reached your specified API usage limits.", (400,)),
+        (failures.STOP, "litellm.BadRequestError: DeepseekException - Insufficient Balance", (400,)),
         (failures.STOP, UNKNOWN, (404,)),
         (failures.STOP, BAD_KEY, (400,)),
         (failures.STOP, "litellm.NotFoundError: OpenAIException - The model `x` does not exist", (404,)),
@@ -60,6 +64,12 @@ class Failed(Exception):
 def test_an_error_concerns_one_attempt_one_request_or_every_one(action, text, statuses):
     for status in statuses:
         assert read_failure(Failed(text, status)).action == action, status
+
+
+def test_credit_that_has_run_out_is_named_whatever_the_status():
+    failure = read_failure(Failed("Your credit balance is too low to access the Anthropic API.", 400))
+    error = failures.teacher_error(failure, config.Teacher(model="anthropic/claude"), "ANTHROPIC_API_KEY")
+    assert "has no credit left: Your credit balance" in error.message
 
 
 def test_waits_follow_retry_after_or_grow_with_jitter_up_to_a_bound():

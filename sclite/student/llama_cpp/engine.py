@@ -141,7 +141,10 @@ class Engine(AbstractContextManager["Engine"]):
         kind = self._metadata("general.architecture")
         head = api.llama_model_n_embd(model) // max(1, api.llama_model_n_head(model))
         lengths = [int(self._metadata(f"{kind}.attention.{x}_length") or head) for x in ("key", "value")]
-        cell = 2 * api.llama_model_n_layer(model) * api.llama_model_n_head_kv(model) * sum(lengths)
+        heads = api.llama_model_n_head_kv(model) or api.llama_model_n_head(
+            model
+        )  # of layer 0, which may have no attention
+        cell = 2 * api.llama_model_n_layer(model) * heads * sum(lengths)
         affordable = int(cache_gb * 1e9) // max(1, cell * (2 if exact else 1)) // 256 * 256
         fitting = affordable // self.context
         if parallel is None:
