@@ -163,8 +163,7 @@ def _dataset_rows(source: Source, key: str, path: Path | None) -> NumberedRows:
         if path is not None:  # streaming: no copy in the datasets cache, one batch of rows in memory
             found = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         else:
-            part = getattr(source, "limit", None) is not None  # then without a download of all of it
-            found = datasets.load_dataset(name, source.subset or None, split=source.split, streaming=part)
+            found = datasets.load_dataset(name, source.subset or None, split=source.split)
         for number, row in enumerate(found, 1):
             yield f"row {number}", row
     except (OSError, ValueError, RuntimeError) as error:

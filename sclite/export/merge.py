@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sclite.errors import DataError, ScliteError
 from sclite.export.tensors import Tensors, open_tensors, read_json
-from sclite.student.loader import check_quantization, load_tokenizer
+from sclite.student.loader import check_quantization
 from sclite.student.origin import Origin, fingerprint, read_origin
+from sclite.student.tokenizer_file import FILE, is_ignored
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,7 @@ def merge(base_folder: Path, adapter_folder: Path | None, out_folder: Path, *, o
 
 def copy_settings(base: Path, out: Path, untie: bool = False) -> None:
     """Copy a model's configuration and tokenizer, but no code and no references to code."""
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
 
     for path in sorted(base.iterdir()):
         if not path.is_file() or not path.name.endswith(COPIED) or path.name.endswith(".index.json"):
@@ -61,11 +62,15 @@ def copy_settings(base: Path, out: Path, untie: bool = False) -> None:
             if path.name == "config.json":
                 after.pop("quantization_config", None)
                 after |= {"tie_word_embeddings": False} if untie else {}
-            elif path.name == "generation_config.json":  # vLLM would sample with a repetition penalty
+            elif path.name == "generation_config.json":  # llama-server and vLLM would use it
                 after = {key: value for key, value in after.items() if key not in SAMPLING}
-            elif path.name == "tokenizer_config.json":  # llama.cpp's converter loads it with transformers
-                loaded = type(load_tokenizer(str(base)))
-                after |= {"tokenizer_class": loaded.__name__} if loaded is PreTrainedTokenizerFast else {}
+            elif path.name == "tokenizer_config.json" and (base / FILE).is_file():
+                loaded = AutoTokenizer.from_pretrained(
+                    base, trust_remote_code=False
+                )  # as llama.cpp's converter does
+                after |= (
+                    {"tokenizer_class": "PreTrainedTokenizerFast"} if is_ignored(loaded, str(base)) else {}
+                )
             if after != before:
                 (out / path.name).write_text(json.dumps(after, indent=2) + "\n", encoding="utf-8")
                 continue

@@ -199,9 +199,11 @@ def _read_model_stages(config: Config, run: Run, fitting: int) -> dict[str, Stag
     made = {name: exports for name in STUDENTS if (exports := exports_of(run, name))}
     trained = [name for name in STUDENTS if name in made or run.path(adapter_weights(name)).is_file()]
     newest = trained[-1] if trained else "base"
+    newest_of: dict[str, dict[str, Any]] = {}  # of the configured types, else of any
     for name, exports in made.items():
         configured = [each for each in exports if each["inputs"].get("quant") == config.export.quant]
-        chosen = (configured or exports)[-1]["inputs"]
+        newest_of[name] = (configured or exports)[-1]
+        chosen = newest_of[name]["inputs"]
         # the options of one export are not kept: compare with those that the existing file was made with
         options = {key: chosen.get(key) for key in ("quant", "imatrix", "keep_template")}
         own = config.model_copy(update={"export": config.export.model_copy(update=options)})
@@ -213,10 +215,8 @@ def _read_model_stages(config: Config, run: Run, fitting: int) -> dict[str, Stag
 
     if config.review.needs_fit:
         fits = run.read_json(THRESHOLDS, dict[str, FittedThreshold]) or {}
-        for name, exports in made.items():
-            adapter = run.file_digest(adapter_weights(name)) if name != "base" else ""
-            current = [each["figures"] for each in exports if each["inputs"].get("adapter") == adapter]
-            digests = [file["sha256"] for figures in current for file in figures["files"].values()]
+        for name, manifest in newest_of.items():
+            digests = [file["sha256"] for file in manifest["figures"]["files"].values()]
             stage = "threshold" if name == newest else f"threshold-{name}"
             try:
                 fitted = next(filter(None, (find_threshold(fits, each, config) for each in digests)), None)

@@ -29,6 +29,8 @@ def meta_model(config: "PretrainedConfig") -> "PreTrainedModel":
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError as error:
+        if type(config) in AutoModelForCausalLM._model_mapping:
+            raise
         message = f"transformers has no causal language model for {config.model_type}"
         raise DataError(message, "choose a text model as student.model") from error
 

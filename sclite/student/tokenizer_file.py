@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-NAME = "tokenizer.json"
+FILE = "tokenizer.json"
 TRICKY = (
     "\n", "\n\n", "\n \n", "  ", " 7", "  42", " 1234567890", "3.14159", "1,234.5", "x1y2", "a\tb", "- one\n- two",
     "1. First\n2. Second\n\n   a) third", "if x:\n    return y\n", "# A\n\n\n## B\n", "don't we'll I'm", "…–—“”‘’",
@@ -27,8 +27,11 @@ def is_ignored(tokenizer: "Tokenizer", name: str) -> bool:
     from transformers.utils import cached_file
 
     silent = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
-    path = cached_file(name, NAME, **silent)
-    if path is None or "__init__" not in vars(type(tokenizer)):  # the class only reads the file
+    path = cached_file(name, FILE, **silent)
+    kind = type(tokenizer)
+    if (
+        path is None or kind is PreTrainedTokenizerFast or "__init__" not in vars(kind)
+    ):  # they only read the file
         return False
     if "ByteLevel" not in json.dumps(json.loads(Path(path).read_bytes()).get("pre_tokenizer")):
         return False

@@ -111,6 +111,7 @@ def count_unanswered(dropped: Mapping[str, int]) -> int:
 _LESS_REASONING = {
     **dict.fromkeys(("ollama", "ollama_chat"), "think=false"),
     "deepseek": "reasoning_effort=none",
+    "hosted_vllm": "extra_body.chat_template_kwargs.enable_thinking=false",
 }
 """The parameter that shortens the reasoning, by provider, where it is not `reasoning_effort=low`."""
 

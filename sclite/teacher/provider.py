@@ -86,7 +86,7 @@ class Provider:
                             message[name] += text
                             if name == "content":
                                 on_text(text)
-        if not any(message.values()):
+        if not any(message.values()) and reason in (None, "stop"):
             raise UnreadableReply("the stream is empty: the endpoint may not support streaming")
         return read({"choices": [{"index": 0, "finish_reason": reason, "message": message}], "usage": usage})
 
@@ -201,7 +201,10 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
         options["extra_headers"] = {"Authorization": f"Basic {b64encode(login.encode()).decode()}"}
     if address and missing:  # a self-hosted endpoint often needs none, but LiteLLM insists
         options["api_key"] = "none"
-    if name.startswith("ollama") and settings.max_tokens > _SHORT_REPLY and "num_ctx" not in settings.extra:
+    long = (
+        settings.repairs and settings.max_tokens > _SHORT_REPLY
+    )  # a student has no repairs, and its own context
+    if name.startswith("ollama") and long and "num_ctx" not in settings.extra:
         options["num_ctx"] = _LONGEST_PROMPT + 2 * settings.max_tokens
     if name == "lm_studio" and not (
         address or os.environ.get("LM_STUDIO_API_BASE")

@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 
-from sclite.config import Problems, Source
+from sclite.config import Source
 from sclite.data.problems import load_problems
 from sclite.errors import DataError, NetworkError
 from sclite.records import Problem
@@ -104,14 +104,6 @@ def test_hub_datasets_are_read_by_name(hub, name):
     assert problem.question == (row.get("question") or row.get("problem") or row.get("query"))
     assert (problem.answer, problem.solution) == WANTED[name]
     assert problem.id == row.get("unique_id", problem.id)
-
-
-def test_a_limited_number_of_rows_is_streamed(hub, monkeypatch):
-    real, used = datasets.load_dataset, []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **named: used.append(named) or real(*a, **named))
-    source = {"source": "zwhe99/DeepMath-103K", "limit": 1}
-    assert len(load_problems(Problems(**source))) == 1
-    assert used[0]["streaming"]
 
 
 def test_missing_subset_and_split_errors_name_those_that_exist(hub):

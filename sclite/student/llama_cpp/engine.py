@@ -118,10 +118,10 @@ class Engine(AbstractContextManager["Engine"]):
         self.special_tokens = self.vocabulary.special_tokens(self._metadata)
         self.trained_context: int = api.llama_model_n_ctx_train(self._model) or context
         kind = self._metadata("general.architecture")
-        original = self._metadata(f"{kind}.rope.scaling.original_context_length")
-        if original and self._metadata(f"{kind}.rope.scaling.type") != "yarn":
-            # Phi-3 and Phi-4-mini: in a longer context llama.cpp uses other position factors, for short rows too
-            self.trained_context, unified = min(self.trained_context, int(original)), False
+        original = int(self._metadata(f"{kind}.rope.scaling.original_context_length") or 0)
+        if 256 <= original < self.trained_context and self._metadata(f"{kind}.rope.scaling.type") != "yarn":
+            # Phi-3.5 and Phi-4-mini: in a longer context llama.cpp uses other position factors, for short rows too
+            self.trained_context, unified = original // 256 * 256, False
         self.context = -(-min(context, self.trained_context) // 256) * 256
         self.scheduler = self._open_context(parallel, unified, cache_gb, exact)
 
