@@ -62,6 +62,7 @@ def export_model(config: Config, run: Run, name: str) -> Report:
     manifest = run.done(stage, inputs)
     if manifest and manifest["figures"].get("files") == _describe(run, names):
         found = Report.of(manifest)
+        found.stage = report.stage
         found.figures["gguf"] = str(folder / names[0])  # the run may have been moved
         if run.read_json("export/parity.json") != found.figures["parity"]:  # it is of another student
             run.write_json("export/parity.json", found.figures["parity"])

@@ -550,7 +550,8 @@ def test_finished_export_is_described_where_it_is_now(base, run, tmp_path):
         export.export_model(config_of(base), run, name)
     moved = Run(run.folder.rename(tmp_path / "moved"))
     report = export.export_model(config_of(base), moved, "sft")
-    assert (report.skipped, report.figures["gguf"]) == (True, str(moved.path("export/sft-q8_0.gguf")))
+    assert (report.stage, report.skipped) == ("export-sft", True)
+    assert report.figures["gguf"] == str(moved.path("export/sft-q8_0.gguf"))
     kept = json.loads(moved.path("export/parity.json").read_text())
     assert list(kept["files"]) == ["sft-q8_0.gguf"]
 
