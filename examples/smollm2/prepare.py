@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-TRAIN, TEST = 2400, 500
+TRAIN, TEST = 3200, 500
 
 
 def write_student(out: Path) -> None:
