@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SHARD_BYTES = 500_000_000
 COPIED = (".json", ".model", ".jinja", ".txt", ".tiktoken")
 SAMPLING = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p", "do_sample")
+"""Settings of the base that would apply to the trained student, which was checked without them."""
 KEEPS_BASE_WEIGHTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that do not change the base weights; PiSSA, OLoRA, CorDA and others do."""
 
@@ -62,15 +63,13 @@ def copy_settings(base: Path, out: Path, untie: bool = False) -> None:
             if path.name == "config.json":
                 after.pop("quantization_config", None)
                 after |= {"tie_word_embeddings": False} if untie else {}
-            elif path.name == "generation_config.json":  # llama-server and vLLM would use it
+            elif path.name == "generation_config.json":
                 after = {key: value for key, value in after.items() if key not in SAMPLING}
             elif path.name == "tokenizer_config.json" and (base / FILE).is_file():
-                loaded = AutoTokenizer.from_pretrained(
-                    base, trust_remote_code=False
-                )  # as llama.cpp's converter does
-                after |= (
-                    {"tokenizer_class": "PreTrainedTokenizerFast"} if is_ignored(loaded, str(base)) else {}
-                )
+                # loaded as llama.cpp's converter does
+                loaded = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+                whole = {"tokenizer_class": "PreTrainedTokenizerFast"}
+                after |= whole if is_ignored(loaded, str(base)) else {}
             if after != before:
                 (out / path.name).write_text(json.dumps(after, indent=2) + "\n", encoding="utf-8")
                 continue

@@ -253,8 +253,6 @@ def load_student(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if backend == "unsloth" and settings.padding_free is None:  # otherwise a dense mask of all rows
-        padding_free = padding_free and model_config.model_type in OWN_KERNELS
     model.padding_free = padding_free  # type: ignore[assignment]  # read by `hidden_states`
     return model, tokenizer
 
@@ -269,7 +267,9 @@ def is_padding_free(model_config: PretrainedConfig, settings: TrainingStage, bac
     if stateful and settings.padding_free:
         hint = "unset padding_free"
         raise DataError(f"padding_free = true: layers of {text_config.model_type} would mix the rows", hint)
-    return not stateful and (backend == "unsloth" if settings.padding_free is None else settings.padding_free)
+    # without Unsloth's own decoder, joined rows need a mask of all their tokens
+    default = backend == "unsloth" and text_config.model_type in OWN_KERNELS
+    return not stateful and (default if settings.padding_free is None else settings.padding_free)
 
 
 def max_positions(model_config: PretrainedConfig) -> int:

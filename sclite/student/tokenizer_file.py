@@ -29,9 +29,8 @@ def is_ignored(tokenizer: "Tokenizer", name: str) -> bool:
     silent = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
     path = cached_file(name, FILE, **silent)
     kind = type(tokenizer)
-    if (
-        path is None or kind is PreTrainedTokenizerFast or "__init__" not in vars(kind)
-    ):  # they only read the file
+    reads_all = kind is PreTrainedTokenizerFast or "__init__" not in vars(kind)
+    if path is None or reads_all:
         return False
     if "ByteLevel" not in json.dumps(json.loads(Path(path).read_bytes()).get("pre_tokenizer")):
         return False

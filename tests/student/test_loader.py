@@ -18,15 +18,16 @@ from sclite.student.loader import fetch_model, is_padding_free, load_student, lo
 from tests.toy import tiny_llama, toy_config
 
 
-def shaped(*kinds):
+def shaped(*kinds, family="llama"):
     """A model configuration of which only the kinds of its layers are known."""
-    shape = SimpleNamespace(layer_types=list(kinds) or None, model_type="qwen3_5_text")
+    shape = SimpleNamespace(layer_types=list(kinds) or None, model_type=family)
     return SimpleNamespace(get_text_config=lambda: shape)
 
 
 def test_stateful_layers_are_never_padding_free():
     asked = Sft(padding_free=True)
     assert is_padding_free(shaped("full_attention", "sliding_attention"), Sft(), "unsloth")
+    assert not is_padding_free(shaped("full_attention", family="granite"), Sft(), "unsloth")
     assert is_padding_free(shaped(), asked, "plain")
     assert not is_padding_free(shaped(), Sft(), "plain")
     assert not is_padding_free(shaped("linear_attention", "full_attention"), Sft(), "unsloth")
