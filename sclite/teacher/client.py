@@ -30,6 +30,12 @@ EMPTY_REPLY, CUT_OFF, REASONING_TOO_LONG = "empty_reply", "cut_off", "reasoning_
 LARGEST_BUDGET = 32_768  # tokens; a larger one is not chosen by itself
 CHARACTERS_PER_TOKEN = 4.0  # of English text and formulas, roughly
 PILOT = 8  # rows
+_LESS_REASONING = {
+    **dict.fromkeys(("ollama", "ollama_chat"), "think=false"),
+    "deepseek": "reasoning_effort=none",
+    "hosted_vllm": "extra_body.chat_template_kwargs.enable_thinking=false",
+}
+"""The parameter that shortens the reasoning, by provider, where it is not `reasoning_effort=low`."""
 _CLOSING_SECONDS = 2.0
 _VERDICT = re.compile(r"<\s*verdict\s*>\s*(accept|reject)\w*\b", re.I)
 _REASON = re.compile(r"<\s*reason\s*>(.*?)(?:</\s*reason\s*>|\Z)", re.I | re.S)
@@ -106,14 +112,6 @@ def refuse_other_basis(
 def count_unanswered(dropped: Mapping[str, int]) -> int:
     """How many drops are due to missing replies, so that re-running the command requests them again."""
     return sum(dropped.get(reason, 0) for reason in ("no_reply", "unreadable_reply", EMPTY_REPLY))
-
-
-_LESS_REASONING = {
-    **dict.fromkeys(("ollama", "ollama_chat"), "think=false"),
-    "deepseek": "reasoning_effort=none",
-    "hosted_vllm": "extra_body.chat_template_kwargs.enable_thinking=false",
-}
-"""The parameter that shortens the reasoning, by provider, where it is not `reasoning_effort=low`."""
 
 
 class Teacher(AbstractContextManager["Teacher"]):

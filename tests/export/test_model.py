@@ -544,6 +544,15 @@ def test_export_that_fails_leaves_no_comparison_of_an_earlier_one(base, run):
     assert not run.path("export/parity.json").exists()
 
 
+def test_gguf_for_sampling_has_the_name_of_the_student(base, run, tmp_path):
+    """llama.cpp knows by the name whether spaces after special tokens count, as in Phi-3."""
+    made = export.write_sampling_gguf(
+        config_of(base), run.path("sft/adapter"), tmp_path / "work", small=False
+    )
+    name = GGUFReader(made).get_field("general.name").contents()
+    assert name.lower().replace(" ", "-") == f"{base.name}-sft".lower()
+
+
 def test_finished_export_is_described_where_it_is_now(base, run, tmp_path):
     shutil.copytree(run.path("sft/adapter"), run.path("dpo/adapter"))
     for name in ("sft", "dpo"):
