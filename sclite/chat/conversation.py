@@ -204,7 +204,7 @@ class Chat:
     def do_correct(self, rest: str) -> None:
         """on|off: review and correct each answer"""
         if rest not in ("on", "off"):
-            raise UsageError("say on or off", "/correct on")
+            raise UsageError("/correct takes on or off", "/correct on")
         self.settings = replace(self.settings, mode=self.review_mode if rest == "on" else "")
         console.note(f"[dim]review is {rest}[/]")
 
@@ -221,7 +221,9 @@ class Chat:
         with console.spinner(f"loading {base.name}"):
             engine = Engine(base, parallel=1, context=self.context)
         with engine as student:
-            script = solve_and_review(answer.question, replace(self.settings, mode="", temperature=0.0))
+            script = solve_and_review(
+                answer.asked or answer.question, replace(self.settings, mode="", temperature=0.0)
+            )
             own = f"{self.path.name}, before its review"
             parts = {base.name: stream(student, script), own: iter([replace(answer, review=None)])}
             for name, events in parts.items():
@@ -248,7 +250,7 @@ class Chat:
             flag = "flagged" if number == review.accused else "above" if odds > limit else ""
             score = f"{100 * probability(odds):.1f} %", f"{odds:+.2f}"
             rows.append([str(number), escape(readable(step.text)), *score, flag])
-        title = f"steps are corrected from log-odds {limit:+.2f} ({100 * probability(limit):.0f} %) on"
+        title = f"steps above log-odds {limit:+.2f} ({100 * probability(limit):.0f} %) are corrected"
         console.print_table(title, ["step", "text", "error", "log-odds", ""], rows, texts=2)
         if review.cause:
             console.print(f"  why: {escape(review.cause)}\n  corrected: {escape(review.correction or '')}")

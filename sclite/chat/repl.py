@@ -139,14 +139,17 @@ def open_prompt() -> "PromptSession[str]":
     """The prompt: Enter sends, Alt-Enter and an open triple quote start a new line, Ctrl-C clears what is typed."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.enums import DEFAULT_BUFFER
+    from prompt_toolkit.filters import has_focus
     from prompt_toolkit.history import FileHistory, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     from prompt_toolkit.keys import Keys
     from prompt_toolkit.output import create_output
 
     keys, dumb = KeyBindings(), os.environ.get("TERM") == "dumb"
+    typing = has_focus(DEFAULT_BUFFER)  # and not searching in the history
 
-    @keys.add("enter")
+    @keys.add("enter", filter=typing)
     def send(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
         text = buffer.text.strip()
@@ -167,7 +170,7 @@ def open_prompt() -> "PromptSession[str]":
         text = event.data.replace("\r\n", "\n").replace("\r", "\n")
         event.current_buffer.insert_text(text.rstrip("\n"))
 
-    @keys.add("c-c")
+    @keys.add("c-c", filter=typing)
     def clear(event: KeyPressEvent) -> None:
         if event.current_buffer.text:
             event.current_buffer.reset()
@@ -186,6 +189,7 @@ def open_prompt() -> "PromptSession[str]":
     return PromptSession(
         "> ",
         multiline=True,
+        enable_suspend=True,
         prompt_continuation="  ",
         key_bindings=keys,
         history=history,

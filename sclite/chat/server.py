@@ -6,7 +6,6 @@ import hmac
 import json
 import os
 import re
-import signal
 import socket
 import time
 import uuid
@@ -26,7 +25,7 @@ from starlette.routing import Route
 
 from sclite import console
 from sclite.chat.answer import Settings, open_gguf
-from sclite.chat.service import RAW, ApiError, Completion, End, Piece, Service
+from sclite.chat.service import ApiError, Completion, End, Piece, Service
 from sclite.config import Config
 from sclite.errors import UsageError
 from sclite.student.step_scores import Cutoff
@@ -47,6 +46,7 @@ class Api:
         routes = [
             Route("/v1/chat/completions", self.complete, methods=["POST"]),
             Route("/v1/models", self.models),
+            Route("/v1/models/{name}", self.models),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
             Route("/", self.page),
@@ -56,10 +56,19 @@ class Api:
 
     def authorize(self, request: HttpRequest, public: bool = False) -> None:
         """Raises ApiError without the right key, which a `public` route does not need."""
-        host = request.headers.get("host", "")
-        # without a key, a web page that resolves its own name to this machine must not reach the server
+        host, origin = request.headers.get("host", ""), request.headers.get("origin", "")
+        # without a key, no other web page may use the server, nor one that resolves its own name to this machine
         if not self.key and not LOCAL.fullmatch(host):
-            raise ApiError(400, f"the host {host!r} is not this machine", "invalid_host")
+            message = f"the host {host!r} is not this machine; set {KEY} to allow other names"
+            raise ApiError(400, message, "invalid_host")
+        if (
+            not self.key
+            and (origin == "null" or origin.startswith("http"))
+            and origin.partition("://")[2] != host
+        ):
+            raise ApiError(
+                403, f"web pages of {origin} cannot use this server without a key", "invalid_origin"
+            )
         given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
         if self.key and not public and not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
             raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
@@ -105,11 +114,15 @@ class Api:
         return JSONResponse(head | {"object": "chat.completion", "choices": choices, "usage": usage(found)})
 
     async def models(self, request: HttpRequest) -> Response:
-        """GET /v1/models."""
+        """GET /v1/models and /v1/models/NAME."""
         self.authorize(request)
-        names, made = (self.service.name, self.service.name + RAW), self.service.began
-        rows = [{"id": name, "object": "model", "created": made, "owned_by": "sclite"} for name in names]
-        return JSONResponse({"object": "list", "data": rows})
+        made = {"object": "model", "created": self.service.began, "owned_by": "sclite"}
+        rows = {name: {"id": name} | made for name in self.service.names}
+        if (name := request.path_params.get("name")) is None:
+            return JSONResponse({"object": "list", "data": list(rows.values())})
+        if name not in rows:
+            raise ApiError(404, f"the model {name!r} does not exist", "model_not_found", "model")
+        return JSONResponse(rows[name])
 
     async def health(self, request: HttpRequest) -> Response:
         """GET /health."""
@@ -211,6 +224,23 @@ def usage(items: Sequence[Piece | End]) -> dict[str, Any]:
     return {**counts, "sclite": cost}
 
 
+class Server(uvicorn.Server):
+    """Finishes what is in flight at the first signal, and stops that at the second."""
+
+    def __init__(self, service: Service, key: str = "", port: int = 0):
+        options: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off"}
+        super().__init__(uvicorn.Config(Api(service, key).app, port=port, **options))
+        self.service = service
+
+    def handle_exit(self, sig: int, frame: object) -> None:
+        """A handler of SIGTERM and SIGINT. uvicorn's own would end the connections with a traceback each."""
+        if self.should_exit:
+            self.service.stop()
+        elif count := self.service.active:
+            console.note(f"finishing {count} answer{'s' * (count != 1)}; Ctrl-C again stops")
+        self.should_exit = True
+
+
 def run_server(
     path: Path,
     config: Config,
@@ -245,13 +275,7 @@ def run_server(
             console.print_json(address, line=True)
         if off:
             console.note(f"[dim]{console.escape(off)}[/]")
-        options: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off"}
-        server = uvicorn.Server(uvicorn.Config(Api(service, key).app, **options))
-        # uvicorn finishes what is in flight, then raises the signal again
-        before = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGTERM, signal.SIGINT)}
         try:
-            server.run(sockets=[listener])
+            Server(service, key).run(sockets=[listener])
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
             service.pool.shutdown()

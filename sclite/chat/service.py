@@ -5,8 +5,9 @@ import random
 import re
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from threading import Event
 from typing import Annotated, Literal
@@ -14,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, Field
 
 from sclite.chat.answer import Answer, Settings, probability, solve_and_review
-from sclite.errors import ScliteError
+from sclite.errors import DataError, ScliteError
 from sclite.student.base import Reply, Student
 from sclite.student.self_correction import StepsScored, Writing, stream
 from sclite.trace import TAG, corrected, tag_name
@@ -27,10 +28,10 @@ QUEUE = 16
 
 
 class TextPart(BaseModel):
-    """A part of a message; only text is understood."""
+    """A part of a message; only text is understood, where it is read."""
 
-    type: Literal["text"]
-    text: str
+    type: str
+    text: str = ""
 
 
 # text is taken for a list of one part: an error in a union names each of its types
@@ -43,7 +44,7 @@ Stops = Annotated[list[str], Field(max_length=4), BeforeValidator(lambda v: [v] 
 class Message(BaseModel):
     """One message of the conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Parts | None = None
 
     @property
@@ -72,6 +73,14 @@ class Completion(BaseModel):
     stop: Stops | None = None
     stream: Annotated[bool, BeforeValidator(lambda v: False if v is None else v)] = False
     stream_options: StreamOptions | None = None
+
+    @property
+    def question(self) -> Message | None:
+        """The last message of the user that has any content."""
+        asked = (m for m in reversed(self.messages) if m.role == "user")
+        return next(
+            (m for m in asked if any(p.type != "text" or p.text.strip() for p in m.content or ())), None
+        )
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -153,16 +162,24 @@ class Service:
         self.student, self.name, self.settings, self.seconds = student, name, settings, seconds
         self.most = parallel * (1 + QUEUE)
         self.pool = ThreadPoolExecutor(parallel, "answer")
+        self.names = name, name + RAW
         self.active = 0
+        self.put_into: set[Callable[[Exception], None]] = set()
+        """One function for each request, which ends it with an error."""
         self.counts: defaultdict[str, float] = defaultdict(float)
         self.began = int(time.time())
 
     async def run(self, asked: Completion) -> AsyncGenerator[Piece | End, None]:
         """What the choices write, as it comes. Closing it frees the engine. Raises ApiError."""
-        if asked.model not in (self.name, self.name + RAW):
+        if asked.model not in self.names:
             raise ApiError(404, f"the model {asked.model!r} does not exist", "model_not_found", "model")
-        if not any(message.role == "user" and message.text.strip() for message in asked.messages):
+        if asked.question is None:
             raise ApiError(400, "there is no message of the user", None, "messages")
+        for message in [asked.question] if asked.model == self.name else asked.messages:
+            if other := next((part.type for part in message.content or () if part.type != "text"), ""):
+                raise ApiError(
+                    400, f"a message has a part of type {other!r}; only text is understood", None, "messages"
+                )
         tokens = asked.max_completion_tokens or asked.max_tokens or self.settings.max_tokens
         warmth = asked.temperature or 0.0
         settings = replace(
@@ -180,7 +197,8 @@ class Service:
         began, left = time.monotonic(), asked.n
 
         def put(item: Piece | End | Exception) -> None:
-            loop.call_soon_threadsafe(found.put_nowait, item)
+            with suppress(RuntimeError):  # the loop is closed: the server has stopped
+                loop.call_soon_threadsafe(found.put_nowait, item)
 
         def work(index: int) -> None:
             for piece in answer(asked, replace(settings, seed=settings.seed + index), index, cancel):
@@ -188,11 +206,14 @@ class Service:
 
         def check(done: Future[None]) -> None:
             if not done.cancelled() and isinstance(error := done.exception(), Exception):
-                put(ApiError(500, error.message) if isinstance(error, ScliteError) else error)
+                # the chat template may refuse the messages
+                status = 400 if isinstance(error, DataError) else 500
+                put(ApiError(status, error.message) if isinstance(error, ScliteError) else error)
 
         late = ApiError(504, f"no answer within {self.seconds:.0f} seconds", "timeout")
         deadline = loop.call_later(self.seconds, found.put_nowait, late)
         self.active += asked.n
+        self.put_into.add(put)
         choices = [self.pool.submit(work, index) for index in range(asked.n)]
         for each in choices:
             each.add_done_callback(check)
@@ -218,6 +239,12 @@ class Service:
             for each in choices:
                 each.cancel()
             self.active -= asked.n
+            self.put_into.remove(put)
+
+    def stop(self) -> None:
+        """End all requests with an error."""
+        for put in self.put_into:
+            put(ApiError(503, "the server is shutting down", "shutting_down"))
 
     def _raw(self, asked: Completion, settings: Settings, index: int, cancel: Event) -> Iterator[Piece | End]:
         """The model's reply to the messages as they are."""
@@ -244,8 +271,8 @@ class Service:
         self, asked: Completion, settings: Settings, index: int, cancel: Event
     ) -> Iterator[Piece | End]:
         """The last question solved and reviewed: students are trained on single problems."""
-        question = next(m.text for m in reversed(asked.messages) if m.role == "user" and m.text.strip())
-        plain, accused = PlainText(), None
+        assert asked.question is not None  # `run` has checked it
+        question, plain, accused = asked.question.text, PlainText(), None
         # without a review, what is written is the content at once, unless a stop string may end it
         field, shown = "reasoning_content" if settings.mode else "content", settings.mode or not asked.stops
         for event in stream(self.student, solve_and_review(question, settings), cancel, asked.stream):

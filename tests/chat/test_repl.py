@@ -43,7 +43,7 @@ def chatted(monkeypatch, run, student, at=None, lines=("How many?",), config=Non
         (Scripted(scores=()), {}, "too long to review"),
         (Scripted(scores=(-3.0, 3.0)), {}, "the review could not be read"),
         (Scripted(finish="length"), {}, "cut off at 5 tokens; the context is full"),
-        (Scripted(text="<Step1>blue\n</Step1>", scores=(-3.0,)), {}, "the steps reach no answer"),
+        (Scripted(text="<Step1>blue\n</Step1>", scores=(-3.0,)), {}, "the steps do not lead to an answer"),
         (Scripted(text="asdf"), {}, "the answer has no steps to review"),
         (Scripted(), {"familiar": lambda _: False}, "not trained on this kind of problem"),
     ],

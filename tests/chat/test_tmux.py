@@ -99,7 +99,11 @@ class Screen:
         return shown
 
 
-ENVIRONMENTS = [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}]
+ENVIRONMENTS = [
+    pytest.param({}, id="colors"),
+    pytest.param({"NO_COLOR": "1"}, id="NO_COLOR", marks=pytest.mark.slow),
+    pytest.param({"TERM": "dumb"}, id="dumb"),
+]
 
 
 @pytest.fixture(params=[80, pytest.param(120, marks=pytest.mark.slow)])
@@ -107,7 +111,7 @@ def width(request) -> int:
     return request.param
 
 
-@pytest.fixture(params=ENVIRONMENTS, ids=["colors", "NO_COLOR", "dumb"])
+@pytest.fixture(params=ENVIRONMENTS)
 def screen(request, tmp_path, width) -> Iterator[Screen]:
     pytest.importorskip("prompt_toolkit", reason="pip install prompt_toolkit")
     opened = Screen(tmp_path, width, request.param)

@@ -96,7 +96,10 @@ def test_second_round_corrects_the_corrected_work():
 
 def test_cut_off_answer_names_the_limit_that_it_met():
     cut_off = {most: watched(Scripted(finish="length"), max_tokens=most)[1].answer.note for most in (5, 6)}
-    assert cut_off[5] == "the answer was cut off at 5 tokens; increase max_tokens"
+    assert (
+        cut_off[5]
+        == "the answer was cut off at 5 tokens; raise max_tokens (/set max_tokens, or eval.max_tokens)"
+    )
     assert "the context is full" in cut_off[6]
 
 

@@ -136,6 +136,10 @@ class Engine(AbstractContextManager["Engine"]):
     ) -> Scheduler:
         """Choose the number of sequences and the size of the cache, and open the context with them."""
         api, model = self._api, self._model
+        if unified is None and 0 < api.llama_model_n_swa(model) < self.context:
+            unified = (
+                False  # a shared cache takes cells that have left one sequence's window from its copies, too
+            )
         count = api.llama_model_n_params(model)
         # cache bytes per token: keys and values of every layer in float16
         kind = self._metadata("general.architecture")
@@ -255,7 +259,9 @@ class Engine(AbstractContextManager["Engine"]):
         room = self.context - len(ids)
         sequence = TokenSequence(ids, request=request, limit=min(request.max_tokens, room))
         if not ids or room < 1:
-            why = f"the prompt has {len(ids)} tokens, the context only {self.context}: use a longer context"
+            # LiteLLM knows this wording, and then tries a model with a longer context
+            limit = f"this model's maximum context length is {self.context} tokens"
+            why = f"{limit}, the prompt has {len(ids)}: use a longer context"
             sequence.finish, sequence.error = "error", why
         elif request.max_tokens < 1:
             sequence.finish = "length"
