@@ -21,19 +21,18 @@ _PATTERNS = [
     (r"(?<![\w.^}])(\d+)/(\d+)(?= ?[A-Za-z\\(])", r"\\frac{\1}{\2}"),
     (r"(?<![\w.^}])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\\frac{\2}{\3})"),
     (r"(?<=[\d)])(?<!_\d)(?=\(-?\d)", r"\\cdot "),
-    (r"(?<=\d),(?=\d{3}(?!\d))", ""),
     (r"\\(max|min)\\?\{([^{}\\]*)\\?\}", r"\\\1(\2)"),
-    (r"(?<![A-Za-z\\])lcm(?=\()", r"\\operatorname{lcm}"),
 ]
 _FIXES = [(re.compile(pattern), new) for pattern, new in _PATTERNS]
 # the parser misreads these: x' as x, 2 3 as their sum, 9^9^9 as (9^9)^9
-_MISREAD = re.compile(r"'|(?<![_\d])\d+ \d|\^ ?(?:\\?\w+|\{[^{}]*\}) ?\^")
+_MISREAD = re.compile(r"'|\^ ?\{? ?T|(?<![_\d])\d+ \d|\^ ?(?:\\?\w+|\{[^{}]*\}) ?\^")
 
 
 def same_formula(given: str, gold: str) -> Verdict:
     """Whether two formulas are equal; None if the comparison fails. Text that is no formula equals nothing."""
     from math_verify import verify
-    from sympy import Expr, Set, simplify
+    from sympy import And, Eq, Expr, Set, simplify
+    from sympy.logic.boolalg import BooleanAtom
 
     try:
         a, b = _parse(given), _parse(gold)
@@ -59,6 +58,11 @@ def same_formula(given: str, gold: str) -> Verdict:
             return bool(seen) or simplify(a - b) == 0
         if _is_relation(a) and _is_relation(b) and _is_multiple(a, b):
             return True
+        if isinstance(a, BooleanAtom) or isinstance(b, BooleanAtom):
+            return False
+        equations = [x.args for x in (a, b) if isinstance(x, And) and all(isinstance(y, Eq) for y in x.args)]
+        if equations:
+            return len(equations) == 2 and set(equations[0]) == set(equations[1])
         a, b = _solutions(a, b), _solutions(b, a)
         if isinstance(a, Set) and isinstance(b, Set):
             return a == b or bool((a ^ b).is_empty)
@@ -126,7 +130,8 @@ def _points(names: set[str]) -> list[dict[str, Any]]:
 
     dice = random.Random(0)
     signs = [(1,), (-1,), (-1, 1), (-1, 1), (-1, 1)] if names else [(1,)]
-    return [{n: dice.choice(s) * Rational(dice.randint(20, 400), 97) for n in sorted(names)} for s in signs]
+    points = [{n: dice.choice(s) * Rational(dice.randint(20, 400), 97) for n in sorted(names)} for s in signs]
+    return points + [{n: Rational(dice.randint(3, 12)) for n in sorted(names)}] * bool(names)
 
 
 def _value(read: Any, point: dict[str, Any]) -> Any:

@@ -33,7 +33,8 @@ _NAME = re.compile(
     rf"{_VARIABLE}|\\frac\{{d[a-z]\}}\{{d[a-z]\}}|{_VARIABLE} ?\([a-zA-Z0-9](?:, ?[a-z0-9])*\)|[A-Za-z]{{2,}}(?: [A-Za-z]+){{0,4}}|m?\\angle ?[A-Z]+|\|[A-Z]{{2}}\|"
     rf"|\({_VARIABLE}(?:, ?{_VARIABLE})+\)|{_VARIABLE} ?[:/] ?{_VARIABLE}|\\frac\{{[A-Z]{{2}}\}}\{{[A-Z]{{2}}\}}"
 )
-_LETTER = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
+_GREEK = "alpha|beta|gamma|delta|(?:var)?epsilon|zeta|eta|(?:var)?theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|(?:var)?phi|chi|psi|omega|Delta|Omega|Phi|Lambda|Sigma"
+_LETTER = re.compile(rf"(?<![\\A-Za-z])[A-Za-z]|\\(?:{_GREEK})(?![a-z])")
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix)\}(.*)\\end\{\1\}", re.DOTALL)
 _BRACKETED = re.compile(r"(?:\\?(\{)|([(\[]))(.*?)(?:\\?\}|([)\]]))", re.DOTALL)
 _MOD = re.compile(r" ?\(?\\?p?mod ?\{?\d+\}?\)?$")
@@ -55,8 +56,10 @@ def compare(given: str, gold: str, leaf: Leaf) -> Verdict:
             return compare(label[4], other, leaf)
     for one, other in ((given, gold), (gold, given)):
         if len(rounded := split(one, ("\\approx",))) == 2:  # 1/3 \approx 0.33 matches both
-            return _any(compare(side, other, leaf) for side in rounded)
-    (name, value), (gold_name, gold_value) = _split_name(given), _split_name(gold)
+            sides = [side for side in rounded if not _NAME.fullmatch(side)]
+            return _any(compare(side, other, leaf) for side in sides)
+    both = all(len(_split_list(text)) == text.count("=") for text in (given, gold))
+    (name, value), (gold_name, gold_value) = _split_name(given, both), _split_name(gold, both)
     if (value, gold_value) != (given, gold) and not (name and gold_name and name != gold_name):
         return compare(value, gold_value, leaf)
     if name or gold_name:  # y = 2x against 2x = y: two equations
@@ -133,12 +136,13 @@ def _compare_plain(given: str, gold: str) -> bool | None:
         other = gold if number else given
         if re.search("[A-Za-z]{2}", other) and not re.search(r"[\\^_<>]", other):
             sentence = number_in_sentence(other)
-            return sentence is not None and sentence.equals(quantity)
+            if sentence is not None or not re.search("=", other):
+                return sentence is not None and sentence.equals(quantity)
     listed = any(re.search(r"\b(?:and|or)\b", text) for text in (given, gold))
     return False if not listed and matches(_WORDS) else None
 
 
-def _split_name(text: str) -> tuple[str, str]:
+def _split_name(text: str, sort: bool = True) -> tuple[str, str]:
     """(name, value): x and 5 for x = 5 and 5 = x, (x,y) and (1, 2) for x = 1, y = 2; "=" and all for other equations."""
     listed = _split_list(text)
     if len(listed) > 1:
@@ -146,7 +150,8 @@ def _split_name(text: str) -> tuple[str, str]:
         names = [name for name, _ in pairs]
         if len(set(names)) < max(2, len(names)) or not all(re.fullmatch(_VARIABLE, name) for name in names):
             return "", text
-        return f"({','.join(names)})", f"({', '.join(value for _, value in pairs)})"
+        ordered = pairs if sort or set(names) <= {"x", "y", "z"} else [_split_name(part) for part in listed]
+        return f"({','.join(names)})", f"({', '.join(value for _, value in ordered)})"
     sides = split(text, ("=", "\\in"))
     if len(sides) < 2 or _RELATION.search(text):
         return "", text

@@ -11,7 +11,7 @@ _BRACES = re.compile(
     re.DOTALL,
 )
 _AND = re.compile(
-    r"[\s$]*(?:[,;]|(?:[,;]\s*)?(?:\\text\{\s*)?(?:and|or)\b\s*\}?)[\s$]*(?:[A-Za-z]\w*\s*=\s*)?[\s$]*"
+    r"(?:[\s$*]|\\[()\[\] ]|\\q?quad)*(?:[,;]|(?:[,;]\s*)?(?:\\text\{\s*)?(?:and|or)\b\s*\}?)(?:[\s$*]|\\[()\[\] ]|\\q?quad)*(?:[A-Za-z]\w*\s*=\s*)?[\s$]*"
 )
 """What may separate several boxes of one answer: `$\\boxed{1}$ and $\\boxed{3}$`."""
 _MAX_GAP = 60  # characters between two boxes of one answer

@@ -34,7 +34,7 @@ _PATTERNS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<!\\)\\[()\[\]]", ""),
     (r"\\langle(?![A-Za-z])", "("),
     (r"\\rangle(?![A-Za-z])", ")"),
-    (r"\\begin\{cases\}(.*)\\end\{cases\}", lambda m: ", ".join(m[1].split(r"\\"))),
+    (r"(?:\\\{ ?\\begin\{(array|aligned)\}(?:\{[lcr| ]*\})?|\\begin\{(cases)\})(.*)\\end\{(?:array|aligned|cases)\}(?=[\s.]*$)", lambda m: ", ".join(p.strip(" ,;.\n") for p in m[3].replace("&", " ").split(r"\\"))),
     (r"\*\*", "^"),
     (r"\\(?:[dtc]|nice|s)frac(?![A-Za-z])", r"\\frac"),
     (r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname|emph|vec|underline)\s*\{([^{}]*)\}", r" \1 "),
@@ -78,7 +78,7 @@ def normalize(answer: str) -> str:
     """Normalize notation: remove math delimiters, spacing, fonts and the final period, and unify symbols and words."""
     if re.fullmatch(r"-?[\d,.]+", answer) and answer.isascii() and ".." not in answer:
         return answer.rstrip(".,")
-    text = answer.lstrip()
+    text = re.sub("&(lt|gt|amp);", lambda m: {"lt": "<", "gt": ">", "amp": "&"}[m[1]], answer.lstrip())
     if not text.isascii():
         text = _RAISED.sub(lambda m: "^{" + _plain(m.group()).replace("−", "-") + "}", text)
         text = _LOWERED.sub(lambda m: "_{" + _plain(m.group()) + "}", text)

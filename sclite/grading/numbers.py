@@ -98,11 +98,11 @@ _EACH = re.compile(
 )
 # "in" that is no inch: "5 in total", "12 cookies in each box"
 _PREPOSITION = re.compile(r"(?i)\bin (?=(?:total|all|the|each)\b)|(?<=\S )in (?=[a-z])")
-_SYMBOLS = {"a", "j", "n", "v", "w", "f", "hz", "hp"}
+_SYMBOLS = {"A", "J", "N", "V", "W", "F", "K", "Hz", "hp"}
 # words that change the meaning of a number: "not 5", "5 squared"
 _NEVER = (
     "up to|not|no|none|nobody|never|neither|nor|cannot|without|except|but|or|either|wrong|incorrect|almost|nearly|over|under|above|below|"
-    "twice|double|triple|half|plus|minus|times|divided|factorial|root|mod|(?:more|less|fewer|greater|smaller|other|older|younger) than"
+    r"twice|double|triple|half|plus|minus|times(?=\W+\d)|divided|factorial|root|mod|(?:more|less|fewer|greater|smaller|other|older|younger) than"
 )
 _VETO = re.compile(rf"\b(?:{_NEVER}|and|to|than|by|if|when|squared|cubed|x|e)\b|[=<>+*(){{}}\d]")
 
@@ -114,7 +114,7 @@ Words = tuple[frozenset[str], ...]
 def _parse_unit(text: str, money: str = "") -> tuple[Fraction, Words] | None:
     """(factor, words) of the text after a number and of the sign before it; None if it is no unit."""
     bare = text.strip()
-    if bare and (not re.search(r"[\w%¤€£¥₹'\"]", bare) or bare[0] == "^"):
+    if bare and (not re.search(r"[\w%¤€£¥₹'\"]", bare) or bare[0] == "^" or re.match(r"a(?: ?\^|$)", bare)):
         return None
     if bare and not text[0].isspace() and bare[0].isalpha() and not _ATTACHED.match(bare):
         return None
@@ -131,12 +131,15 @@ def _parse_unit(text: str, money: str = "") -> tuple[Fraction, Words] | None:
         if _VETO.search(piece.casefold()) or re.search(r"[\\^_|\[\]!]", piece):
             return None
         words = set()
-        for name in re.split(r"[\s,;.()-]+", piece.casefold()):
+        for written in re.split(r"[\s,;.()-]+", piece):
+            name = written.casefold()
             known = _UNITS.get(name) or (_UNITS.get(name.removesuffix("s")) if len(name) > 2 else None)
             if known and not (len(name) > 1 and name.endswith("'")):
                 words |= {known[0] + ("" if power == 1 else str(power))} if known[0] else set()
                 factor *= known[1] ** (power if n == 0 else -power)
-            elif len(name) < 3 and name.isalpha() and name not in _STOP | _SYMBOLS:  # ab is a product
+            elif (
+                len(name) < 3 and name.isalpha() and name not in _STOP and written not in _SYMBOLS
+            ):  # ab is a product
                 return None
             elif name and name not in _STOP:
                 words.add(re.sub(r"(?:e|s|es)$", "", name))
@@ -280,10 +283,14 @@ _JOINED = re.compile(r"(?i)(?:[-+*/^(]|:(?!\s)|\d\s*,|\b(?:by|plus|minus|times|x
 def number_in_sentence(sentence: str) -> Quantity | None:
     """The only number that a sentence can mean, by the rule in the module's docstring; else None."""
     words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", sentence)
+    if re.fullmatch(r"-?[\d./,]+ (?!st|nd|rd|th)[A-Za-z]{2}", sentence):
+        return None  # 5 ab
     if len(sentence) > 500 or re.search(r"[\\^_|<>]", sentence) or not words:
         return None
     sentence = re.split(r"[,(]? ?\b(?:because|since)\b", sentence)[0]
-    tail = sentence.rpartition("=")[2].strip()
+    head, _, tail = (part.strip() for part in sentence.rpartition("="))
+    if re.search(r"\d.*(?:[,;(]|\b(?:and|or|at|for|if|when|where|with)) *[A-Za-z]+$", head):
+        return None
     if _NOT_THIS.search(tail):
         return None
     tokens = [m for m in _TOKEN.finditer(tail) if not m["nth"]]
