@@ -12,8 +12,10 @@ from sclite.progress import ProgressDisplay
 from sclite.records import Attempt, Problem, Template
 
 
-def estimate_cost(context: Context, part: str = "templates") -> dict[str, Any]:
+def estimate_cost(context: Context, part: str = "templates", fresh: bool = False) -> dict[str, Any]:
     """The first request of build_templates, or of build_corrections, and the cost of all; sends nothing.
+
+    With `fresh`, templates that are there are requested again, unless the ledger has them.
 
     Raises DataError for corrections before there are attempts.
     """
@@ -35,7 +37,8 @@ def estimate_cost(context: Context, part: str = "templates") -> dict[str, Any]:
             tokens = 1.5 * sum(len(row.trace) for row in wrong) / max(1, len(wrong)) / CHARACTERS_PER_TOKEN
             return teacher.preview(correction_jobs(config, run, grader, wrong), tokens, part)
         split = pipeline.divided_problems(context, reread=True)
-        existing = {row.id for row in run.rows("templates.jsonl", Template, whole=False)}
+        rows = () if fresh else run.rows("templates.jsonl", Template, whole=False)
+        existing = {row.id for row in rows}
         missing = [problem for problem in (*split.sft, *split.stage2) if problem.id not in existing]
         solutions = sum(len(problem.solution or problem.answer) for problem in missing)
         # a template is half as long again as the solution, and its tags and rule are about 120 tokens
@@ -83,8 +86,8 @@ def report_plan(context: Context, plan: Mapping[str, Any]) -> None:
         paid = f"{templates['requests']:,} templates and {most}{count} corrections"
         context.display.print(f"plan: {paid} by {context.config.teacher.model}, {price}")
     needs = ", ".join(f"{name} {stage['total_gb']:.1f} GB" for name, stage in plan["stages"].items())
-    where = "host RAM" if plan["gpu"] is None else f"of {plan['gpu']['free_gb']:.0f} GB GPU memory"
-    unknown = "unknown until every stage has timed a step"
+    where = "host RAM" if plan["gpu"] is None else f"{plan['gpu']['free_gb']:.0f} GB of GPU memory free"
+    unknown = "unknown until every stage has run a step"
     time = unknown if plan["hours"] is None else f"about {format_duration(3600 * plan['hours'])}"
     disk = f"about {plan['disk_gb']['total']:.1f} GB of disk"
     context.display.print(f"plan: training needs {needs} ({where}) and {disk}; time {time}")

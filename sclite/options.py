@@ -47,11 +47,14 @@ class Common:
         """
         from sclite.settings import load  # pydantic takes longer to import than --help takes
 
-        settings = [*(self.settings or [])]
+        settings = []
         for key, value in {**(chosen or {}), "run": self.run}.items():
             if value is not None:
                 settings.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
-        return load(self.config, settings, defaults=defaults, own_file=defaults is None)
+        # --set comes last, so that the advice to add one works with any command
+        return load(
+            self.config, [*settings, *(self.settings or [])], defaults=defaults, own_file=defaults is None
+        )
 
     def of_existing_run(self) -> "Common":
         """These options, with the quickstart's run if the default run does not exist but the quickstart's does."""

@@ -119,7 +119,7 @@ def build_templates(context: Context, fresh: bool = False) -> Report:
     imported = run.is_imported("templates", "templates.jsonl") and not has_problems(context)
     split = None if imported else divided_problems(context)
     problems = [] if split is None else [*split.sft, *split.stage2]
-    with paid_stage(context, "templates", "templates: the teacher writes thought traces") as given:
+    with paid_stage(context, "templates", "templates: the teacher writes thought templates") as given:
         report = templates.write_templates(config, run, problems=problems, fresh=fresh, **given)
     return context.add(report, f"templates: {report.counts.get('templates', 0)} kept{drops(report)}")
 
@@ -295,6 +295,15 @@ def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
     layers = report.figures.get("lora")
     adapted = f"; LoRA on {', '.join(layers)}" if layers else ""
     return context.add(report, f"{text.partition(':')[0]}: {counts}{adapted}")
+
+
+def is_sft_stale(context: Context) -> bool:
+    """Whether the student that makes the attempts would be trained again, so that their corrections would be lost."""
+    from sclite.inspect.status import STALE, read_status
+
+    if context.config.attempts.kind != "trained":
+        return False
+    return read_status(context.config, context.run)["stages"]["sft"]["state"] == STALE
 
 
 # -- evaluation ----------------------------------------------------------------------------------------------------

@@ -16,10 +16,10 @@ TAG = re.compile(  # possessive (*+), so that a thousand blanks after a < are no
 )
 """A tag as models write it; groups: the slash of a closing tag, the name, the number of a step."""
 _BOLD = re.compile(rf"\*\*[ \t]*+({TAG.pattern})[ \t]*+\*\*", re.I | re.A)
-_DECORATION = re.compile(r"(?>(?:[\s*`]|\\n)*)")
-"""Harmless between tags: bold, code fences, line ends that were escaped twice."""
+_DECORATION = re.compile(r"(?>(?:[\s*`_#>\u200b-]|\\n|(?:Step ?)?\d{1,4}[.:]?|</?\w{1,30} ?/?>)*)", re.I)
+"""Harmless between tags: Markdown, list numbers, wrapper tags, line ends that were escaped twice."""
 _WIDE = str.maketrans("＜＞／", "<>/")
-_NAMES = r"(?:think|thinking|thoughts?|reasoning|scratchpad|budget:thinking)"
+_NAMES = r"(?:think|thinking|thoughts?|reasoning|analysis|scratchpad|(?:seed|budget):think(?:ing)?)"
 THOUGHT = re.compile(rf"\s*+(?:<{_NAMES}\b[^>\n]{{0,80}}>|\[think\])", re.I)
 _THOUGHT_END = re.compile(rf"(?:</{_NAMES}>|\[/think\])\s*", re.I)
 _CHANNEL = re.compile(r"<\|channel\|>(\w+)[^<]{0,80}<\|message\|>")

@@ -212,7 +212,7 @@ def test_an_answer_of_no_is_not_an_error(sclite, monkeypatch, form):
         ended = sclite("build-data", "mine.jsonl", *TEACHER, *price, *address, *form)
     assert (ended.code, ended.error) == (0, "")
     assert "Continue? [y/N]" in ended.err
-    assert re.search(r"stopped after \d+ of 40 rows, as you answered", ended.err)
+    assert re.search(r"stopped after \d+ of 40 rows, as requested", ended.err)
     assert "re-run to resume" in ended.hint
     assert not form or json.loads(ended.out)["stopped"].startswith("stopped after")
 

@@ -200,5 +200,37 @@ def test_a_dry_run_writes_and_sends_nothing(build, teacher_of_sums):
     asked = len(teacher_of_sums.requests)
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
     assert json.loads(build("mine.jsonl", "--dry-run", "--json").out)["requests"] == 2
+    other = (
+        "--dry-run",
+        "--json",
+        "--fresh",
+        "--set",
+        "teacher.temperature=0.5",
+        "--set",
+        "teacher.price=[1, 1]",
+    )
+    again = json.loads(build("mine.jsonl", *other).out)
+    assert again["requests"] == 6
+    judged = ("--set", "teacher.inspector=openai/judge", "--set", "teacher.inspector_price=[10, 10]")
+    inspected = json.loads(build("mine.jsonl", *other, *judged).out)
+    assert inspected["requests"] == 12
+    assert inspected["cost_usd"] > 5 * again["cost_usd"]
     assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
     assert len(teacher_of_sums.requests) == asked
+
+
+def test_templates_stay_until_a_new_teacher_has_answered(build, sclite):
+    problems(6)
+    assert build("mine.jsonl").code == 0
+    before = Path("runs/default/templates.jsonl").read_bytes()
+    other = ("--set", "teacher.model=openai/other", "--set", "teacher.api_base=http://127.0.0.1:9/v1")
+    assert sclite("build-data", "--fresh", *other).code == 6
+    assert Path("runs/default/templates.jsonl").read_bytes() == before
+    refused = sclite("build-data", *other)
+    assert (refused.code, "--only corrections" in refused.hint) == (2, True)
+
+
+def test_a_setting_after_an_option_of_the_same_meaning_wins(build):
+    problems(6)
+    assert build("mine.jsonl", "--max-cost", "0.5", "--set", "teacher.max_cost=2").code == 0
+    assert tomllib.loads(Path("runs/default/run.toml").read_text())["teacher"]["max_cost"] == 2

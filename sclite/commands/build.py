@@ -60,7 +60,7 @@ def build_data(
     if dry_run:
         context.dry = True
         with console.spinner("estimating"):
-            found, later = forecast.estimate_cost(context, only or "templates"), ""
+            found, later = forecast.estimate_cost(context, only or "templates", fresh), ""
             if both and not common.json:
                 later = correction_cost_text(context, pipeline.unseen(context))
         request = found["first_request"]
@@ -90,7 +90,10 @@ def build_data(
             pipeline.divided_problems(context, reread=only != "corrections" or named)
         if only != "corrections":
             pipeline.build_templates(context, fresh)
-        if both or only == "corrections":
+        if both and pipeline.is_sft_stale(context):
+            retrain = "`sclite train --fresh` trains it again and corrects its attempts"
+            context.display.print(f"corrections: skipped, SFT has not seen these templates; {retrain}")
+        elif both or only == "corrections":
             pipeline.build_corrections(context, fresh, alone=True)
     summaries.print_build_data(context, only, common.json)
 

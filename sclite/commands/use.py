@@ -99,7 +99,7 @@ def export(
         raise UsageError(f"invalid value for --format: {format}", "use --format gguf, lora, merged or data")
     if format != "gguf" and (quant or ollama or imatrix is not None):
         raise UsageError(
-            f"--format {format} takes no --quant, --imatrix or --ollama", "omit it, or use --format gguf"
+            f"--format {format} takes no --quant, --imatrix or --ollama", "omit them, or use --format gguf"
         )
     chosen = dict(quant=quant, ollama=ollama, push=push, imatrix=imatrix, keep_template=keep_template)
     context = common.of_existing_run().context({f"export.{name}": value for name, value in chosen.items()})
@@ -139,7 +139,7 @@ def export(
     if url and not common.json:
         console.print(f"Uploaded to {console.escape(url)}", wrap=False)
         if not settings.license:
-            console.note("[yellow]note:[/] the model card names no license; set export.license")
+            console.note("[yellow]note:[/] the card names no license; set export.license")
     if format != "gguf":
         summaries.print_files(format, report, settings.license, common.json)
     else:

@@ -94,7 +94,9 @@ def write_attempts(
     issues = filter(None, (find_fatal_issue(row.parsed) for row in replies))
     reasons = Counter(issue.partition(" at ")[0] for issue in issues)
     if 2 * reasons.total() > len(replies):
-        remedy = "train SFT for longer (sft.num_train_epochs), or raise attempts.max_tokens if they are cut"
+        remedy = (
+            "train SFT for longer (sft.num_train_epochs), or raise attempts.max_tokens if they are cut off"
+        )
         if settings.student or settings.source:
             remedy = "they must follow prompts/student_system.txt: <Step1> .. </Step1> <Answer> .. </Answer>"
         unreadable = f"{reasons.total()} of {len(replies)} attempts have no readable steps"

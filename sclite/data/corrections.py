@@ -1,6 +1,8 @@
 """The teacher's reviews of wrong attempts, checked, plus confirmations of right ones."""
 
 import random
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,13 +12,13 @@ from sclite import prompts
 from sclite.config import Config
 from sclite.data.attempts import deduplicate, find_fatal_issue
 from sclite.data.imported import reject_row
-from sclite.data.templates import find_leak
+from sclite.data.templates import find_leak, parse_reply
 from sclite.errors import DataError
 from sclite.grading.grader import Grader
 from sclite.progress import Progress, no_progress
 from sclite.records import Attempt, Drop, Problem, Review, from_feedback
 from sclite.run import Report, Run, timed
-from sclite.signature import digest, with_unanswered
+from sclite.signature import with_unanswered
 from sclite.teacher.client import (
     Job,
     Rejection,
@@ -26,7 +28,7 @@ from sclite.teacher.client import (
     identity,
     refuse_other_basis,
 )
-from sclite.trace import Step, Trace, first_corrected, parse, render
+from sclite.trace import Step, Trace, first_corrected, render
 
 
 def corrections_inputs(config: Config, run: Run) -> dict[str, object]:
@@ -35,7 +37,8 @@ def corrections_inputs(config: Config, run: Run) -> dict[str, object]:
     used += ["inspector_correction"] if config.teacher.inspector else []
     return {
         "attempts": run.file_digest("attempts.jsonl"),
-        "teacher": digest([identity(config.teacher), config.teacher.repairs]),
+        "teacher": identity(config.teacher),
+        "repairs": config.teacher.repairs,
         "confirmations": config.attempts.confirmation_share,
         "seed": config.seed,
         "prompts": prompts.digest_prompts(*used, folder=config.prompts.folder),
@@ -93,7 +96,9 @@ def write_corrections(
         if not reviews:
             reasons = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in report.dropped.items())
             other = "use an attempts.student that writes <Step1> .."
-            if config.attempts.kind == "trained":
+            if not reasons:
+                other = "use harder problems"
+            elif config.attempts.kind == "trained":
                 other = "raise sft.num_train_epochs or sft.learning_rate and train with --fresh"
             hint = f"see {run.path('dropped.jsonl')}; add problems or samples (attempts.samples), or {other}"
             raise DataError(f"no wrong attempt could be corrected: {reasons or 'there are none'}", hint)
@@ -113,7 +118,9 @@ def write_corrections(
         run.replace("reviews.jsonl", rows)
     report.counts |= {"wrong": len(wrong), "corrected": len(reviews), "confirmed": len(confirmed)}
     if wanted and not confirmed:
-        why = "no attempt is right and well-formed: without confirmations the student learns to accuse every step"
+        why = (
+            "no attempt is right and well-formed: without confirmations the student learns to flag every step"
+        )
         report.warn(progress, f"{why}; add easier problems, or raise attempts.samples")
     # duplicates of another wrong attempt at the same problem, sent to the teacher once
     if repeated := sum(a.correct is not True for a in every) - sum(a.correct is not True for a in attempts):
@@ -134,7 +141,7 @@ def count_pending_corrections(config: Config, run: Run) -> int | None:
 
 def check_review(text: str, attempt: Attempt, problem: Problem, grader: Grader) -> Trace | Rejection:
     """A teacher's review of an attempt, with the attempt's own text (keys included) up to the wrong step; or why not."""
-    parsed, work = parse(text), attempt.parsed.work
+    parsed, work = parse_reply(text), attempt.parsed.work
     review = parsed.trace
     if parsed.issues:
         return Rejection("not_readable", str(parsed.issues[0]))
@@ -166,19 +173,24 @@ def step_rejection(work: Trace, review: Trace, label: int | None) -> Rejection |
         why = "no step carries <Cause> and <Correction>, but the answer of this work is wrong"
         return Rejection("no_error_found", why)
     if step > len(work.steps):
-        why = f"the work has {len(work.steps)} steps, the cause stands in step {step}"
+        why = f"the work has {len(work.steps)} steps, the cause is in step {step}"
         return Rejection("step_out_of_range", why)
     if label is not None and step != label:
-        return Rejection("other_step_than_label", f"step {step} is not the first wrong one")
+        return Rejection("other_step_than_label", f"step {label} is the first wrong one, not step {step}")
     if review.steps[step - 1].cause is None or review.steps[step - 1].correction is None:
         return Rejection("cause_or_correction_missing", f"step {step} needs both <Cause> and <Correction>")
     if any(s.cause or s.correction for s in review.steps[step:]):
         why = "only the first wrong step carries <Cause> and <Correction>"
         return Rejection("several_steps_corrected", why)
     for number, (new, old) in enumerate(zip(review.steps[:step], work.steps, strict=False), 1):
-        if new.text.split() != old.text.split():
-            return Rejection("steps_changed", f"step {number} must stand as the student wrote it")
+        if _letters(new.text) != _letters(old.text):
+            return Rejection("steps_changed", f"step {number} must be exactly as the student wrote it")
     return None
+
+
+def _letters(text: str) -> str:
+    """The letters and digits of a step, which a teacher's copy must have. The student's own text replaces the copy."""
+    return re.sub(r"\W", "", unicodedata.normalize("NFKC", text).casefold())
 
 
 def _validate_imported(run: Run) -> Report:

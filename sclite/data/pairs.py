@@ -172,7 +172,7 @@ def _sample_own(
             written = correct_steps(student, given, review)
             show(len(block), 0)
         verdicts = grader.equal_many(
-            (None if own.accused is None else (own.trace or case.work).answer, case.problem.answer)
+            (None if own.correction is None else (own.trace or case.work).answer, case.problem.answer)
             for case, own in zip(block, written, strict=True)
         )
         for case, own, right in zip(block, written, verdicts, strict=True):

@@ -180,6 +180,8 @@ def _dataset_rows(source: Source, key: str, path: Path | None) -> NumberedRows:
             raise NetworkError(f"the dataset {name} cannot be reached: {_shorten(error)}", hint) from error
         if not isinstance(error, OSError):  # else it is this disk, not the network
             hint = f"set {section}.subset or {section}.split, as in --set {section}.subset=main"
+            if key == "problems.avoid":  # which names a source alone
+                hint = "download it, and name the file"
         # `datasets` lists the subsets on its second line
         lines = 2 if not isinstance(error, OSError) and "config" in str(error).lower() else 1
         raise DataError(f"the dataset {name}: {_shorten(error, lines)}", hint) from error

@@ -1,5 +1,6 @@
 """Thought templates: the teacher turns each gold solution into a trace, which is kept if it passes the checks."""
 
+import html
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,17 +25,17 @@ from sclite.teacher.client import (
     identity,
     refuse_other_basis,
 )
-from sclite.trace import Trace, first_corrected, parse, render
+from sclite.trace import ParsedTrace, Trace, first_corrected, parse, render
 
 _GIVEN = r"(?:given|provided|supplied|official|model|reference|gold(?:en)?|ground[- ]truth)"
 _NUMBER = r"\$?\d+(?:[.,/]\d+)*\$?\s*"
 _MIXTURE = rf"\s+set\b|\s+of\s+{_NUMBER}(?:\\?%|[a-z])|(?:\s+\w+){{1,4}}\s+{_NUMBER}(?:\\?%|percent)"
 """What follows a `solution` that is a solution set or a liquid: `the given solution of 2 litres`, `contains 20%`."""
 _MENTIONS = re.compile(
-    rf"\b(?:the|this|that|your)\s+{_GIVEN}\s+(?:(?:written|worked|final)\s+)?(?:answers?\b|solutions?\b(?!{_MIXTURE}))"
+    rf"\b(?:the|this|that|your)\s+{_GIVEN}\s+(?:(?:written|worked|final)\s+)?(?:answers?\b(?! (?:choice|option))|solutions?\b(?!{_MIXTURE}))"
     r"|\b(?:reference|gold(?:en)?|ground[- ]truth)[- ](?:solution|answer)s?\b"
     r"|\b(?:the|this|your)\s+(?:solution|answer)\s+(?:that\s+)?(?:(?:was|is|has\s+been)\s+(?:given|provided|supplied)"
-    r"|(?:you|I\s+was|we\s+were)\s+(?:gave|given)|(?:given|provided|shown)?\s*above)\b(?!\s+by)",
+    r"|(?:you|I\s+was|we\s+were)\s+(?:gave|given)|(?:given|provided|shown)?\s*above)\b(?!\s+(?:by|in|as)\b)",
     re.I,
 )
 
@@ -103,7 +104,7 @@ def write_templates(
 
 def check_template(reply: str, problem: Problem, grader: Grader) -> Trace | Rejection:
     """The template in a teacher's reply for this problem, or why it is none."""
-    parsed = parse(reply)
+    parsed = parse_reply(reply)
     if parsed.issues:
         named = "; ".join(str(error) for error in parsed.issues[:3])
         return Rejection(parsed.issues[0].name, f"its tags are not in order: {named}")
@@ -123,6 +124,11 @@ def check_template(reply: str, problem: Problem, grader: Grader) -> Trace | Reje
     if not equal:
         return Rejection("wrong_answer", f"its answer is {found.answer}, not {problem.answer}")
     return found
+
+
+def parse_reply(text: str) -> ParsedTrace:
+    """As `parse`, of a teacher that escapes < and & between the tags as in XML."""
+    return parse(re.sub("&(?:lt|gt|amp);", lambda entity: html.unescape(entity[0]), text))
 
 
 def find_leak(text: str) -> str | None:
@@ -146,15 +152,19 @@ def _request_missing(
     Rows of other or changed problems are removed. Rows from another `basis` (prompts, teacher) are an error without `fresh`.
     """
     before = run.read_json("templates.begun.json", dict[str, object])
-    if fresh or (before is None and run.path("templates.begun.json").is_file()):
-        run.replace("templates.jsonl", [])  # also if the basis is damaged: paid replies are in the ledger
-    elif any(True for _ in run.rows("templates.jsonl", Template, whole=False)):
-        refuse_other_basis(before, basis, run.path("templates.jsonl"))
+    # also if the basis is damaged: paid replies are in the ledger
+    again = fresh or (before is None and run.path("templates.begun.json").is_file())
+    if not again and any(True for _ in run.rows("templates.jsonl", Template, whole=False)):
+        keep = " To keep them and go on with the corrections, add --only corrections."
+        refuse_other_basis(before, basis, run.path("templates.jsonl"), keep)
     by_id = {problem.id: problem for problem in problems}
     wanted = {problem.id: (problem.question, problem.answer) for problem in problems}
     rows = run.rows("templates.jsonl", Template, whole=False)
     kept = {row.id: None for row in rows if wanted.get(row.id) == (row.question, row.answer)}  # in order
-    run.reorder("templates.jsonl", Template, kept)
+    if again:
+        kept.clear()
+    else:
+        run.reorder("templates.jsonl", Template, kept)
     run.replace_drops("templates", [])
     missing = [problem for problem in problems if problem.id not in kept]
     drops: dict[str, Drop] = {}
@@ -169,6 +179,8 @@ def _request_missing(
                 run.append("dropped.jsonl", [drops[result.id]])
             elif result.made is not None:
                 if add is None:
+                    if again:  # now the teacher has answered
+                        run.replace("templates.jsonl", [])
                     run.write_json("templates.begun.json", basis)
                     add = open_files.enter_context(run.appending("templates.jsonl"))
                 given = by_id[result.id].model_dump(include={"id", "question", "answer"})

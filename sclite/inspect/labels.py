@@ -22,7 +22,7 @@ SHOWN = ("templates", "reviews", "pairs")
 LEGEND = {
     "▸": "the following tokens count in the loss, up to the next dim ones",
     "⟦": "tokens between ⟦ ⟧ have this loss weight",
-    "◆": "a decision follows, to accuse the step or to close it; pairs train the odds of the two",
+    "◆": "a decision follows, to flag the step or to close it; pairs train the odds between the two",
 }
 """The signs in a row and their meaning."""
 
@@ -57,7 +57,7 @@ class Labels:
             yield from rows_of_review(self.tokenizer, question, work, row, self.config).items()
         else:
             bundle = build_bundles(self.tokenizer, [row], {row.id: question}, folder)[0]
-            choice = "to accuse" if row.chosen == CAUSE else "to close the step"
+            choice = "to flag the step" if row.chosen == CAUSE else "to close the step"
             yield "chosen" if row.kind == "content" else f"decision, {choice} chosen", bundle.review
             if bundle.rejected is not None:
                 yield "rejected", bundle.rejected

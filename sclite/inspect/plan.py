@@ -1,6 +1,6 @@
 """`sclite train --plan`: memory of each stage, what fits, tokens, steps, hours, disk, and the cost of corrections.
 
-Unknown values are None: lengths without rows, hours before the run has timed a step, costs before its first paid reply.
+Unknown values are None: lengths without rows, hours before the run has run a step, costs before its first paid reply.
 """
 
 import statistics
@@ -219,7 +219,8 @@ def corrections_cost(config: Config, run: Run, unseen: frozenset[str] | None) ->
             "templates": sum(1 for _ in run.rows("templates.jsonl", Template)),
         }
         with Ledger.reading(run.path(LEDGER)) as ledger:
-            spent = ledger.totals()["cost_usd"]
+            totals = ledger.totals()
+            spent = totals["cost_usd"] + totals["lost_usd"]
             for stage, count in rows.items():
                 totals = ledger.totals(stage)
                 if count and totals["requests"]:
@@ -305,7 +306,7 @@ def print_plan(plan: Mapping[str, Any], json: bool = False) -> None:
     console.print_table("Forecast", header, rows)
 
     console.print(
-        f"Training time: {_time(plan['hours'], 'unknown until every stage of this run has timed a step')}"
+        f"Training time: {_time(plan['hours'], 'unknown until every stage of this run has run a step')}"
     )
     disk = {}
     for name, gb in plan["disk_gb"].items():

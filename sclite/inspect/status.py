@@ -108,8 +108,16 @@ def read_status(config: Config, run: Run) -> dict[str, Any]:
     kept, taught = frozenset(problem.id for problem in split.stage2), [*split.sft, *split.stage2]
     hidden = kept | {problem.id for problem in split.fit}
     tried = [*taught, *split.fit] if config.attempts.source else split.stage2
+    learned = (run.manifest("sft") or {"inputs": {}})["inputs"].get("templates.jsonl")
+    # another teacher, of the corrections, makes no templates stale that SFT has learned
+    settled = {"teacher", "prompts", "repairs"} if learned == run.file_digest("templates.jsonl") else set()
+
+    def templates_inputs() -> dict[str, Any]:
+        found = templates.templates_inputs(config, taught)
+        return {name: value for name, value in found.items() if name not in settled}
+
     inputs: dict[str, Callable[[], dict[str, Any]]] = {
-        "templates": lambda: templates.templates_inputs(config, taught),
+        "templates": templates_inputs,
         "sft": lambda: training_inputs(config, run, "sft", hidden),
         "attempts": lambda: attempts.attempts_inputs(config, run, tried),
         "corrections": lambda: corrections.corrections_inputs(config, run),
@@ -254,6 +262,12 @@ def _older_exports(stages: Mapping[str, Stage]) -> list[str]:
     return [name for name in stages if name.startswith("export")][:-1]
 
 
+def _has_another_basis(stage: Stage) -> bool:
+    """Whether `basis_of` its requests has changed: prompts or teacher, but not the token limit, which keeps the rows."""
+    changed = (why for why in stage.why if not why.startswith("teacher.max_tokens:"))
+    return any(why == "prompts changed" or why.startswith("teacher.") for why in changed)
+
+
 def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
     """The command for the first unfinished stage, or the keys that must be set first."""
     held_out = config.eval.source
@@ -267,16 +281,15 @@ def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
     others = bool(config.attempts.source or config.attempts.student)
     others = others and stages["attempts"].state != NOT_BEGUN and stages["sft"].state == NOT_BEGUN
     retrained = any(stages[each].state == STALE for each in TRAINED)
+    # corrections by another teacher replace those that are there only if asked to
+    retrained = retrained or _has_another_basis(stages["corrections"])
     if name is None:
         fitted = "threshold" in stages and bool(stages["threshold"].counts.get("fitted"))
         words = ["chat", "--self-correct"] if fitted or not config.review.needs_fit else ["chat"]
     elif quickstart:
         words = ["quickstart", "--fresh"] if retrained else ["quickstart"]
     elif name in ("problems", "templates"):
-        # what `basis_of` holds: a larger token limit keeps the rows
-        changed = [why for why in stages["templates"].why if not why.startswith("teacher.max_tokens:")]
-        again = any(why == "prompts changed" or why.startswith("teacher.") for why in changed)
-        words = ["build-data", "--fresh"] if again else ["build-data"]
+        words = ["build-data", "--fresh"] if _has_another_basis(stages["templates"]) else ["build-data"]
         source = config.problems.source or stages["problems"].state == DONE
         needed = teacher if source else ["problems.source", *teacher]
     elif name not in OUTPUTS:

@@ -137,7 +137,7 @@ def print_files(what: str, report: Report, license: str, json: bool) -> None:
         console.print(f"Checked against the trained model: {where}; {same}")
     for name, count in report.counts.items():
         console.print(f"{count} rows in {escape(str(path))}/{name}.jsonl" if count else f"no {name}")
-    if what == "data" and not license:
+    if what == "data" and not license and "url" not in report.figures:
         console.print("Set a license, export.license, before you publish the data.")
 
 

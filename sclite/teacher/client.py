@@ -30,6 +30,7 @@ EMPTY_REPLY, CUT_OFF, REASONING_TOO_LONG = "empty_reply", "cut_off", "reasoning_
 LARGEST_BUDGET = 32_768  # tokens; a larger one is not chosen by itself
 CHARACTERS_PER_TOKEN = 4.0  # of English text and formulas, roughly
 PILOT = 8  # rows
+INSPECTION_TOKENS = 60  # a verdict and a sentence
 _LESS_REASONING = {
     **dict.fromkeys(("ollama", "ollama_chat"), "think=false"),
     "deepseek": "reasoning_effort=none",
@@ -100,13 +101,13 @@ def basis_of(settings: config.Teacher, prompts: object) -> dict[str, object]:
 
 
 def refuse_other_basis(
-    before: Mapping[str, object] | None, basis: Mapping[str, object], what: object
+    before: Mapping[str, object] | None, basis: Mapping[str, object], what: object, keep: str = ""
 ) -> None:
-    """Raise UsageError if the replies of a stage come from another teacher or other prompts."""
+    """Raise UsageError if the replies of a stage come from another teacher or other prompts. `keep` ends the hint."""
     if before is not None and before != basis:
         changed = "; ".join(differences(before, basis))
         hint = "restore the old settings, or pass --fresh to discard and pay for them again"
-        raise UsageError(f"{what} was made with other settings: {changed}", hint)
+        raise UsageError(f"{what} was made with other settings: {changed}", hint + keep)
 
 
 def count_unanswered(dropped: Mapping[str, int]) -> int:
@@ -325,7 +326,7 @@ class Teacher(AbstractContextManager["Teacher"]):
             forecast = Forecast(paying, spent if known else None, left, cost_usd, seconds / paying * left)
             if left > 0 and cost_usd != 0 and not self.confirm(forecast):
                 hint = "paid replies are kept; re-run to resume, with --yes to skip the question"
-                raise DeclinedError(f"stopped after {done} of {total} rows, as you answered", hint)
+                raise DeclinedError(f"stopped after {done} of {total} rows, as requested", hint)
         yield from self.ask_all(pending, stage)
 
     def _is_new(self, job: Job[T]) -> bool:
@@ -349,11 +350,18 @@ class Teacher(AbstractContextManager["Teacher"]):
         if known["requests"] and known["completion_tokens"]:
             completion_tokens = known["completion_tokens"] / known["requests"]
         prompt, completion = round(characters / CHARACTERS_PER_TOKEN), round(requests * completion_tokens)
-        price = self.price()
+        prices, tokens = [self.price()], [(prompt, completion)]
+        if self._inspector is not None:  # it reads the prompt and the reply, and writes a sentence
+            prices.append(self._inspector.connect().price)
+            tokens.append((prompt + completion, INSPECTION_TOKENS * requests))
+        costs = [
+            None if price is None else price.cost_usd(*each)
+            for price, each in zip(prices, tokens, strict=True)
+        ]
         return {
             "first_request": first,
-            "requests": requests,
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "cost_usd": None if price is None else round(price.cost_usd(prompt, completion), 6),
+            "requests": len(prices) * requests,
+            "prompt_tokens": sum(sent for sent, _ in tokens),
+            "completion_tokens": sum(written for _, written in tokens),
+            "cost_usd": None if None in costs else round(sum(filter(None, costs)), 6),
         }

@@ -25,7 +25,8 @@ _NO_KEY = re.compile(r"missing credentials|missing \w* ?api.?key|api_key client 
 _BAD_KEY = re.compile(r"api key (?:not valid|expired)", re.I)  # Gemini's, with status 400
 _NO_CREDIT = re.compile(
     r"insufficient_quota|exceeded your current quota|credit balance is too low|insufficient balance"
-    r"|reached your specified api usage limits",  # Anthropic's and DeepSeek's, with status 400
+    r"|reached your specified api usage limits"  # Anthropic's and DeepSeek's, with status 400
+    r"|budget has been exceeded",  # that of LiteLLM's proxy, with status 422
     re.I,
 )
 _RETRY_IN = re.compile(r"retry in (\d+(?:\.\d+)?)(m?)s\b")  # Gemini's, which sends no header

@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 from sclite import config
@@ -60,8 +61,11 @@ class Sender:
         self._last_commit: asyncio.Task[None] | None = None
         self._next_commit: asyncio.Task[None] | None = None
         self._answered = self._succeeded = False  # any HTTP response; any usable reply
-        self._refused: dict[str, Failure] = {}  # by key, not in the ledger; since the last reply
+        # by key: number, failure and ledger entry of the requests that were refused and after which none has succeeded
+        self._refused: dict[str, tuple[int, Failure, Entry | None]] = {}
+        self._latest = 0  # number of the latest request that has succeeded
         self._unanswered = 0  # requests given up since the last reply
+        self._calls = 0
 
     def key(self, messages: Messages, sample: int, repair: int, parameters: Mapping[str, Any]) -> str:
         """The digest that identifies a request; another reply to the same messages has another `sample` or `repair`.
@@ -133,20 +137,25 @@ class Sender:
         sizes = (_TEMPLATE_TOKENS + len(m["content"].encode(errors="surrogatepass")) for m in messages)
         limits = (sum(sizes), parameters["max_tokens"])
         max_usd = provider.price.cost_usd(*limits) if provider.price else 0.0
+        seconds_allowed, timeouts = settings.timeout_seconds, 0
         for attempt in range(1, settings.attempts_per_call + 1):
             async with self.budget.reserve(max_usd), self.limiter.call(sum(limits)) as began:
                 self.ledger.sent(key, stage, settings.model, max_usd)
                 SENT.get().add(key)
+                self._calls += 1
+                number = self._calls
                 await self._flush()
                 try:
-                    completion = await provider.complete(
-                        messages, parameters, settings.timeout_seconds, shown
-                    )
+                    completion = await provider.complete(messages, parameters, seconds_allowed, shown)
                 except asyncio.CancelledError:
                     self.ledger.given_up(key, "cancelled", max_usd)
                     raise
                 except provider.errors as error:
                     entry, failure = None, read_failure(error)
+                    # LiteLLM's own has status 408
+                    timeouts += isinstance(error, TimeoutError) or (
+                        failure.status == 408 and not failure.free
+                    )
                     if failure.overload:
                         self.limiter.record(began, overload=True)
                     if failure.free:
@@ -161,10 +170,11 @@ class Sender:
                     entry = Entry(completion.text, completion.finish_reason, *given)
                     self.ledger.put(key, entry)  # its cost counts from now on
             if entry is not None:
+                self._latest = max(self._latest, number)
+                self._settle_refusals()
                 await self._flush()  # outside the block: the next call need not wait for the disk
                 self._answered = self._succeeded = True
                 self._unanswered = 0
-                self._refused.clear()
                 return entry
             self._answered = self._answered or failure.unreadable or failure.answered
             if failure.action == STOP:
@@ -175,27 +185,36 @@ class Sender:
                 )
                 alone = failure.status in _ABOUT_REQUEST or bool(flagged)
                 entry = Entry(failure.message, REFUSED, None, None, None, 0.0, parameters["max_tokens"])
-                # others were answered: this one is to blame, also the next time
-                if alone and self._succeeded:
-                    self.ledger.put(key, entry)
-                    await self._flush()
-                else:
-                    self._refused[key] = failure
-                    if len(self._refused) >= max(MIN_FAILURES, settings.concurrency):
-                        raise teacher_error(failure, settings, provider.key_variable)
+                self._refused[key] = number, failure, entry if alone else None
+                self._settle_refusals()
+                if len(self._refused) >= max(MIN_FAILURES, settings.concurrency):
+                    raise teacher_error(failure, settings, provider.key_variable)
                 if alone:
                     return entry
                 raise NoReplyError("no_reply", failure.message)
             wait = failure.wait_seconds(attempt, random.random())
-            if attempt == settings.attempts_per_call or wait > LONGEST_WAIT_SECONDS or begun:
+            # each reply that comes too late is paid for: one more attempt, with twice the time
+            seconds_allowed = settings.timeout_seconds * (1 + timeouts)
+            if attempt == settings.attempts_per_call or wait > LONGEST_WAIT_SECONDS or begun or timeouts == 2:
                 break
             await asyncio.sleep(wait)
         if failure.unreadable and self._succeeded:  # the request is to blame, not the endpoint
             raise NoReplyError("unreadable_reply", failure.message)
+        if timeouts == 2:
+            longer = "raise teacher.timeout_seconds"
+            failure = replace(failure, message=f"{failure.message}; {longer}")
         self._unanswered += 1
         if self._unanswered >= max(MIN_FAILURES, settings.concurrency) or not self._answered:
             raise teacher_error(failure, settings, provider.key_variable, attempt)
         raise NoReplyError("no_reply", failure.message)
+
+    def _settle_refusals(self) -> None:
+        """A later request has succeeded: those refused before are to blame themselves, also the next time."""
+        for key, (number, _, entry) in list(self._refused.items()):
+            if number < self._latest:
+                del self._refused[key]
+                if entry is not None:
+                    self.ledger.put(key, entry)
 
     async def _flush(self) -> None:
         """Wait until the ledger is on disk: one commit serves all that was queued while the last one was written."""
@@ -212,5 +231,5 @@ class Sender:
     def raise_if_all_refused(self) -> None:
         """Raise TeacherError if several different requests were refused and none has succeeded."""
         if not self._succeeded and len(self._refused) >= MIN_FAILURES:
-            last = next(reversed(self._refused.values()))
+            _, last, _ = next(reversed(self._refused.values()))
             raise teacher_error(last, self.settings, self.connect().key_variable)

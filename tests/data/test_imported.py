@@ -196,7 +196,7 @@ CHANGED = render(NOTED).replace("48 + 24", "24 + 48")
         ("reviews", REVIEW, {"step": 1}, "step is 1, but its trace corrects 2"),
         ("reviews", REVIEW, {"step": None}, "step is None, but its trace corrects 2"),
         ("reviews", REVIEW, {"trace": "<Step1>x"}, "missing closer"),
-        ("reviews", REVIEW, {"trace": CHANGED}, "step 1 must stand as the student wrote it"),
+        ("reviews", REVIEW, {"trace": CHANGED}, "step 1 must be exactly as the student wrote it"),
         ("reviews", REVIEW, {"cause": None}, "cause or correction is missing"),
         ("pairs", DECISION, {"id": "p9"}, "no problem has this id"),
         ("pairs", CONTENT, {}, "a second content"),

@@ -47,6 +47,16 @@ def test_each_invalid_reply_has_a_reason(text, reason, grader):
     assert check_template(text, PROBLEMS[2], grader).reason == reason
 
 
+def test_escaped_signs_and_markdown_between_tags_are_read(grader):
+    found = check_template(reply("3", step="x &lt; 4 &amp; y"), PROBLEMS[2], grader)
+    assert found.steps[0].text == "x < 4 & y"
+    for between in ("---\n", "### Step 2\n", "2. ", "<br>\n", "</Steps>\n", "- "):
+        text = reply("3").replace("<Generalized>", f"{between}<Generalized>")
+        assert isinstance(check_template(text, PROBLEMS[2], grader), Trace), between
+    text = reply("3").replace("<Generalized>", "Now the rule:\n<Generalized>")
+    assert check_template(text, PROBLEMS[2], grader).reason == "text_between_tags"
+
+
 def test_unknown_grade_is_not_a_wrong_template(unsure):
     rejection = check_template(reply("3.0"), PROBLEMS[2], unsure)
     assert (rejection.reason, "exactly: 3" in rejection.text) == ("grader_unknown", True)
@@ -61,7 +71,7 @@ NO_LEAKS = [
     "The solution is 5.", "The answer is given by 3x.", "Mix it into the solution: it has 5 litres of acid", "the given numbers",
     "the solution set is {1, 2}", "So the correct answer is 7", "The given solution of 2 litres is 20% acid",
     "the provided solution of $0.5$ L of salt water", "the given solution contains 20% salt", "the golden ratio answers it",
-    "Given the equation, its solutions are",
+    "Given the equation, its solutions are", "Of the given answer choices,", "The answer is given in dollars:",
 ]  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def test_both_sides_of_a_pair_are_shown(config, run):
     assert review.correction in weighted_text(made["chosen"])
     assert "12 + 31 = 44" in weighted_text(made["rejected"])
     decision = Labels(config, run, "pairs").as_json(make_pairs(review, work)[0][0])["sequences"]
-    (marked,) = [token for token in decision["decision, to accuse chosen"] if "decision" in token]
+    (marked,) = [token for token in decision["decision, to flag the step chosen"] if "decision" in token]
     assert marked["weight"] == 0
 
 

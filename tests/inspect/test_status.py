@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 from sclite import prompts
+from sclite.context import Context
 from sclite.data import attempts, corrections, templates
 from sclite.data.problems import split_for_stages
 from sclite.errors import DataError
 from sclite.evaluate.threshold import FittedThreshold, store_threshold
 from sclite.inspect.status import OUTPUTS, Stage, next_command, read_status
+from sclite.pipeline import is_sft_stale
+from sclite.progress import ProgressDisplay
 from sclite.records import FEEDBACK, Attempt, Drop, Feedback, Problem, Review, Template
 from sclite.run import Report, Run
 from sclite.settings import load
@@ -105,6 +108,26 @@ def trained(built) -> Run:
     return built
 
 
+def test_another_teacher_for_the_corrections_makes_no_learned_templates_stale(built, request):
+    other = "teacher.model=openai/other"
+    assert states(built, other)["templates"] == "stale"
+    trained = request.getfixturevalue("trained")
+    write_corrections(trained, other)
+    found = states(trained, other)
+    assert (found["templates"], found["sft"], found["corrections"]) == ("done", "done", "done")
+    assert following(trained, other) == "sclite train"
+
+
+def test_new_templates_make_the_student_stale_whose_attempts_would_be_corrected(trained):
+    def stale(*more: str) -> bool:
+        return is_sft_stale(Context(config(trained, *more), trained, ProgressDisplay(quiet=True)))
+
+    assert not stale()
+    trained.replace("templates.jsonl", TEMPLATES)
+    assert stale()
+    assert not stale("attempts.student=openai/other")
+
+
 def test_a_run_must_exist_and_needs_a_configuration_problems_and_a_teacher(run):
     with pytest.raises(DataError, match="does not exist"):
         read(run)
@@ -155,12 +178,16 @@ def test_stages_are_done_until_an_output_is_missing_or_another_file(trained):
 @pytest.mark.parametrize(
     ("setting", "stage", "why"),
     [
-        ("teacher.model=openai/other", "templates", "teacher.model: openai/replay before, openai/other now"),
+        (
+            "teacher.model=openai/other",
+            "corrections",
+            "teacher.model: openai/replay before, openai/other now",
+        ),  # SFT has learned the templates
         ("seed=1", "templates", "problems changed"),
         ("sft.num_train_epochs=7", "sft", "sft.num_train_epochs: 3 before, 7 now"),
         ("attempts.temperature=0.1", "attempts", "sampling changed"),
         ("attempts.confirmation_share=0.1", "corrections", "confirmations: 0.5 before, 0.1 now"),
-        ("prompts.folder=mine", "templates", "prompts changed"),
+        ("prompts.folder=mine", "corrections", "prompts changed"),
         ("student.model=", "sft", "no student is configured"),  # its inputs cannot be read
     ],
 )
@@ -321,8 +348,8 @@ def test_status_works_on_a_read_only_run(built):
 
 def test_the_next_command_runs_the_first_unfinished_stage(trained):
     assert read(trained)["next"] == f"sclite train --run {trained.folder}"
-    assert following(trained, "teacher.model=openai/other") == "sclite build-data --fresh"
-    assert following(trained, "teacher.max_tokens=8192") == "sclite build-data"  # the rows stay
+    assert following(trained, "teacher.model=openai/other") == "sclite train --fresh"
+    assert following(trained, "teacher.max_tokens=8192") == "sclite train"  # the rows stay
     assert following(trained, "seed=1") == "sclite build-data"
     assert following(trained, "sft.num_train_epochs=7") == "sclite train --fresh"  # else it is refused
     own = ("teacher.model=embedded/tutor", "problems.source=")

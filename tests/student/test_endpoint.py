@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from sclite import config
-from sclite.errors import TeacherError, UsageError
+from sclite.errors import DeclinedError, TeacherError, UsageError
 from sclite.student.base import Request, ScoreRequest
 from sclite.student.endpoint import Endpoint
 from sclite.teacher.client import Teacher
@@ -24,8 +24,8 @@ def request(text, **settings):
 
 
 @contextmanager
-def student(run, url, concurrency=8, attempts=1, version=0):
-    settings = {"repairs": 0, "attempts_per_call": attempts, "concurrency": concurrency}
+def student(run, url, concurrency=8, attempts=1, version=0, **more):
+    settings = {"repairs": 0, "attempts_per_call": attempts, "concurrency": concurrency, **more}
     made = config.Teacher(model="openai/small", api_base=url, **settings)
     with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(made, ledger) as client:
         yield Endpoint(client, "attempts", version=version)
@@ -205,3 +205,14 @@ def test_stream_that_breaks_is_not_repeated_after_its_first_words(run):
         assert texts == ["one", " two"]
         assert (last.finish, last.error.partition(":")[0]) == ("error", "no_reply")
         assert len(server.requests) == 2
+
+
+def test_attempts_at_an_endpoint_with_a_price_are_confirmed_like_templates(run):
+    with (
+        TeacherServer(lambda body, nth: say("2")) as server,
+        student(run, server.url, price=(1, 1)) as endpoint,
+    ):
+        endpoint.teacher.confirm = lambda forecast: False
+        with pytest.raises(DeclinedError, match="of 30 rows"):
+            list(endpoint.generate([request(str(n)) for n in range(30)]))
+        assert len(server.requests) < 30

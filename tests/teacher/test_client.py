@@ -197,12 +197,39 @@ def test_refused_request_is_skipped_and_kept_and_the_others_continue(ask, status
     with TeacherServer(answer) as server:
         ask(server, [job(0)])  # an answer: from now on a refusal is the request's fault, and is kept
         for _ in range(2):
-            results = ask(server, [job(i) for i in range(20)])
-            assert [r.text for r in results] == ["good", None] * 10
+            results = ask(server, [job(i) for i in range(21)])
+            assert [r.text for r in results] == [*["good", None] * 10, "good"]
             refused = Rejection("refused_by_teacher", message)
             assert results[1].rejection == refused
         (alone,) = ask(server, [job(21)])  # one refusal does not condemn the teacher
-    assert (alone.rejection, len(server.requests)) == (refused, 21)
+    assert (alone.rejection, len(server.requests)) == (refused, 22)
+
+
+def test_refusal_of_all_further_requests_ends_the_stage_and_drops_none_for_good(ask):
+    """LiteLLM's proxy answers with 422 or 400 when an account has used up a limit."""
+    spent = True
+
+    def answer(request, nth):
+        return (
+            fail(422, "Over the limit of this account") if spent and number_of(request) > 2 else say("good")
+        )
+
+    with TeacherServer(answer) as server:
+        with pytest.raises(TeacherError, match="refuses the request: Over the limit of this account"):
+            ask(server, map(job, range(50)), concurrency=4)
+        assert len(server.requests) < 15
+        spent = False
+        assert {r.text for r in ask(server, map(job, range(50)))} == {"good"}
+
+
+def test_a_reply_that_comes_too_late_is_awaited_once_more_for_twice_as_long(ask):
+    with TeacherServer(lambda request, nth: say("good", seconds=1.5)) as server:
+        (result,) = ask(server, [job(0)], timeout_seconds=1)
+        assert (result.text, len(server.requests)) == ("good", 2)
+    with TeacherServer(lambda request, nth: say("good", seconds=3 * (number_of(request) == 1))) as server:
+        late, _ = ask(server, [job(1), job(2)], timeout_seconds=0.5)
+        assert "raise teacher.timeout_seconds" in late.rejection.text
+        assert len(server.requests) == 3
 
 
 @pytest.mark.parametrize(("status", "message"), [(404, "The tunnel is offline"), (403, "The key is blocked")])
@@ -231,7 +258,7 @@ def test_request_refused_for_its_length_is_sent_again_with_fewer_tokens(ask):
 
     with TeacherServer(answer) as server:
         for most, texts in ((100, ["good", None]), (200, ["good", None]), (50, ["good", "good"])):
-            results = ask(server, [job(0), job(1)], max_tokens=most, concurrency=1)
+            results = ask(server, [job(1), job(0)], max_tokens=most, concurrency=1)
             assert [r.text for r in results] == texts
     assert [request["max_tokens"] for request in server.requests] == [100, 100, 50]
 
