@@ -183,8 +183,8 @@ def check_tokenizer(tokenizer: Tokenizer, model_config: PretrainedConfig, name: 
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     if wrong := sorted(i for i in beyond if i not in special or i in used):
         raise DataError(
-            f"the tokenizer of {name} has ids up to {max(beyond)} ({beyond[wrong[0]]!r} is {wrong[0]}), the model's "
-            f"embedding {size} rows",
+            f"the tokenizer of {name} has ids up to {max(beyond)} ({beyond[wrong[0]]!r} is {wrong[0]}), but the "
+            f"model's embedding has only {size} rows",
             "use the tokenizer that was published with the model; or resize the model once with "
             "model.resize_token_embeddings(len(tokenizer)), save both, and set student.model to that folder",
         )
@@ -226,6 +226,7 @@ def load_student(
             if adapter is not None:
                 lora = cast("LoraConfig", PeftConfig.from_pretrained(str(adapter)))
                 lora.inference_mode = not train
+                lora.lora_dropout = 0.0
             elif train:
                 lora = LoraConfig(
                     r=config.lora.r,
@@ -238,6 +239,8 @@ def load_student(
             model = _load(name, config, model_config, lora, backend, length)
             if adapter is not None:
                 load_adapter(cast("PeftModel", model), adapter)
+            if train:
+                disable_dropout(model)
     except (RuntimeError, ValueError) as error:
         if is_out_of_memory(error) or "dispatched on the CPU" in str(error):
             raise DeviceError(
@@ -255,6 +258,17 @@ def load_student(
             parameter.data = parameter.data.float()
     model.padding_free = padding_free  # type: ignore[assignment]  # read by `hidden_states`
     return model, tokenizer
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout of a model to 0: the reference of DPO and the evaluation have none either (as TRL does)."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # of Granite, 0.1
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010
 
 
 def is_padding_free(model_config: PretrainedConfig, settings: TrainingStage, backend: str) -> bool:
@@ -287,7 +301,10 @@ def half_dtype() -> torch.dtype:
     """The 16-bit type for computing on this GPU."""
     import torch
 
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    able = torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )  # before Ampere it is emulated, without tensor cores
+    return torch.bfloat16 if able else torch.float16
 
 
 def cpu_training_dtype(model_config: PretrainedConfig) -> torch.dtype:
@@ -344,6 +361,10 @@ def _load(
             return model
         torch.manual_seed(config.seed)
         student = get_peft_model(model, lora)
+        for module in student.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # at the first forward without gradients, bitsandbytes would repack the weight, and lose its gradients
+                setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
         if trained and (torch.cuda.is_available() or next(model.parameters()).dtype.itemsize == 2):
             # The trainer autocasts inputs to 16 bits. PEFT would convert each to float32 first.
             for module in student.modules():

@@ -59,14 +59,23 @@ class HiddenStates:
         return self.flat.index_select(0, positions.to(self.flat.device))
 
 
-def autocast(model: "torch.nn.Module") -> AbstractContextManager[None]:
-    """The mixed precision of the trainer, for computations outside of it: on a CPU only if the base is in 16 bits."""
+def mixed_precision(model: "torch.nn.Module") -> "torch.dtype | None":
+    """The 16-bit type that training computes in; None: that of the weights, as on a CPU for a base in float32."""
     import torch
 
     first = next(model.parameters())
     if first.device.type == "cuda":
-        return torch.autocast("cuda", half_dtype())
-    return torch.autocast("cpu", first.dtype) if first.dtype == torch.bfloat16 else nullcontext()
+        # set by Unsloth, on GPUs without bfloat16, for families that overflow in float16
+        return None if getattr(model, "_unsloth_forced_float32", False) else half_dtype()
+    return torch.bfloat16 if first.dtype == torch.bfloat16 else None
+
+
+def autocast(model: "torch.nn.Module") -> AbstractContextManager[None]:
+    """The mixed precision of the trainer, for computations outside of it."""
+    import torch
+
+    dtype = mixed_precision(model)
+    return torch.autocast(next(model.parameters()).device.type, dtype) if dtype else nullcontext()
 
 
 def hidden_states(model: "torch.nn.Module", batch: PaddedBatch) -> HiddenStates:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sclite.errors import DeviceError
 from sclite.files import file_digest
 from sclite.run import sync, write_text
 
@@ -24,6 +25,7 @@ class Checkpoints:
     def __init__(self, folder: Path):
         self.folder = folder
         self.inputs: Mapping[str, Any] = {}
+        self.device = "cpu"
 
     def _marks(self) -> dict[int, dict[str, Any] | None]:
         """The mark of each checkpoint by its step, the latest first; None without a readable one."""
@@ -43,12 +45,18 @@ class Checkpoints:
         """The folder of the checkpoint of a step."""
         return self.folder / f"checkpoint-{step}"
 
-    def prepare(self, inputs: Mapping[str, Any]) -> str:
-        """Remove checkpoints that are incomplete, damaged or of other inputs; return a warning of the damaged ones."""
-        self.inputs = inputs
+    def prepare(self, inputs: Mapping[str, Any], device: str = "cpu") -> str:
+        """Remove checkpoints that are incomplete, damaged or of other inputs; return a warning of the damaged ones.
+
+        Raises DeviceError if the rest was trained on another kind of device, which has another optimizer.
+        """
+        self.inputs, self.device = inputs, device
         if self.recorded_inputs() not in (None, inputs):
             self.delete()
         damaged = []
+        if (before := next((mark["device"] for mark in self._marks().values() if mark), device)) != device:
+            message = f"the checkpoints in {self.folder} are of a training on {before}, not on {device}"
+            raise DeviceError(message, "resume on the same device, or delete that folder to start over")
         for step, mark in self._marks().items():
             path = self.path(step)
             now, files = _hashes(path), mark["files"] if mark else {MARK: ""}
@@ -75,7 +83,12 @@ class Checkpoints:
     def mark(self, step: int) -> None:
         """Record that the checkpoint of this step is complete, once its files are on disk."""
         sync_folder(self.path(step))
-        content = {"step": step, "inputs": self.inputs, "files": _hashes(self.path(step))}
+        content = {
+            "step": step,
+            "inputs": self.inputs,
+            "device": self.device,
+            "files": _hashes(self.path(step)),
+        }
         write_text(self.path(step) / MARK, json.dumps(content) + "\n")
 
     def delete(self) -> None:

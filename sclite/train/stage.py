@@ -115,7 +115,11 @@ class TrainingJob:
         limit, reason = self.settings.max_length, "longer_than_max_length"
         drops = [
             Drop(
-                stage=self.stage, id=id, sample=sample, reason=reason, detail=f"{tokens} tokens, {limit} fit"
+                stage=self.stage,
+                id=id,
+                sample=sample,
+                reason=reason,
+                detail=f"{tokens} tokens, the limit is {limit}",
             )
             for (id, sample), tokens in zip(keys, lengths, strict=True)
             if tokens > limit
@@ -163,7 +167,9 @@ class TrainingJob:
                     shutil.copytree(adapter, folder)
             else:
                 quiet_libraries(config.student)
-                if warning := checkpoints.prepare(inputs):
+                import torch
+
+                if warning := checkpoints.prepare(inputs, "cuda" if torch.cuda.is_available() else "cpu"):
                     self.warn(warning)
                 name = model_name(config.student)
                 tokenizer = load_tokenizer(name)

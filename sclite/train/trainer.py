@@ -24,6 +24,7 @@ from sclite.errors import GpuMemoryError, ScliteError, UsageError
 from sclite.progress import Progress, no_progress
 from sclite.student.adapters import load_adapter
 from sclite.student.cuda_memory import is_out_of_memory, return_freed_memory
+from sclite.student.log_probs import mixed_precision
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.losses import LossTerm, weighted_loss
 from sclite.train.metrics_logger import MetricsLogger
@@ -143,7 +144,7 @@ def train_adapter(
         else:
             logger.warn(f"the best checkpoint (step {best}) was damaged: keeping the last step")
             best = last
-    finite = all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
+    finite = _is_finite(model)
     if finite and _weights_hash(model) != before:
         return last, best, logger.warnings
     reason, change = "training did not change the adapter", "raise"
@@ -178,7 +179,7 @@ def training_arguments(
             )
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(out.with_name("tensorboard"))
     cuda, evaluates = torch.cuda.is_available(), bool(task.held_out)
-    bf16_on_cpu = next(model.parameters()).dtype.itemsize == 2
+    dtype = mixed_precision(model)
     assert settings.batch_size % micro_batch == 0, f"{micro_batch} does not divide {settings.batch_size}"
     every = math.ceil(math.ceil(rows / settings.batch_size) / settings.checkpoints)
     return {
@@ -192,8 +193,8 @@ def training_arguments(
         "max_grad_norm": settings.max_grad_norm,
         "weight_decay": 0.0,
         "optim": "adamw_8bit" if cuda else "adamw_torch",
-        "bf16": torch.cuda.is_bf16_supported() if cuda else bf16_on_cpu,
-        "fp16": cuda and not torch.cuda.is_bf16_supported(),
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
         "use_cpu": not cuda,
         "gradient_checkpointing": cuda,
         "logging_steps": 1,
@@ -211,6 +212,11 @@ def training_arguments(
         "seed": seed,
         "data_seed": seed,
     }
+
+
+def _is_finite(model: PeftModel) -> bool:
+    """Whether no trainable weight is NaN or infinite."""
+    return all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
 
 
 def _weights_hash(model: PeftModel) -> str:
@@ -294,15 +300,26 @@ def build_trainer(
             return found
 
         def log(self, logs, start_time=None):
+            if self.args.fp16 and not math.isfinite(logs.get("grad_norm", 0.0)):
+                del logs["grad_norm"]  # the gradient scaler skipped this step, to lower its scale
             super().log(logger.log_step(logs, self.state.global_step, self.state.max_steps))
 
     class StepCallback(TrainerCallback):
-        """Saves and stops after Ctrl-C, evaluates the last step, and marks complete checkpoints."""
+        """Saves and stops after Ctrl-C, stops at NaN, evaluates the last step, and marks complete checkpoints."""
+
+        def on_train_begin(self, args, state, control, **_):
+            state.compute_steps(args, state.max_steps)  # a checkpoint brings those of its own settings
 
         def on_step_end(self, args, state, control, model, **_):
             if model.device.type == "cpu":
                 return_freed_memory()
-            if logger.interrupted:
+            if not _is_finite(model):  # before a checkpoint with such weights replaces a good one
+                control.should_training_stop, control.should_save, control.should_evaluate = (
+                    True,
+                    False,
+                    False,
+                )
+            elif logger.interrupted:
                 control.should_save = control.should_training_stop = True
             elif state.global_step >= state.max_steps and args.eval_strategy != "no":
                 control.should_evaluate = True
@@ -320,6 +337,5 @@ def build_trainer(
         data_collator=lambda numbers: {"numbers": numbers, "batch": task.collate(numbers)},
         callbacks=[StepCallback()],
     )
-    trainer.args._n_gpu = 1  # else the trainer splits every micro-batch over all GPUs it sees
     trainer.remove_callback(PrinterCallback)
     return trainer

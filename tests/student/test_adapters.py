@@ -1,5 +1,6 @@
 """LoRA adapters: which layers get one, for model families with different layer names; damage on disk."""
 
+import json
 import shutil
 
 import pytest
@@ -11,7 +12,16 @@ from sclite.errors import DataError, UsageError
 from sclite.student.adapters import load_adapter, lora_targets, meta_model
 from sclite.student.loader import load_student
 from sclite.train.sft import train_sft
-from tests.toy import LINEAR, adapter, sample_texts, tiny_llama, toy_config, write_tokenizer, write_toy
+from tests.toy import (
+    LINEAR,
+    adapter,
+    random_adapter,
+    sample_texts,
+    tiny_llama,
+    toy_config,
+    write_tokenizer,
+    write_toy,
+)
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -50,6 +60,19 @@ TRAINED = [name for name in FAMILIES if name not in ("mixtral", "falcon_h1")]
 
 def kind_of(name):
     return AutoConfig.for_model(name, **FAMILIES[name][0])
+
+
+def test_a_student_is_trained_without_dropout(folder, tmp_path):
+    """Neither that of an imported adapter nor that of the base: the reference of DPO has none."""
+    base = tmp_path / "base"
+    shutil.copytree(folder, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    random_adapter(base, tmp_path / "adapter", r=4, target_modules=LINEAR, lora_dropout=0.05)
+    model, tokenizer = load_student(toy_config(base), "dpo", tmp_path / "adapter", train=True)
+    ids = tokenizer("1 + 1 = 2", return_tensors="pt")["input_ids"]
+    trained, fixed = (model.train(mode)(input_ids=ids).logits for mode in (True, False))
+    assert torch.equal(trained, fixed)
 
 
 def test_model_without_a_causal_language_model_is_an_error():

@@ -67,7 +67,10 @@ def changed_tokenizer(folder, change):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: t.add_tokens(["<Cause>"]), r"up to 512 \('<Cause>' is 512\), the model's embedding 512"),
+        (
+            lambda t: t.add_tokens(["<Cause>"]),
+            r"up to 512 \('<Cause>' is 512\), but the model's embedding has only 512 rows",
+        ),
         (lambda t: t.add_special_tokens({"pad_token": "[PAD]"}), r"'\[PAD\]' is 512"),
     ],
 )

@@ -91,7 +91,9 @@ def test_if_every_checkpoint_is_damaged_training_starts_over(whole, stopped):
     assert said[0].endswith("training starts over")
 
 
-@pytest.mark.parametrize("harm", ["digit", "cut", "shape"])
+@pytest.mark.parametrize(
+    "harm", ["digit", *(pytest.param(harm, marks=pytest.mark.slow) for harm in ("cut", "shape"))]
+)
 def test_a_damaged_reference_is_recomputed_to_the_same_values(whole, stopped, harm):
     run = stopped("dpo", 3)
     path = run.path("dpo/reference.json")

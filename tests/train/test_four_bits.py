@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sclite.student.loader import EMBEDDED_FOLDER, load_student
-from sclite.student.log_probs import autocast
+from sclite.student.log_probs import autocast, check_log_probs
 from tests.gpu.models import random_model
 from tests.toy import toy_config
 
@@ -35,13 +35,16 @@ def test_a_4_bit_checkpoint_trains_with_the_plain_backend(quantized):
     layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
     assert len(layers) == 2 * 7
     assert {layer.weight.dtype for layer in layers} == {torch.uint8}
-    for layer in layers:
-        layer.support_avx512bf16_for_cpu = False
     ids = tokenizer("1 + 1 = 2", return_tensors="pt")["input_ids"]
+    check_log_probs(
+        model, ids[0].tolist()
+    )  # as every training; without gradients bitsandbytes may repack weights
+    model.train()
     with autocast(model):  # as the trainer does
         loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     trainable = [p for p in model.parameters() if p.requires_grad]
+    assert all(layer.weight.shape[1] == 1 for layer in layers)  # bitsandbytes' own layout
     assert len(trainable) == 2 * 7 * 2
     assert {p.dtype for p in trainable} == {torch.float32}
     gradients = [p.grad for p in trainable if p.grad is not None and p.grad.abs().sum() > 0]

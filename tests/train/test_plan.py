@@ -258,7 +258,7 @@ def test_the_terminal_shows_fit_memory_holders_and_unknowns(toy, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "12.4 GB used by python [serve] (PID 4242)" in said
     assert "sft does not fit" in said
-    assert "unknown until every stage of this run has timed a step" in said
+    assert "unknown until every stage of this run has run a step" in said
     print_plan(planned(toy, None))
     said = capsys.readouterr().out
     assert "No CUDA GPU" in said

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from sclite.config import Config
-from sclite.errors import UsageError
+from sclite.errors import DeviceError, UsageError
 from sclite.run import Run
 from sclite.train import trainer
 from sclite.train.checkpoints import Checkpoints
@@ -55,7 +55,7 @@ def interrupt(config: Config, run: Run, stage: str, how: int) -> int:
     return metrics_of(run, stage)[-1]["step"]
 
 
-@pytest.mark.parametrize("stage", TRAIN)
+@pytest.mark.parametrize("stage", ["sft", pytest.param("warmup", marks=pytest.mark.slow), "dpo"])
 def test_a_killed_stage_resumes_to_the_same_losses_and_weights(whole, tmp_path, stage):
     config, unbroken = whole
     run = part_of(unbroken, tmp_path, stage)
@@ -76,12 +76,16 @@ def test_a_killed_stage_resumes_to_the_same_losses_and_weights(whole, tmp_path, 
         assert kept == before
 
 
-def test_ctrl_c_saves_a_checkpoint_of_the_current_step(whole, tmp_path):
+def test_ctrl_c_saves_a_checkpoint_of_the_current_step(whole, tmp_path, monkeypatch):
     config, unbroken = whole
     run = part_of(unbroken, tmp_path, "sft")
     reached = interrupt(config, run, "sft", signal.SIGINT)
     assert checkpoints_of(run, "sft").step() == reached
-    train_sft(config, run)
+    # the last steps, at which checkpoints are now wanted, rather than the spacing that the checkpoint remembers
+    marked, total = [], len(metrics_of(unbroken, "sft"))
+    monkeypatch.setattr(Checkpoints, "mark", lambda self, step: marked.append(step))
+    train_sft(config.model_copy(update={"sft": config.sft.model_copy(update={"checkpoints": total})}), run)
+    assert marked == list(range(reached + 1, total + 1))
     steps, expected = ([row["step"] for row in metrics_of(r, "sft")] for r in (run, unbroken))
     assert steps == expected
 
@@ -96,6 +100,9 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path):
     assert checkpoints.step() == 3
     checkpoints.prepare(inputs)
     assert not (tmp_path / "checkpoint-6").exists()
+    assert checkpoints.step() == 3
+    with pytest.raises(DeviceError, match="are of a training on cpu, not on cuda"):
+        checkpoints.prepare(inputs, "cuda")
     assert checkpoints.step() == 3
     checkpoints.prepare({"seed": 1})
     assert checkpoints.step() == 0
