@@ -67,7 +67,7 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
     context.run.replace_drops("eval", drops)
     if len(tested) < 5 or len(fitting) < 5:
         enough = ceil(8 / max(0.05, min(settings.fit_share, 1 - settings.fit_share)))
-        hint = f"evaluate on {enough} or more"
+        hint = f"evaluate on {enough} or more problems that were not trained on"
         raise DataError(f"{source}: too few problems, {len(fresh)} of {len(found)} were not trained on", hint)
     name, default = source.rstrip("/").rpartition("/")[2], Eval.model_fields["limit"].default
     if is_local_source(source):
@@ -143,7 +143,7 @@ def evaluate(
     run.write_json(f"{folder}/{SUMMARY}", summary)
     examples: list[tuple[str, Outcome]] = []
     for name in names:
-        corrected = [row for row in run.rows(f"{folder}/{name}.jsonl", Outcome, whole=False) if row.accused]
+        corrected = [row for row in run.rows(f"{folder}/{name}.jsonl", Outcome, whole=False) if row.second]
         examples += [(name, row) for row in corrected[:3]]
     curves = {stage: read_metrics(run.path(f"{stage}/metrics.jsonl")) for stage in ("sft", "warmup", "dpo")}
     write_report(run.path(f"{folder}/{REPORT}"), summary, examples, curves)

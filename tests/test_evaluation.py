@@ -25,7 +25,7 @@ def notes_on(fitting=60, **more):
     figures = {"n": 300, "cut": 0, "off": "", "fitted": None} | more
     held_out = HeldOut([], range(fitting), "", "", "", {"overlaps_training": 1200})
     first, *notes = summary_notes({"sft": figures}, held_out, 320)
-    assert first == "skipped overlaps training: 1,200"
+    assert first == "skipped (overlaps training): 1,200"
     return notes
 
 

@@ -11,7 +11,7 @@ from sclite.records import Problem
 from sclite.student.base import Reply, Request, Student
 from sclite.student.self_correction import ReviewSettings
 from sclite.student.step_scores import Cutoff
-from sclite.trace import ParsedTrace, parse
+from sclite.trace import ParsedTrace, Trace, parse
 
 NO_STEPS = "its answers have no steps"
 
@@ -24,6 +24,12 @@ class FirstAnswers:
     replies: list[Reply]
     parsed: list[ParsedTrace]
     correct: list[bool | None]
+
+    @property
+    def reviewable(self) -> list[Trace]:
+        """What is reviewed of each answer: nothing of one that was cut off, as in chat."""
+        pairs = zip(self.replies, self.parsed, strict=True)
+        return [Trace() if reply.finish == "length" else parsed.trace for reply, parsed in pairs]
 
 
 def solve_problems(

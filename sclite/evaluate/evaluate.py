@@ -42,12 +42,18 @@ class HeldOut:
 
 
 def review_answers(
-    student: Student, first: FirstAnswers, config: Config, grader: Grader, cutoff: Cutoff, judge: Judge | None
+    student: Student,
+    first: FirstAnswers,
+    config: Config,
+    grader: Grader,
+    cutoff: Cutoff,
+    judge: Judge | None,
+    endpoint: bool = False,
 ) -> list[Outcome]:
-    """Turn 2: review each first answer and grade the result."""
+    """Turn 2: review each first answer and grade the result. One of an `endpoint` without a reply is unknown."""
     settings, mode = review_settings(config, cutoff), config.review.mode
-    asked = zip(first.problems, first.parsed, strict=True)
-    scripts = [review(problem.question, parsed.trace, settings, mode) for problem, parsed in asked]
+    asked = zip(first.problems, first.reviewable, strict=True)
+    scripts = [review(problem.question, trace, settings, mode) for problem, trace in asked]
     reviewed = run_together(student, scripts)
     second = grade(grader, [review.answer for review in reviewed], first.problems)
     rows = []
@@ -56,6 +62,7 @@ def review_answers(
         work = parsed.work
         judged = judge(problem.question, work) if judge is not None and work.steps else None
         true_step, known = judged or None, judged is not None
+        after = verdict if own.trace else correct
         labelled = range(1, (true_step or len(work.steps)) + 1) if known else ()
         rows.append(
             Outcome(
@@ -65,7 +72,7 @@ def review_answers(
                 first=reply.text,
                 second=render(own.trace) if own.trace else None,
                 correct1=correct,
-                correct2=verdict if own.trace else correct,
+                correct2=None if endpoint and own.note == NO_REPLY else after,
                 accused=own.accused,
                 cause=own.cause,
                 correction=own.correction,
@@ -131,7 +138,7 @@ def evaluate_model(
     began = time.monotonic()
     first = solve_problems(student, problems, config, grader)
     between = time.monotonic()
-    reviewable, fitted = any(parsed.trace.steps for parsed in first.parsed), None
+    reviewable, fitted = any(trace.steps for trace in first.reviewable), None
     cutoff, off = Cutoff.of(config.review), ""
     if fits and reviewable:
         fitted = ensure_threshold(config, run, gguf, student, held_out.fitting, grader)
@@ -141,7 +148,7 @@ def evaluate_model(
     elif config.review.mode == "guided" and config.review.rounds == 0:
         off = "review.rounds is 0"
     reviewing = time.monotonic()
-    rows = review_answers(student, first, config, grader, cutoff, judge)
+    rows = review_answers(student, first, config, grader, cutoff, judge, bool(version))
     ended = time.monotonic()
     figures = compute_metrics(rows, seed=config.seed)
     # calls that failed, unlike prompts that are too long, are sent again by the next evaluation
@@ -152,7 +159,10 @@ def evaluate_model(
         "threshold": config.review.threshold if fitted is None else fitted.threshold,
         "fitted": fitted and fitted.model_dump(),
         "off": off,
-        "correction_rate_given_location": located_correction_rate(student, rows, first, config, grader),
+        # an endpoint cannot continue a given beginning
+        "correction_rate_given_location": None
+        if version
+        else located_correction_rate(student, rows, first, config, grader),
         "seconds": round((between - began + ended - reviewing) / len(rows), 4),
         "seconds_first": round((between - began) / len(rows), 4),
     }
@@ -163,7 +173,7 @@ def evaluate_model(
 
 def summary_notes(figures: Mapping[str, Any], held_out: HeldOut, max_tokens: int) -> list[str]:
     """What a reader of the figures of all students must know."""
-    notes = [f"skipped {reason.replace('_', ' ')}: {n:,}" for reason, n in held_out.dropped.items()]
+    notes = [f"skipped ({reason.replace('_', ' ')}): {n:,}" for reason, n in held_out.dropped.items()]
     notes += [f"review is off for {name}: {each['off']}" for name, each in figures.items() if each["off"]]
     if {"sft", "dpo"} <= figures.keys():
         before, after = (figures[name]["acc_t1"] for name in ("sft", "dpo"))

@@ -18,7 +18,7 @@ LogOdds = Annotated[float, Field(gt=-NEVER, lt=NEVER)]
 class Outcome(Row):
     """One model's result on one problem. None means unknown: a failed call, a timeout, a grader error.
 
-    If no review accuses anything, the first answer stands and `correct2` is `correct1`. `true_step` None with
+    If review changes nothing, the first answer stands and `correct2` is `correct1`; `accused` is the flagged step. `true_step` None with
     `true_known`: no step is wrong. `step_labels` end at the first wrong step: one that follows from it is neither right
     nor wrong. `tokens1` and `tokens2` were generated, `prefill1` and `prefill2` computed of the prompts.
     """
@@ -98,6 +98,9 @@ def compute_metrics(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: in
         if figures[name] in (0, 1) and name != "difference" and bootstrap:
             edge = float(0.025 ** (1 / whole.sum()))
             figures[f"{name}_interval"] = [edge, 1.0] if figures[name] else [0.0, 1 - edge]
+    if n and bootstrap and not gained + spoiled:
+        most = figures["wrong_to_right_interval"][1]
+        figures["difference_interval"] = [-most, most]
     both = figures["location"], figures["acceptance"]
     figures["location_f1"] = None if None in both else float(harmonic_mean(*both))
     figures["location_f1_interval"] = _interval(harmonic_mean(drawn["location"], drawn["acceptance"]))

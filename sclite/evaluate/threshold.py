@@ -196,7 +196,9 @@ def fit_threshold(trials: Sequence[Trial], max_harm: float) -> FittedThreshold:
         fitted.accused, fitted.assumed = int(accused[chosen]), int(assumed[chosen])
         return fitted
     bound = f", with at most {100 * max_harm:g} % spoiled (review.max_harm)" if net[best] > 0 else ""
-    fitted.off = f"on {n} fitting problems no threshold corrects more answers than it spoils{bound}"
+    fitted.off = (
+        f"on the {n} problems used for the fit, no threshold corrects more answers than it spoils{bound}"
+    )
     return fitted
 
 
@@ -335,8 +337,8 @@ def ensure_threshold(
     trials: list[Trial] = []
     for part in (problems[::2], problems[1::2]) if total >= MANY_PROBLEMS else (problems,):
         first = solve_problems(student, part, config, grader)
-        asked, folder = zip(part, first.parsed, strict=True), config.prompts.folder
-        scripts = [read_odds(problem.question, parsed.trace, folder, weights) for problem, parsed in asked]
+        asked, folder = zip(part, first.reviewable, strict=True), config.prompts.folder
+        scripts = [read_odds(problem.question, trace, folder, weights) for problem, trace in asked]
         found = zip(part, first.parsed, first.correct, run_together(student, scripts), strict=True)
         trials += [Trial(problem, parsed.work, correct, *odds) for problem, parsed, correct, odds in found]
         for weight in weights:

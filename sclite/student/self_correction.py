@@ -42,8 +42,8 @@ class Reviewed:
 
     `trace` is the new solution (None: the attempt stands). `scores` are the log-odds (nats) that each step is wrong: the
     weighted mean of those of review and confidence.
-    `accused` is the step that cause and correction belong to, also if its correction changes nothing (SAME_RESULT). Of
-    several rounds, they are those of the earliest corrected step, the scores those of the first round.
+    `accused` is the flagged step, also if its correction changes nothing or is unreadable; cause and correction belong to
+    it. Of several rounds, they are those of the earliest corrected step, the scores those of the first round.
     `note` says why a review was abandoned; `tokens` counts what the review generated, `prefill` the tokens of
     its prompts that were not in the cache.
     """
@@ -199,7 +199,7 @@ def guided(question: str, attempt: Trace, settings: ReviewSettings) -> Script[Re
         outcome = yield from correct_step(question, corrected(attempt), step, settings)
         tokens = result.tokens + outcome.tokens
         if outcome.trace is None:  # the solution of the round before stands
-            return replace(result, tokens=tokens, note=outcome.note)
+            return replace(result, accused=result.accused or step, tokens=tokens, note=outcome.note)
         attempt = outcome.trace
         rewritten = {each for each in rewritten if each < step} | {step} | corrected_steps(attempt)
         # report the earliest corrected step; later rounds may correct later ones
@@ -213,8 +213,8 @@ def correct_step(
 ) -> Script[Reviewed]:
     """Correct a step in the review context, starting at `<Cause>`, and solve on from there in the solve context.
 
-    Without a cause, a complete correction and an answer, nothing is accused. If the correction comes to the same result as
-    the step, the step is accused, but the work stands.
+    The work stands without a cause, a complete correction and an answer, and if the correction comes to the same result as
+    the step.
     """
     before, wrong = work.steps[: step - 1], work.steps[step - 1]
     yield Writing("correction")
@@ -232,7 +232,7 @@ def correct_step(
     cause, correction = written.cause, written.correction
     cut = not isinstance(reply, Reply) or reply.finish == "length"
     if cut or cause is None or correction is None:
-        return Reviewed(tokens=tokens, note=UNREADABLE)
+        return Reviewed(accused=step, tokens=tokens, note=UNREADABLE)
     yield Corrected(step, cause, correction)
     if (result := _result(wrong.text)) is not None and result == _result(correction):
         return Reviewed(None, (), step, cause, correction, tokens, SAME_RESULT)
@@ -241,10 +241,10 @@ def correct_step(
     messages = prompts.solve_messages(question, settings.prompt_folder)
     text, more = _text_and_tokens((yield Request(messages, pieces, max_tokens=settings.max_tokens)))
     if text is None:
-        return Reviewed(tokens=tokens, note=UNREADABLE)
+        return Reviewed(accused=step, tokens=tokens, note=UNREADABLE)
     solved = parse("".join(pieces) + text).trace
     if solved.answer is None:
-        return Reviewed(tokens=tokens + more, note="no answer after the correction")
+        return Reviewed(accused=step, tokens=tokens + more, note="no answer after the correction")
     return Reviewed(solved, (), step, cause, correction, tokens + more)
 
 

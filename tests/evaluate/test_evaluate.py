@@ -19,6 +19,7 @@ from tests.toy import SameVerdict, ScriptedStudent
 
 PROBLEMS = [Problem(id=f"p{n}", question=f"question {n}", answer="1") for n in range(200)]
 PLAIN, STEP = "the answer is 1", "<Step1>1 + 1 = 3\n</Step1>\n<Answer>3</Answer>"
+ALWAYS = {"review": {"threshold": 0.0}}  # corrects every step with log-odds above 0
 WHOLE = {"question": "?", "gold": "1", "first": "x", "second": None, "format_ok": True}
 
 
@@ -38,7 +39,12 @@ def evaluate_student(run, gguf):
     ("text", "fitting", "asked", "off"),
     [
         (PLAIN, 180, 20, "its answers have no steps"),  # and need no fit
-        (STEP, 60, None, "on 60 fitting problems no threshold corrects more answers than it spoils"),
+        (
+            STEP,
+            60,
+            None,
+            "on the 60 problems used for the fit, no threshold corrects more answers than it spoils",
+        ),
         (STEP, 40, 20, "40 problems are too few to fit its threshold, 50 are needed"),
     ],
 )
@@ -63,6 +69,40 @@ def test_steps_are_labelled_as_they_are_judged(run, gguf, judged, labels):
             judged or None,
             labels,
         )
+
+
+def test_a_flagged_step_counts_though_its_correction_cannot_be_read(run, gguf):
+    config = Config.model_validate(ALWAYS)
+    for right, judged, figure, value in ((True, 0, "acceptance", 0.0), (False, 1, "location", 1.0)):
+        held_out = HeldOut(PROBLEMS[:2], [], "", "", f"eval/{figure}")
+        given = config, run, "dpo", ScriptedStudent(STEP, odds=1.0), gguf, held_out, SameVerdict(right)
+        assert evaluate_model(*given, lambda *_, judged=judged: judged)[figure] == value
+
+
+def test_an_answer_that_was_cut_off_is_not_reviewed_as_in_chat(run, gguf):
+    held_out, config = HeldOut(PROBLEMS[:4], [], "", "", "eval/a"), Config.model_validate(ALWAYS)
+    student = ScriptedStudent(STEP, odds=1.0, finishes=("length", "stop"))
+    evaluate_model(config, run, "dpo", student, gguf, held_out, SameVerdict(False), lambda *_: 1)
+    rows = run.read("eval/a/dpo.jsonl", Outcome)
+    assert [(row.cut, row.accused, len(row.step_scores)) for row in rows] == [
+        (True, None, 0),
+        (False, 1, 1),
+    ] * 2
+
+
+def test_a_review_without_a_reply_is_unknown_and_a_judged_endpoint_is_given_no_beginning(run, grader):
+    class Failing(ScriptedStudent):
+        def generate(self, requests):
+            assert not any(request.pieces for request in requests)
+            reviews = "Work to check" in requests[0].messages[-1]["content"]
+            self.finishes = ("error", "stop") if reviews else ("stop",)
+            yield from super().generate(requests)
+
+    config = Config.model_validate({"review": {"mode": "free"}})
+    held_out = HeldOut(PROBLEMS[:4], [], "", "", "eval/a")
+    given = config, run, "ollama/x", Failing(STEP), Path(), held_out, grader
+    figures = evaluate_model(*given, lambda *_: 1, version="7")
+    assert (figures["n"], figures["unknown"], figures["correction_rate_given_location"]) == (2, 2, None)
 
 
 def test_failed_calls_of_a_model_behind_an_api_are_made_again(run, grader):

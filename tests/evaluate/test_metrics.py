@@ -46,6 +46,13 @@ def test_unknown_outcome_is_not_a_wrong_answer():
     assert (figures["tokens_first"], figures["prefill_first"]) == (10.0, 7.0)
 
 
+def test_no_change_in_few_answers_does_not_prove_that_review_changes_nothing():
+    figures = compute_metrics(outcomes(*[(True, True)] * 60, *[(False, False)] * 40))
+    most = 1 - 0.025 ** (1 / 100)  # Clopper-Pearson's bound for 0 of 100
+    assert figures["difference"] == 0.0
+    assert figures["difference_interval"] == pytest.approx([-most, most])
+
+
 def test_undefined_figures_are_none_and_not_zero():
     figures = compute_metrics([])
     assert (figures.pop("n"), figures.pop("unknown"), figures.pop("cut")) == (0, 0, 0)

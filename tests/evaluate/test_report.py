@@ -143,7 +143,7 @@ def test_example_shows_the_wrong_step_its_cause_and_correction(write):
     assert shown["after"] == {"text": "57", "verdict": "right"}
     assert example_parts(outcome(False, None))["after"]["verdict"] == "unknown"
     page, text, _ = write(examples=[("dpo", EXAMPLE)])
-    assert "accused, and the first wrong step" in text
+    assert "flagged, and the first wrong step" in text
     assert '<span class="tag-answer">&lt;Answer&gt;</span>57' in page
     assert "7 · 8 is 56" in text
     assert "dpo · p0" in text

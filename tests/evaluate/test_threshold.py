@@ -19,6 +19,7 @@ from sclite.evaluation import held_out
 from sclite.progress import ProgressDisplay
 from sclite.records import Problem
 from sclite.run import Run
+from sclite.student.base import Reply
 from sclite.student.self_correction import NEVER, SAME_RESULT, Reviewed
 from sclite.student.step_scores import Cutoff
 from sclite.trace import Trace, parse
@@ -66,7 +67,7 @@ def test_what_the_bound_gives_up_is_shown_and_too_much_harm_turns_review_off():
     assert fitted.given_up == ""
     fitted = fit_threshold(rows_of(spoiled=6, fixed=40, right=354), 0.005)
     assert (fitted.threshold, fitted.acc_t1, fitted.acc_t2) == (None, 0.9, 0.9)
-    text = "on 400 fitting problems no threshold corrects more answers than it spoils"
+    text = "on the 400 problems used for the fit, no threshold corrects more answers than it spoils"
     assert fitted.off == f"{text}, with at most 0.5 % spoiled (review.max_harm)"
 
 
@@ -76,7 +77,9 @@ def test_what_is_unknown_counts_as_the_worse_outcome_or_not_at_all():
     assert (fitted.right_to_wrong, fitted.assumed) == (pytest.approx(1 / 3), 1)
     fitted = fit_threshold([scored(False, (5.0,), (None,))], 1.0)
     assert (fitted.threshold, fitted.accused, fitted.best_threshold) == (None, 0, None)
-    assert fitted.off == "on 1 fitting problems no threshold corrects more answers than it spoils"
+    assert (
+        fitted.off == "on the 1 problems used for the fit, no threshold corrects more answers than it spoils"
+    )
     fitted = fit_threshold([scored(None, (1.0,), (True,)), scored(True, (), ())], 0.0)
     assert (fitted.problems, fitted.n, fitted.acc_t2) == (2, 1, 1.0)
     fitted = fit_threshold([scored(None, (1.0,), (True,))], 0.5)
@@ -175,7 +178,8 @@ class Known:
     def solve(self, _, problems, *__):
         self.solved += len(problems)
         correct = [self.correct[self.number(problem.question)] for problem in problems]
-        return FirstAnswers(problems, [], [parse("")] * len(problems), correct)
+        replies = [Reply(0, "", 0, 0, "stop")] * len(problems)
+        return FirstAnswers(problems, replies, [parse("")] * len(problems), correct)
 
     def fixes(self, number: int, step: int) -> bool:
         return self.wrong_step[number] == step - 1

@@ -223,7 +223,7 @@ NO_CORRECTION = ("no tags at all", "only a cause</Cause>", "</Cause>\n<Correctio
 def test_unreadable_review_keeps_the_first_answer(correction, rest, finish, note):
     student = Scripted(odds=accuse_38, corrections=[correction], rest=rest, finish=finish)
     (got,) = review(student, WRONG)
-    assert (got.trace, got.accused, got.note, got.scores) == (None, None, note, (-4.0, 3.0, -4.0))
+    assert (got.trace, got.accused, got.note, got.scores) == (None, 2, note, (-4.0, 3.0, -4.0))
     assert got.tokens > 0
 
 
@@ -246,7 +246,7 @@ AGAIN = "The halves fit not.</Cause>\n<Correction>Half of 72: 70 / 2 = 35, 2 / 2
 def test_correction_with_the_same_result_changes_nothing():
     student = Scripted(odds=accuse_38, corrections=[AGAIN])
     (got,) = review(student, WRONG, rounds=3)
-    assert (got.trace, got.accused, got.note, got.tokens) == (None, None, SAME_RESULT, 10)
+    assert (got.trace, got.accused, got.note, got.tokens) == (None, 2, SAME_RESULT, 10)
     assert len(student.requests) == 1
     (result,) = correct_steps(Scripted(corrections=[AGAIN]), [(QUESTION, WRONG, 2)], ReviewSettings())
     assert (result.accused, result.note, result.trace) == (2, SAME_RESULT, None)
@@ -308,7 +308,7 @@ def test_a_later_round_that_corrects_the_same_step_is_the_one_reported():
 def test_attempts_do_not_affect_each_other():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION, "junk"])
     got = review(student, RIGHT, WRONG, Trace(), WRONG)
-    assert [g.accused for g in got] == [None, 2, None, None]
+    assert [g.accused for g in got] == [None, 2, None, 2]
     assert [g.note for g in got] == ["", "", "no steps to review", UNREADABLE]
     assert [g.trace for g in got] == [None, RIGHT, None, None]
 
@@ -379,7 +379,7 @@ def test_missing_reply_is_no_correction():
             return iter(())
 
     (got,) = correct_steps(Silent(), [(QUESTION, WRONG, 2)], ReviewSettings())
-    assert (got.accused, got.trace, got.note) == (None, None, UNREADABLE)
+    assert (got.trace, got.correction, got.note) == (None, None, UNREADABLE)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ WORTH_SHARING = 16
 """A shorter common prefix, in tokens, is recomputed."""
 MOST_READ = 256
 """Logits read from a batch, one row of the vocabulary each: 0.16 GB for 152k tokens."""
-MEMORY_HINT = "close other programs that use the GPU, export a smaller quantization, or lower eval.context (or --parallel of serve)"
+MEMORY_HINT = "close other programs that use the memory, export a smaller quantization, or lower eval.context (or --parallel of serve)"
 
 
 @dataclass(eq=False)

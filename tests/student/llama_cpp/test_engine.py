@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sclite.errors import DataError, DeviceError, UsageError
 from sclite.student.base import Request, ScoreRequest
-from sclite.student.llama_cpp.engine import Engine
+from sclite.student.llama_cpp.engine import Engine, llama
 from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.llama_cpp.sequence import TokenSequence, sample
 from tests.toy import sample_texts, tiny_gguf, wait_until
@@ -338,6 +338,9 @@ def test_large_models_get_fewer_sequences_rather_than_a_shared_cache(gguf, monke
         with Engine(gguf, context=256, cache_gb=sequences * 524_288 / 1e9) as engine:
             chosen.append((engine.parallel, engine.unified))
     assert chosen == [(32, True), (8, False), (12, False), (32, False)]
+    monkeypatch.setattr(llama(), "llama_model_n_swa", lambda _: 64)
+    with Engine(gguf, context=256, cache_gb=4 * 524_288 / 1e9) as engine:
+        assert (engine.parallel, engine.unified) == (4, False)
     for sequences, parallel in ((0.5, 1), (4.9, 4), (40, 32)):
         with Engine(gguf, context=256, cache_gb=sequences * 524_288 / 1e9, unified=False) as engine:
             assert (engine.parallel, engine.unified) == (parallel, False)
