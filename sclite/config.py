@@ -87,7 +87,7 @@ class Source(Section):
 class Problems(Source):
     """The problems to build data from."""
 
-    limit: int | None = setting(None, "number of rows to use (default: all)", ge=1)
+    limit: int | None = setting(None, "number of usable problems to read (default: all)", ge=1)
     correction_share: float = setting(0.5, "share of problems for stage 2, unseen by SFT", gt=0, lt=1)
     fit_share: float = setting(
         0.1,
@@ -243,7 +243,9 @@ class Warmup(TrainingStage):
 
     num_train_epochs: float = setting(1, "epochs over the reviews; 0: no warm-up", ge=0)
     replay_share: float = setting(1.0, "solved rows per review; half continue from a corrected step", ge=0)
-    decision_weight: float = setting(1.0, "extra loss weight of a decision, to accuse or close a step", ge=0)
+    decision_weight: float = setting(
+        1.0, "extra loss weight of a decision: to flag a step or to close it", ge=0
+    )
 
 
 class Dpo(TrainingStage):
@@ -277,11 +279,12 @@ class Export(Section):
         MAX_KL, "largest KL divergence from the trained model in nats, by the start of a type's name"
     )
     min_top1: Bounds = setting(
-        MIN_TOP1, "smallest share of positions with the trained model's next token or a near tie, by the same"
+        MIN_TOP1,
+        "smallest share of positions with the trained model's next token or a near tie, by the start of a type's name",
     )
     ollama: str = setting("", "model name for `ollama create`")
     push: str = setting("", "repository on the Hub, OWNER/NAME, for the files and their card")
-    private: bool = setting(True, "keep the repository private: create it so, refuse a public one")
+    private: bool = setting(True, "create the repository as private, and refuse an existing public one")
     license: str = setting("", "license on the model card, as the Hub names it: apache-2.0 ..")
     num_ctx: int = setting(8192, "context length in Ollama, in tokens (in the Modelfile)", ge=256)
     keep_template: bool = setting(False, "export the model's own chat template as it is")

@@ -258,7 +258,8 @@ def check_network(config: Config, teacher: Any) -> Iterator[Check]:
     if wanted:
         token = "token found" if get_token() else "no token: needed for gated and private repositories only"
         found = f"{hub}: {failures[hub] or 'reachable'}; {token}" if hub else "HF_HUB_OFFLINE is set"
-        fix = f"check the network and HF_ENDPOINT: {', '.join(wanted)} must be downloaded"
+        fix = "check the network and HF_ENDPOINT" if hub else "unset HF_HUB_OFFLINE"
+        fix += f": {', '.join(wanted)} must be downloaded"
         yield Check("Hugging Face Hub", bool(hub) and not failures[hub], found, fix)
 
 

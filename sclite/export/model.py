@@ -113,8 +113,8 @@ def _check_bounds(config: Config, run: Run, names: list[str], result: dict[str, 
     if violations := parity.find_violations(result, config.export):
         raise ScliteError(
             f"{', '.join(names)} does not match the trained model: {'; '.join(violations)}",
-            f"nothing was exported; see {run.path('export/parity.json')}. Try another type (export.quant). If tokens differ, add "
-            "tokens with special=False or use another base model",
+            f"see {run.path('export/parity.json')}. Try another type (export.quant). If tokens differ, use another base model, "
+            "or add its extra tokens with special=False",
         )
 
 
