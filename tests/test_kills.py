@@ -85,6 +85,7 @@ def project(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_training_continues_to_the_same_adapter(project):
     sft = ("train", "--only", "sft", "--set", "sft.num_train_epochs=1", "--set", "sft.batch_size=8")
     finish(project, ("build-data", "train.jsonl", "--limit", "64", "--only", "templates"))

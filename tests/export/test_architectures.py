@@ -232,7 +232,7 @@ def test_importance_of_experts_is_measured_on_their_own_tokens(tokenizer, conver
     [
         ("gemma2", "modules_to_save", "ignores the lm_head of a Gemma2ForCausalLM", False),
         ("qwen3.5", "plain", "BPE pre-tokenizer was not recognized", True),
-        ("phi3", "plain", "OtherForCausalLM is not supported", True),
+        pytest.param("phi3", "plain", "OtherForCausalLM is not supported", True, marks=pytest.mark.slow),
         ("phi3", "plain", "OtherForCausalLM is not supported", False),
     ],
 )

@@ -356,6 +356,7 @@ setattr(owner, name, wait)
 model.export_model(Config.model_validate_json(sys.argv[2]), run, "sft")
 """
 BOTH = ["sft-q4_0.gguf", "sft-q8_0.gguf"]
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
@@ -363,11 +364,11 @@ BOTH = ["sft-q4_0.gguf", "sft-q8_0.gguf"]
     [
         ("merge", "", "merged.part/model.safetensors", [], signal.SIGKILL),
         ("convert_model", "", "full-f16.gguf.part", ["merged-f16"], signal.SIGKILL),
-        ("quantize", "'q8_0'", "sft-q8_0.gguf.part", ["full-f16.gguf"], signal.SIGKILL),
+        slow("quantize", "'q8_0'", "sft-q8_0.gguf.part", ["full-f16.gguf"], signal.SIGKILL),
         ("quantize", "'q4_0'", "sft-q4_0.gguf.part", ["full-f16.gguf", BOTH[1]], signal.SIGKILL),
-        ("quantize", "'q4_0'", "sft-q4_0.gguf.part", ["full-f16.gguf", BOTH[1]], signal.SIGINT),
-        ("parity.compare_export", "", "", ["full-f16.gguf", *BOTH], signal.SIGKILL),
-        ("sync", "sft-q8_0.gguf", "", ["full-f16.gguf", *BOTH], signal.SIGKILL),
+        slow("quantize", "'q4_0'", "sft-q4_0.gguf.part", ["full-f16.gguf", BOTH[1]], signal.SIGINT),
+        slow("parity.compare_export", "", "", ["full-f16.gguf", *BOTH], signal.SIGKILL),
+        slow("sync", "sft-q8_0.gguf", "", ["full-f16.gguf", *BOTH], signal.SIGKILL),
         ("sync", "sft-q4_0.gguf", "", ["full-f16.gguf", BOTH[0]], signal.SIGKILL),
     ],
 )
