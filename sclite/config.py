@@ -366,7 +366,6 @@ class Config(Section):
     prompts: Prompts = Prompts()
 
     def stage(self, name: str) -> TrainingStage:
-        """The section of a training stage: sft, warmup or dpo."""
         return getattr(self, name)
 
 

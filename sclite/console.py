@@ -5,8 +5,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
 from sclite.errors import ScliteError
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-OUTPUT = "the output"
-"""The file name of an OSError on stdout."""
+OUTPUT = "the output"  # the file name of an OSError on stdout
 _C0, _C1 = r"\x00-\x08\x0b-\x1f", r"\x7f-\x9f"  # terminal controls but newline and tab; DEL is among C1
 _CONTROLS = re.compile(rf"[{_C0}{_C1}\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """What could control the terminal, bidirectional controls and lone surrogates included."""
@@ -94,7 +93,6 @@ def print(text: str = "", wrap: bool = True, console: "Console | None" = None) -
 
 
 def note(text: str, wrap: bool = True) -> None:
-    """Print rich markup to stderr."""
     print(text, wrap, make_console(stderr=True))
 
 
@@ -108,19 +106,9 @@ def error(error: ScliteError, as_json: bool = False) -> None:
         note(f"[cyan]try:[/] {escape(error.hint)}", wrap="`" not in error.hint)
 
 
-@contextmanager
-def spinner(text: str) -> Iterator[None]:
-    """A spinner with the elapsed time on stderr, while something is loaded or read; nothing without a terminal."""
-    terminal = make_console(stderr=True)
-    if not terminal.is_terminal:
-        yield
-        return
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Progress(*columns, console=terminal, transient=True) as progress:
-        progress.add_task(text, total=None)
-        yield
+def spinner(text: str) -> AbstractContextManager[object]:
+    """A spinner on stderr, while something is loaded or read; nothing without a terminal."""
+    return make_console(stderr=True).status(escape(text))
 
 
 # -- JSON and pages ------------------------------------------------------------------------------------------------
@@ -137,34 +125,14 @@ def print_json(value: Any, line: bool = False) -> None:
 
 def page(pieces: Iterable["Text"]) -> None:
     """Show a long result: through $PAGER (default: less) in a terminal, as plain text in a pipe."""
-    # not rich's pager, which renders all pieces before the first one appears
-    import shlex
-    import signal
-    import subprocess
-
     console = make_console()
     if not console.is_terminal:
         sys.stdout.writelines(piece.plain for piece in pieces)
         return
-
-    def render(piece: "Text") -> str:
-        with console.capture() as captured:
+    os.environ.setdefault("LESS", "-RFX")  # F: exit at once if it fits on one screen
+    with console.pager(styles=True):
+        for piece in pieces:
             console.print(piece, end="")
-        return captured.get()
-
-    command = shlex.split(os.environ.get("PAGER", "")) or ["less"]
-    environment = {"LESS": "-RFX", **os.environ}  # F: exit at once if it fits on one screen
-    try:
-        pager = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, encoding="utf-8")
-    except OSError:  # there is no such pager
-        sys.stdout.writelines(map(render, pieces))
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pager
-    try:
-        with suppress(BrokenPipeError), pager:  # the user may quit before the end
-            pager.stdin.writelines(map(render, pieces))  # type: ignore[union-attr]
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 # -- input ---------------------------------------------------------------------------------------------------------

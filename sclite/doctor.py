@@ -122,8 +122,7 @@ def run_checks(config: Config) -> Iterator[Check]:
         torch_probe, llama_probe = pool.submit(probe_torch), pool.submit(_run_python, _LLAMA)
         settings = config.teacher.model_dump_json()
         teacher_probe = pool.submit(_run_python, _TEACHER, settings) if taught else None
-        found, fix = sys.version.split()[0], "install Python 3.11 or later"
-        yield Check("Python", sys.version_info >= (3, 11), found, fix, required=True)
+        yield Check("Python", True, sys.version.split()[0])
     torch, offload = torch_probe.result(), llama_probe.result()
 
     found, fix = torch.get("failure", ""), 'pip install --force-reinstall "torch>=2.11,<2.14"'
@@ -147,14 +146,10 @@ def run_checks(config: Config) -> Iterator[Check]:
     yield Check("RAM", ram is None or ram > needed * 1e9, found, f"free {needed} GB {why}")
     run, needed = Path(config.run), 40 if gpus else 5
     folder = next((path for path in (run, *run.parents) if path.is_dir()), Path("."))
-    try:
-        free, found = shutil.disk_usage(folder).free / 1e9, str(folder.resolve())
-    except OSError as error:  # the working folder was removed
-        yield Check("disk", False, f"unknown: {error.strerror}", "cd to another folder", required=True)
-    else:
-        student = "an 8B model" if gpus else "a small student"
-        fix = f"free {needed} GB for a run with {student}, or choose another --run"
-        yield Check("disk", free > needed, f"{free:.0f} GB free in {found}", fix, required=free < 1)
+    free = shutil.disk_usage(folder).free / 1e9
+    student = "an 8B model" if gpus else "a small student"
+    fix = f"free {needed} GB for a run with {student}, or choose another --run"
+    yield Check("disk", free > needed, f"{free:.0f} GB free in {folder.resolve()}", fix, required=free < 1)
 
     llama, package = _version("llama-cpp-python"), f"llama-cpp-python=={max(SHA256)}"
     fix = f"pip install --force-reinstall --no-cache-dir {package}"
@@ -168,17 +163,12 @@ def run_checks(config: Config) -> Iterator[Check]:
     else:  # a CPU build on a GPU machine is slow, not broken
         works, found = offload or not gpus, f"llama-cpp-python {llama}, {'GPU' if offload else 'CPU'} build"
         yield Check("llama.cpp", works, found, fix, required=works)
-    checkout = os.environ.get("SCLITE_LLAMA_CPP", "")
-    if not llama:
-        found, fix = "llama-cpp-python is not installed", f"pip install {package}"
-        yield Check("GGUF converter", False, found, fix)
-    elif checkout:
+    if llama:  # else the check above has failed
+        checkout = os.environ.get("SCLITE_LLAMA_CPP", "")
+        folder = Path(checkout or cache_folder())
+        found = str(folder) if checkout or folder.is_dir() else "downloaded when first needed"
         fix = "set SCLITE_LLAMA_CPP to a llama.cpp checkout"
-        yield Check("GGUF converter", Path(checkout).is_dir(), checkout, fix)
-    else:
-        folder = cache_folder()
-        found = str(folder) if folder.is_dir() else "downloaded when first needed"
-        yield Check("GGUF converter", True, found)
+        yield Check("GGUF converter", not checkout or folder.is_dir(), found, fix)
     ollama, fix = shutil.which("ollama"), "curl -fsSL https://ollama.com/install.sh | sh"
     yield Check("Ollama", bool(ollama), ollama or "not installed", fix)
     yield from check_network(config, teacher_probe.result() if teacher_probe else {})

@@ -1,13 +1,10 @@
 """What a run will cost and need, before anything is sent or trained."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from sclite import pipeline
-from sclite.console import format_duration
 from sclite.context import Context
-from sclite.errors import DeviceError
 from sclite.progress import ProgressDisplay
 from sclite.records import Attempt, Problem, Template
 
@@ -69,25 +66,3 @@ def plan_run(context: Context) -> dict[str, Any]:
                 teacher["cost_usd"] = round(teacher["requests"] * found["cost_usd"] / found["requests"], 4)
     plan["templates"] = {name: found[name] for name in ("requests", "cost_usd")}
     return plan
-
-
-def report_plan(context: Context, plan: Mapping[str, Any]) -> None:
-    """Print `plan_run` in two lines, or raise DeviceError if a stage will not fit on the GPU."""
-    misfits = [name for name, stage in plan["stages"].items() if stage["fits"] is False]
-    if misfits and plan["gpu"] is not None:
-        message = f"{', '.join(misfits)} will not fit in GPU memory"
-        raise DeviceError(message, "add --plan to see settings that fit")
-    templates, corrections = plan["templates"], plan["teacher"]
-    if templates["requests"] or corrections["requests"] is not None:
-        most = "at most " if corrections["at_most"] else ""
-        count = "an unknown number of" if corrections["requests"] is None else f"{corrections['requests']:,}"
-        costs = templates["cost_usd"], corrections["cost_usd"]
-        price = "unknown cost" if None in costs else f"about ${costs[0]:.2f} and {most}${costs[1]:.2f}"
-        paid = f"{templates['requests']:,} templates and {most}{count} corrections"
-        context.display.print(f"plan: {paid} by {context.config.teacher.model}, {price}")
-    needs = ", ".join(f"{name} {stage['total_gb']:.1f} GB" for name, stage in plan["stages"].items())
-    where = "host RAM" if plan["gpu"] is None else f"{plan['gpu']['free_gb']:.0f} GB of GPU memory free"
-    unknown = "unknown until every stage has run a step"
-    time = unknown if plan["hours"] is None else f"about {format_duration(3600 * plan['hours'])}"
-    disk = f"about {plan['disk_gb']['total']:.1f} GB of disk"
-    context.display.print(f"plan: training needs {needs} ({where}) and {disk}; time {time}")

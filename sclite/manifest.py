@@ -49,7 +49,6 @@ class Report:
         return cls(**{name: manifest[name] for name in names}, skipped=True)
 
     def warn(self, progress: Callable[..., None], text: str) -> None:
-        """Keep a warning, and show it."""
         self.figures.setdefault("warnings", []).append(text)
         progress(0, 0, warning=text)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sclite.context import Context
 
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="Use this file instead of ./sclite.toml.")
+    Path | None, typer.Option(metavar="FILE", help="Use this file instead of ./sclite.toml.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 FreshOption = Annotated[
@@ -28,7 +28,7 @@ DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # Linux, and Linux under Windows
 class Common:
     """The values of --run, --config, --set and --json."""
 
-    run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Use this run folder.")] = None
+    run: Annotated[Path | None, typer.Option(metavar="DIR", help="Use this run folder.")] = None
     config: ConfigOption = None
     settings: Annotated[
         list[str] | None,

@@ -254,7 +254,7 @@ class ProgressDisplay:
             with lock:
                 ended.set()
 
-    def wait(self, text: str) -> AbstractContextManager[None]:
+    def wait(self, text: str) -> AbstractContextManager[object]:
         """A spinner while something is read or computed between two stages."""
         return nullcontext() if self.quiet else console.spinner(text)
 

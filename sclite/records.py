@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -29,9 +29,8 @@ class Row(BaseModel):
 class TraceRow(Row):
     """A row with a trace, which is parsed once, when it is first needed."""
 
-    if TYPE_CHECKING:
-        id: str  # both are declared by each row, in their places among the fields
-        trace: str
+    id: str
+    trace: str
 
     @cached_property
     def parsed(self) -> ParsedTrace:
@@ -51,19 +50,15 @@ class Problem(Row):
 class Template(TraceRow):
     """The teacher's trace for one problem, in canonical form; its answer equals the gold answer."""
 
-    id: str
     question: str
     answer: str
-    trace: str
     requests: int = 1
 
 
 class Attempt(TraceRow):
     """A student's attempt at a problem. `correct` None means unknown; `first_error` is an imported label."""
 
-    id: str
     sample: int
-    trace: str
     answer: str | None
     correct: bool | None
     first_error: int | None = None
@@ -75,12 +70,10 @@ class Review(TraceRow):
     `trace` is the complete review: the steps up to `step` unchanged, then a new solution from there.
     """
 
-    id: str
     sample: int
     step: int | None
     cause: str | None = None
     correction: str | None = None
-    trace: str
     requests: int = 1
 
 

@@ -180,16 +180,11 @@ class Run:
 
         Any other invalid line raises DataError; with `whole` False, and in a file of drops, it is skipped with a warning.
         """
-        return (row for _, row in self.rows_with_offsets(name, kind, whole))
-
-    def rows_with_offsets(self, name: str, kind: type[R], whole: bool = True) -> Iterator[tuple[int, R]]:
-        """`rows`, each with the byte offset of its line."""
-        offset, path, damaged = 0, self.path(name), []
+        path, damaged = self.path(name), []
         if not path.is_file():
             return
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                begin, offset = offset, offset + len(line)
                 if not line.strip():
                     continue
                 try:
@@ -209,13 +204,12 @@ class Run:
                         raise DataError(message, f"fix or remove the line, or {how}") from None
                     damaged.append(number)
                     continue
-                yield begin, row
+                yield row
         if damaged:
             more = f" and {len(damaged) - 1} more" if damaged[1:] else ""
             self.warn(f"{path}: line {damaged[0]}{more} damaged, skipped")
 
     def read(self, name: str, kind: type[R], whole: bool = True) -> list[R]:
-        """All rows of a file, as a list."""
         return list(self.rows(name, kind, whole))
 
     def replace(self, name: str, rows: Iterable[Row]) -> None:
@@ -223,13 +217,9 @@ class Run:
         write_text(self.path(name), (row.model_dump_json() + "\n" for row in rows))
 
     def reorder(self, name: str, kind: type[Problem | Template], ids: Iterable[str]) -> None:
-        """Sort the rows of a file by these IDs, one row in memory at a time: the last row of each ID, no others."""
-        if not self.path(name).is_file():
-            self.replace(name, [])
-        offsets = {row.id: offset for offset, row in self.rows_with_offsets(name, kind, whole=False)}
-        with open(self.path(name), "rb") as file:
-            lines = ((file.seek(offsets[id]), file.readline())[1] for id in ids if id in offsets)
-            self.replace(name, map(kind.model_validate_json, lines))
+        """Sort the rows of a file by these IDs: the last row of each ID, no others."""
+        rows = {row.id: row for row in self.rows(name, kind, whole=False)}
+        self.replace(name, [rows[id] for id in ids if id in rows])
 
     def require(self, name: str, kind: type[R], hint: str) -> list[R]:
         """All rows of a file; raises DataError with `hint` if there are none."""
@@ -328,5 +318,4 @@ class Run:
         return not ours and path.is_file() and path.stat().st_size > 0
 
     def file_digest(self, name: str) -> str:
-        """`files.file_digest` of a file of the run."""
         return file_digest(self.path(name))

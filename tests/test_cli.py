@@ -364,14 +364,11 @@ def in_a_terminal(folder: Path, pager: str) -> tuple[int, str]:
     return process.wait(timeout=60), sent.decode()
 
 
-@pytest.mark.parametrize(
-    ("pager", "said"), [("sed s/What/Which/", "Which is 1"), ("no-such-pager", "What is 1")]
-)
-def test_show_is_colored_and_paged_in_a_terminal(dropped, tmp_path, pager, said):
-    code, sent = in_a_terminal(tmp_path, pager)
+def test_show_is_colored_and_paged_in_a_terminal(dropped, tmp_path):
+    code, sent = in_a_terminal(tmp_path, "sed s/What/Which/")
     assert code == 0
     assert "\x1b[1;31mwrong_answer\x1b[0m" in sent
-    assert f"{said} + 1?" in sent
+    assert "Which is 1 + 1?" in sent
 
 
 def test_quitting_the_pager_or_a_pipe_early_is_no_error(dropped, tmp_path):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sclite import evaluation, exports, forecast, pipeline, prompts
 from sclite.context import Context
 from sclite.errors import DataError
+from sclite.inspect.plan import print_plan
 from sclite.progress import ProgressDisplay
 from sclite.records import Attempt, Drop, Pair, Problem, Review
 from sclite.run import Report
@@ -165,15 +166,15 @@ def test_plan_of_a_run_has_the_cost_of_templates_and_corrections(run, folder, ca
     }
     context = context_of(run, "http://127.0.0.1:9/v1", **own)
     context.display = ProgressDisplay()
-    forecast.report_plan(context, forecast.plan_run(context))
+    print_plan(forecast.plan_run(context))
     planned = re.search(
-        r"plan: (\d+) templates and at most (\d+) corrections by openai/teacher, about \$(\S+) and at most \$(\S+)\n",
-        capsys.readouterr().err,
+        r"Templates by the teacher: (\d+), about \$(\S+)\nCorrections by the teacher: at most (\d+), about \$(\S+)\n",
+        capsys.readouterr().out,
     )
     split = pipeline.divided_problems(context)
     templates, corrections = len(split.sft) + len(split.stage2), 3 * len(split.stage2)
-    assert (int(planned[1]), int(planned[2])) == (templates, corrections)
-    assert float(planned[4]) / float(planned[3]) == pytest.approx(corrections / templates, abs=0.02)
+    assert (int(planned[1]), int(planned[3])) == (templates, corrections)
+    assert float(planned[4]) / float(planned[2]) == pytest.approx(corrections / templates, abs=0.02)
 
 
 def test_the_plan_of_a_run_counts_the_wrong_attempts_at_any_price(run, folder, capsys):
@@ -184,8 +185,8 @@ def test_the_plan_of_a_run_counts_the_wrong_attempts_at_any_price(run, folder, c
     attempted = pipeline.divided_problems(context).stage2[:2]
     write_rows(run.path("attempts.jsonl"), [{"id": problem.id, **wrong} for problem in attempted])
     context.display = ProgressDisplay()
-    forecast.report_plan(context, forecast.plan_run(context))
-    assert "templates and 2 corrections by openai/teacher, unknown cost\n" in capsys.readouterr().err
+    print_plan(forecast.plan_run(context))
+    assert "Corrections by the teacher: 2, price unknown\n" in capsys.readouterr().out
 
 
 def test_the_plan_of_a_run_does_not_guess_the_number_of_imported_attempts(run, folder, capsys):
@@ -193,8 +194,10 @@ def test_the_plan_of_a_run_does_not_guess_the_number_of_imported_attempts(run, f
     own = {"student.model": folder, "student.backend": "plain", "attempts.source": "tries.jsonl"}
     context = context_of(run, "http://127.0.0.1:9/v1", **own, **{"teacher.price": "[10, 20]"})
     context.display = ProgressDisplay()
-    forecast.report_plan(context, forecast.plan_run(context))
-    assert "20 templates and an unknown number of corrections" in capsys.readouterr().err
+    print_plan(forecast.plan_run(context))
+    shown = capsys.readouterr().out
+    assert "Templates by the teacher: 20, about $" in shown
+    assert "Corrections by the teacher: unknown" in shown
 
 
 def test_run_with_plan_shows_it_and_starts_nothing(run, folder, sclite):

@@ -32,7 +32,6 @@ class Settings:
     prompt_folder: str = ""
 
     def request(self, messages: prompts.Messages, stop: tuple[str, ...] = ()) -> Request:
-        """A request for one text."""
         return Request(messages, (), self.max_tokens, self.temperature, self.top_p, self.seed, stop)
 
     @classmethod

@@ -118,7 +118,6 @@ class Chat:
 
     @classmethod
     def commands(cls) -> list[str]:
-        """The names of all commands."""
         return [name.removeprefix("do_") for name in vars(cls) if name.startswith("do_")]
 
     def last(self, complete: bool = False) -> Answer:

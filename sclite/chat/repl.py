@@ -29,7 +29,6 @@ def run_chat(
     config: Config,
     cutoff: Cutoff | None,
     run: Run,
-    *,
     off: str = "",
     endpoint: Student | None = None,
     question: str | None = None,

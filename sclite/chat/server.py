@@ -245,7 +245,6 @@ def run_server(
     path: Path,
     config: Config,
     cutoff: Cutoff | None,
-    *,
     off: str,
     name: str,
     host: str,

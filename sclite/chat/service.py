@@ -49,7 +49,6 @@ class Message(BaseModel):
 
     @property
     def text(self) -> str:
-        """The content as one string."""
         return "".join(part.text for part in self.content or ())
 
 
@@ -84,7 +83,6 @@ class Completion(BaseModel):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop strings."""
         return tuple(filter(None, self.stop or ()))
 
 
@@ -119,38 +117,22 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, dict[str, str | None]]:
-        """The JSON body of the response."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": self.message, "type": kind, "param": self.parameter, "code": self.code}}
 
 
-class PlainText:
-    """A streamed trace without its tags: `1. ..`, `Answer: ..`."""
+NAMES = {"key": "Key: ", "cause": "Why wrong: ", "correction": "Correct: ", "generalized": "In general: ", "answer": "Answer: "}  # fmt: skip
 
-    NAMES = {"key": "Key: ", "cause": "Why wrong: ", "correction": "Correct: ", "generalized": "In general: ", "answer": "Answer: "}  # fmt: skip  # noqa: RUF012
 
-    def __init__(self) -> None:
-        self.held, self.at_line_start = "", True
+def plain_text(trace: str, complete: bool) -> str:
+    """A trace without its tags: `1. ..`, `Answer: ..`; and without its end, if that may be the beginning of a tag."""
 
-    def feed(self, text: str, last: bool = False) -> str:
-        """The next plain text; what may be the beginning of a tag is held back, unless this is the last piece."""
-        self.held += text
-        cut = self.held.rfind("<")
-        complete = last or cut < 0 or ">" in self.held[cut:] or len(self.held) - cut > 30
-        ready, self.held = (self.held, "") if complete else (self.held[:cut], self.held[cut:])
+    def plain(tag: re.Match[str]) -> str:
+        name = tag_name(tag[2])
+        return "" if tag[1] else f"{tag[3]}. " if name == "step" else NAMES[name]
 
-        def plain(tag: re.Match[str]) -> str:
-            name = tag_name(tag[2])
-            return "" if tag[1] else f"{tag[3]}. " if name == "step" else self.NAMES[name]
-
-        ready = TAG.sub(plain, ready)
-        if last:
-            ready = re.sub(r"</?[A-Z]\w*\Z", "", ready)  # a reply that was cut off within a tag
-        ready = re.sub(r"\n{2,}", "\n", ready)
-        if self.at_line_start:
-            ready = ready.removeprefix("\n")
-        self.at_line_start = ready.endswith("\n") if ready else self.at_line_start
-        return ready
+    begun = r"</?[A-Z]\w*\Z" if complete else r"<[^<>]{0,30}\Z"  # also where a reply was cut off
+    return re.sub(r"\n{2,}", "\n", re.sub(begun, "", TAG.sub(plain, trace))).removeprefix("\n")
 
 
 class Service:
@@ -272,13 +254,15 @@ class Service:
     ) -> Iterator[Piece | End]:
         """The last question solved and reviewed: students are trained on single problems."""
         assert asked.question is not None  # `run` has checked it
-        question, plain, accused = asked.question.text, PlainText(), None
+        question, accused, written, sent = asked.question.text, None, "", ""
         # without a review, what is written is the content at once, unless a stop string may end it
         field, shown = "reasoning_content" if settings.mode else "content", settings.mode or not asked.stops
         for event in stream(self.student, solve_and_review(question, settings), cancel, asked.stream):
-            text = plain.feed(event) if isinstance(event, str) else plain.feed("", last=True)
+            written += event if isinstance(event, str) else ""
+            whole = plain_text(written, complete=not isinstance(event, str))
+            text, sent = whole[len(sent) :], whole
             if isinstance(event, Writing):
-                plain = PlainText()
+                written = sent = ""
                 guided = f"\n\nReview of step {accused}\nWhy wrong: "
                 parts = {"review": "\n\nReview\n", "correction": guided, "continuation": "\n"}
                 text += parts.get(event.part, "")
@@ -291,7 +275,7 @@ class Service:
                 yield Piece(index, field, text)
             if isinstance(event, Answer):
                 check_reply(event.first)
-                final, content = corrected(event.final), PlainText().feed(event.text, last=True)
+                final, content = corrected(event.final), plain_text(event.text, complete=True)
                 if final.steps and settings.mode:
                     content = "\n".join(f"{n}. {step.text}" for n, step in enumerate(final.steps, 1))
                     content += "" if final.answer is None else f"\n\nAnswer: {final.answer}"

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from rich.spinner import Spinner
     from rich.text import Text
 
-INDENT = 12
-"""Columns before the text of a step: mark, number, probability."""
+INDENT = 12  # columns before the text of a step: mark, number, probability
 DOING = {
     "start": "starting",
     "solution": "solving",

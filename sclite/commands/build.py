@@ -9,17 +9,16 @@ from sclite.errors import UsageError
 from sclite.options import Common, FreshOption, common_options
 
 GpuOption = Annotated[
-    int | None,
-    typer.Option("--gpu", metavar="N", min=0, help="The CUDA GPU (default: the first, or the CPU)."),
+    int | None, typer.Option(metavar="N", min=0, help="The CUDA GPU (default: the first, or the CPU).")
 ]
 ProblemsArgument = Annotated[
     str | None, typer.Argument(metavar="PROBLEMS", help="A file or a Hub ID (default: problems.source).")
 ]
 LimitOption = Annotated[
-    int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N problems (default: all).")
+    int | None, typer.Option(metavar="N", min=1, help="Only the first N problems (default: all).")
 ]
 MaxCostOption = Annotated[
-    float | None, typer.Option("--max-cost", metavar="USD", min=0, help="Spending limit for the whole run.")
+    float | None, typer.Option(metavar="USD", min=0, help="Spending limit for the whole run.")
 ]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask to confirm the cost.")]
 
@@ -29,7 +28,7 @@ def build_data(
     problems: ProblemsArgument = None,
     limit: LimitOption = None,
     only: Annotated[
-        str | None, typer.Option("--only", metavar="PART", help="Build only templates or corrections.")
+        str | None, typer.Option(metavar="PART", help="Build only templates or corrections.")
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Discard replies of another teacher or prompt; pay again.")
@@ -101,7 +100,7 @@ def build_data(
 @common_options
 def train(
     gpu: GpuOption = None,
-    only: Annotated[str | None, typer.Option("--only", metavar="STAGE", help="Run only sft or dpo.")] = None,
+    only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run only sft or dpo.")] = None,
     fresh: FreshOption = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Show memory, disk, cost and known times; train nothing.")
@@ -150,6 +149,7 @@ def run(
     """
     from sclite import exports, forecast, pipeline
     from sclite.inspect import summaries
+    from sclite.inspect.plan import check_fit, print_plan
     from sclite.student.loader import model_name, select_gpu
 
     chosen = {"problems.source": problems, "problems.limit": limit, "teacher.max_cost": max_cost}
@@ -159,13 +159,13 @@ def run(
     with console.spinner("loading torch"):
         select_gpu(gpu)
     planned = forecast.plan_run(context)
-    if plan:
-        from sclite.inspect.plan import print_plan
-
+    if plan or not common.json:
         print_plan(planned, common.json)
+    else:
+        check_fit(planned)
+    if plan:
         return
     exports.check_chat_template(context)
-    forecast.report_plan(context, planned)
     context.ask_before_paying = not yes
     with context.run.recording(context.config):
         if pipeline.has_problems(context):

@@ -67,21 +67,17 @@ def show(
         str | None,
         typer.Argument(metavar="WHAT", help="problems, templates, attempts, reviews, pairs or drops."),
     ] = None,
-    reason: Annotated[
-        str | None, typer.Option("--reason", metavar="REASON", help="Only drops with this reason.")
-    ] = None,
+    reason: Annotated[str | None, typer.Option(metavar="REASON", help="Only drops with this reason.")] = None,
     kind: Annotated[
-        str | None, typer.Option("--kind", metavar="KIND", help="Only rows of this kind, such as wrong.")
+        str | None, typer.Option(metavar="KIND", help="Only rows of this kind, such as wrong.")
     ] = None,
     id: Annotated[
-        str | None, typer.Option("--id", metavar="PREFIX", help="Only rows whose id starts with this.")
+        str | None, typer.Option(metavar="PREFIX", help="Only rows whose id starts with this.")
     ] = None,
     first: Annotated[int, typer.Option("--from", metavar="N", min=1, help="Start at row N.")] = 1,
     limit: Annotated[
         int | None,
-        typer.Option(
-            "--limit", metavar="N", min=1, help="Show at most N rows (default: all; 1 with --labels)."
-        ),
+        typer.Option(metavar="N", min=1, help="Show at most N rows (default: all; 1 with --labels)."),
     ] = None,
     labels: Annotated[bool, typer.Option("--labels", help="Show the tokens and their loss mask.")] = False,
     *,

@@ -1,7 +1,6 @@
 """The commands to start with: quickstart, init and doctor."""
 
 import os
-from itertools import chain
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any
@@ -16,10 +15,7 @@ from sclite.options import Common, ConfigOption, FreshOption, JsonOption, common
 @common_options
 def quickstart(
     problems: Annotated[
-        int | None,
-        typer.Option(
-            "--problems", metavar="N", min=200, help="Training problems (default: the run's, or 640)."
-        ),
+        int | None, typer.Option(metavar="N", min=200, help="Training problems (default: the run's, or 640).")
     ] = None,
     fresh: FreshOption = False,
     *,
@@ -137,20 +133,16 @@ def doctor(*, common: Common) -> None:
     """
     from sclite import config, doctor
 
-    checks, broken = [], []
+    broken = []
     try:
         settings = common.load()
     except ScliteError as error:
         settings = config.Config()
         message = error.message.removeprefix("configuration: ")
         broken = [doctor.Check("configuration", False, message, error.hint, required=True)]
-    remaining = chain(broken, doctor.run_checks(settings))
-    while True:
-        with console.spinner("checking this machine"):
-            check = next(remaining, None)
-        if check is None:
-            break
-        checks.append(check)
+    with console.spinner("checking this machine"):
+        checks = [*broken, *doctor.run_checks(settings)]
+    for check in checks:
         mark = "[green]✓[/]" if check.works else "[red]✗[/]" if check.required else "[yellow]![/]"
         if not common.json:
             console.print(f"{mark} {check.name}: {console.escape(check.found)}")

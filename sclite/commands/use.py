@@ -20,16 +20,11 @@ def evaluate(
         str | None, typer.Argument(metavar="PROBLEMS", help="Held-out problems (default: eval.source).")
     ] = None,
     limit: Annotated[
-        int | None,
-        typer.Option("--limit", metavar="N", min=10, help="Only the first N problems (default: 500)."),
+        int | None, typer.Option(metavar="N", min=10, help="Only the first N problems (default: 500).")
     ] = None,
     models: Annotated[
         str | None,
-        typer.Option(
-            "--models",
-            metavar="LIST",
-            help="Comma-separated: base, sft, dpo, ollama/NAME (default: all).",
-        ),
+        typer.Option(metavar="LIST", help="Comma-separated: base, sft, dpo, ollama/NAME (default: all)."),
     ] = None,
     *,
     common: Common,
@@ -58,21 +53,17 @@ def evaluate(
 @common_options
 def export(
     quant: Annotated[
-        str | None,
-        typer.Option("--quant", metavar="TYPES", help="q4_k_m (default), q8_0 .., or several: q4_k_m,q8_0."),
+        str | None, typer.Option(metavar="TYPES", help="q4_k_m (default), q8_0 .., or several: q4_k_m,q8_0.")
     ] = None,
     ollama: Annotated[
-        str | None,
-        typer.Option("--ollama", metavar="NAME", help="Also create this model in Ollama (gguf only)."),
+        str | None, typer.Option(metavar="NAME", help="Also create this model in Ollama (gguf only).")
     ] = None,
     push: Annotated[
-        str | None,
-        typer.Option("--push", metavar="REPO", help="Upload files and card to the Hub: OWNER/NAME."),
+        str | None, typer.Option(metavar="REPO", help="Upload files and card to the Hub: OWNER/NAME.")
     ] = None,
     format: Annotated[
         str,
         typer.Option(
-            "--format",
             metavar="FORMAT",
             help="gguf, lora (adapter only), merged (a Hugging Face folder) or data (rows for other trainers).",
         ),
@@ -171,7 +162,6 @@ def chat(
     model: Annotated[
         Path | None,
         typer.Option(
-            "--model",
             metavar="MODEL",
             help="A GGUF file, ollama/NAME, or another LiteLLM model (default: that of the run).",
         ),
@@ -219,18 +209,8 @@ def chat(
             endpoint = stack.enter_context(payer.endpoint(settings, "chat"))
         else:
             path, cutoff, off = exports.for_chat(context, model, self_correct)
-        code = run_chat(
-            path,
-            context.config,
-            cutoff,
-            context.run,
-            off=off,
-            endpoint=endpoint,
-            question=question,
-            example=example,
-            familiar=familiar,
-            as_json=common.json,
-        )
+        given = (path, context.config, cutoff, context.run, off, endpoint, question, example, familiar)
+        code = run_chat(*given, as_json=common.json)
     if code:
         raise typer.Exit(code)
 
@@ -238,21 +218,15 @@ def chat(
 @common_options
 def serve(
     model: Annotated[
-        Path | None, typer.Option("--model", metavar="FILE", help="A GGUF file (default: that of the run).")
+        Path | None, typer.Option(metavar="FILE", help="A GGUF file (default: that of the run).")
     ] = None,
     name: Annotated[
-        str | None,
-        typer.Option("--name", metavar="NAME", help="The model's name (default: that of the file)."),
+        str | None, typer.Option(metavar="NAME", help="The model's name (default: that of the file).")
     ] = None,
-    host: Annotated[
-        str, typer.Option("--host", metavar="HOST", help="The address to listen on.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="0: any free port.")
-    ] = 8000,
+    host: Annotated[str, typer.Option(metavar="HOST", help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="PORT", min=0, max=65535, help="0: any free port.")] = 8000,
     parallel: Annotated[
-        int | None,
-        typer.Option("--parallel", metavar="N", min=1, help="Answers at once (default: up to 32)."),
+        int | None, typer.Option(metavar="N", min=1, help="Answers at once (default: up to 32).")
     ] = None,
     *,
     common: Common,
@@ -270,14 +244,4 @@ def serve(
         raise UsageError(f"{error.name} is not installed", "pip install -e '.[serve]'") from None
     context = common.of_existing_run().context()
     path, cutoff, off = exports.for_chat(context, model, None)
-    run_server(
-        path,
-        context.config,
-        cutoff,
-        off=off,
-        name=name or path.stem,
-        host=host,
-        port=port,
-        parallel=parallel,
-        as_json=common.json,
-    )
+    run_server(path, context.config, cutoff, off, name or path.stem, host, port, parallel, common.json)

@@ -11,10 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from sclite.errors import DataError, NetworkError, ScliteError, UsageError
 from sclite.export.gguf_writer import is_plain_llama, write_gguf
@@ -173,16 +172,11 @@ def converter() -> Path:
             raise ScliteError(message, hint)
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
-        with tarfile.open(archives[0]) as archive:
-            for member in archive:
-                parts = PurePosixPath(member.name).parts  # <package>/vendor/llama.cpp/..
-                if not member.isfile() or parts[1:3] != ("vendor", "llama.cpp") or ".." in parts:
-                    continue
-                source = archive.extractfile(member)  # Python 3.11.2 has no extract(filter=..)
-                if parts[3] in EXTRACTED and source is not None:
-                    target = part.joinpath(*parts[3:])
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(source.read())
+        shutil.unpack_archive(archives[0], place)
+        part.mkdir(parents=True)
+        for path in Path(place).glob("*/vendor/llama.cpp/*"):
+            if path.name in EXTRACTED:
+                shutil.move(path, part)
     shutil.rmtree(folder, ignore_errors=True)
     return part.replace(folder)
 

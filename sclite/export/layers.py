@@ -47,7 +47,6 @@ class TrainedWeights:
         self.model.eval()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """A parameter of `model` in float32."""
         if re.search(r"\.lora_|\.modules_to_save\.", name):
             key = name.replace(".modules_to_save.default", "").replace(".default", "")
             if key not in self._trained:

@@ -76,17 +76,11 @@ def copy_settings(base: Path, out: Path, untie: bool = False) -> None:
         shutil.copyfile(path, out / path.name)
 
 
-UNSUPPORTED = {
-    "use_dora": "DoRA",
-    "target_parameters": "LoRA on parameters of expert layers",
-    "trainable_token_indices": "trainable token indices",
-    "layer_replication": "layer replication",
-    "lora_bias": "LoRA biases",
-    "alora_invocation_tokens": "activated LoRA",
-    **dict.fromkeys(
-        ("use_qalora", "use_bdlora", "arrow_config", "monteclora_config", "kasa_config"), "a LoRA variant"
-    ),
-}
+UNSUPPORTED = (
+    "use_dora", "target_parameters", "trainable_token_indices", "layer_replication", "lora_bias",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "monteclora_config", "kasa_config",
+)  # fmt: skip
+"""Settings of PEFT's variants of LoRA."""
 
 
 class BaseWeights:
@@ -160,7 +154,7 @@ class Adapter:
         if (initialized := self.settings.get("init_lora_weights")) not in KEEPS_BASE_WEIGHTS:
             self._reject(f"was initialized by changing its base ({initialized})")
         if used := next((name for name in UNSUPPORTED if self.settings.get(name)), None):
-            self._reject(f"uses {UNSUPPORTED[used]} ({used})")
+            self._reject(f"uses {used}")
         path, who = folder / "adapter_model.safetensors", f"the adapter {folder}"
         self._tensors = open_tensors(path, f"delete {folder} and run `sclite train` again")
         self._pairs: dict[str, tuple[str, str, bool, str]] = {}
@@ -263,17 +257,17 @@ def _save_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> N
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    shards: list[list[str]] = []
+    shards: dict[str, list[str]] = {}
     pending: dict[str, torch.Tensor] = {}
     total = size = 0
 
     def flush() -> None:
-        path = folder / f"{len(shards)}.safetensors"
+        path = folder / f"model-{len(shards) + 1:05d}.safetensors"
         try:
             save_file(pending, path, metadata={"format": "pt"})
         except SafetensorError as error:
             raise ScliteError(f"{path} cannot be written: {error}", "check the free disk space") from error
-        shards.append(list(pending))
+        shards[path.name] = list(pending)
         pending.clear()
 
     for name, tensor in tensors:
@@ -283,14 +277,9 @@ def _save_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> N
         pending[name] = tensor.contiguous()
         size, total = size + tensor.nbytes, total + tensor.nbytes
     flush()
-    places = {}
-    for number, names in enumerate(shards):
-        file = "model.safetensors"
-        if len(shards) > 1:
-            file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{number}.safetensors").rename(folder / file)
-        places.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        text = json.dumps(index, indent=2) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    if len(shards) == 1:
+        (folder / next(iter(shards))).rename(folder / "model.safetensors")
+        return
+    places = {name: file for file, names in shards.items() for name in names}
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2) + "\n"
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")

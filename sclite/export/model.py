@@ -33,8 +33,7 @@ from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.loader import check_tokenizer, fetch_model, load_tokenizer, model_name, read_config
 from sclite.student.origin import FILE as RECORD_OF_ORIGIN
 
-UNFINISHED = "export/unfinished"
-"""Where files stay until they have passed their checks. chat, eval and export only look in export/ itself."""
+UNFINISHED = "export/unfinished"  # where files stay until they have passed their checks
 CALIBRATION_TOKENS = 8192
 """Tokens of the run on which the importance matrix is measured, other ones than those on which probabilities are compared."""
 

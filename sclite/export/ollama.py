@@ -23,8 +23,7 @@ from sclite.student.ollama_api import call_ollama, ollama_url
 from sclite.student.origin import read_origin
 
 REPLY_TOKENS, LOADING_SECONDS = 64, 600
-NEAR_TIE = 0.1
-"""Nats between two next tokens, of which rounding chooses: caches and kernels differ."""
+NEAR_TIE = 0.1  # nats between two next tokens, of which rounding chooses: caches and kernels differ
 
 
 def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, list[str]]:

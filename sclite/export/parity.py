@@ -25,16 +25,13 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-SHOWN = 5
-"""The number of texts with different tokens that parity.json lists."""
+SHOWN = 5  # texts with different tokens that parity.json lists
 GREEDY, GREEDY_TOKENS = 4, 48
 """Greedy answers of the unquantized GGUF that the trained model reads, and their length in tokens."""
-ANSWER_TOKENS = 512
-"""Tokens within which a greedy answer of an exported file must end."""
+ANSWER_TOKENS = 512  # within which a greedy answer of an exported file must end
 NEAR_TIE = 0.5
 """Nats between two next tokens, of which quantization may choose: a student with little to say has many such places."""
-ROWS = 256
-"""Rows of a quantized tensor that are compared with the unquantized ones."""
+ROWS = 256  # of a quantized tensor that are compared with the unquantized ones
 UNQUANTIZED = {
     "mean_abs_logprob_diff": 0.004,
     "top1_agreement": 0.99,
@@ -184,19 +181,19 @@ def find_changed_tensor(full: Path, quantized: Path) -> str | None:
 
     Rounding to at least 4 bits changes the scale of a tensor by less than 1 % (q4_1), to 2 or 3 bits by 7 % (q2_k).
     """
-    from gguf import GGMLQuantizationType, quants
+    from gguf import quants
 
-    sources = read_gguf(full)[1]
-    for name, tensor in read_gguf(quantized)[1].items():
+    sources = {tensor.name: tensor for tensor in read_gguf(full).tensors}
+    for tensor in read_gguf(quantized).tensors:
         pair = []
-        for each in (tensor, sources[name]):
-            rows = each.rows[:: -(-len(each.rows) // ROWS)]
-            pair.append(quants.dequantize(rows, GGMLQuantizationType(each.type)).astype("float64"))
+        for each in (tensor, sources[tensor.name]):
+            rows = each.data.reshape(-1, each.data.shape[-1])
+            pair.append(quants.dequantize(rows[:: -(-len(rows) // ROWS)], each.tensor_type).astype("float64"))
         found, wanted = pair
-        size, bits = float((found * found).sum()), 8 * tensor.rows.shape[1] / tensor.shape[0]
+        size, bits = float((found * found).sum()), 8 * tensor.n_bytes / tensor.n_elements
         bound = 0.025 if bits >= 4 else 0.15 if bits > 2.2 else 1e9
         if not abs(float((found * wanted).sum()) - size) <= bound * size:  # also if it is not a number
-            return name
+            return tensor.name
     return None
 
 

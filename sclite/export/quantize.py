@@ -17,8 +17,7 @@ from sclite.student.llama_cpp.engine import last_errors, llama
 if TYPE_CHECKING:
     import numpy as np
 
-ROW = 256
-"""Row lengths must be divisible by this for K-quants and most IQ types."""
+ROW = 256  # row lengths must be divisible by this for K-quants and most IQ types
 UNUSABLE = ("nvfp4", "q1_0", "q2_0")
 """Types that llama-cpp-python 0.3.36 names but cannot write (nvfp4), or that gguf 0.19 cannot read."""
 NO_IMPORTANCE = "set export.imatrix = false"
@@ -51,11 +50,9 @@ def quantize(
     A file that already has that type is copied. Returns how many tensors have rows that are not divisible by 256, and the
     types to which llama.cpp falls back for them. Raises UsageError for an unknown name, DataError if llama.cpp fails.
     """
-    from gguf import GGMLQuantizationType
-
     number = quantization_type(name)
     part = out.with_name(out.name + ".part")
-    if read_gguf(source)[0].get("general.file_type") == number:
+    if (kind := read_gguf(source).get_field("general.file_type")) and kind.contents() == number:
         shutil.copyfile(source, part)
         part.replace(out)
         return 0, ""
@@ -78,8 +75,8 @@ def quantize(
     part.replace(out)
     if not re.search("_k|iq|tq", name):
         return 0, ""
-    matrices = [tensor for tensor in read_gguf(out)[1].values() if len(tensor.shape) > 1]
-    stored = [GGMLQuantizationType(tensor.type).name.lower() for tensor in matrices if tensor.shape[0] % ROW]
+    matrices = [tensor for tensor in read_gguf(out).tensors if len(tensor.shape) > 1]
+    stored = [tensor.tensor_type.name.lower() for tensor in matrices if tensor.shape[0] % ROW]
     odd = [kind for kind in stored if kind != name]  # iq4_nl has blocks of 32
     return len(odd), ", ".join(sorted(set(odd)))
 

@@ -22,10 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-TOP = 20
-"""The most probable tokens of a position, over which the effect of the adapter is measured."""
-REFERENCE_BYTES = 400_000_000
-"""Bytes that the probabilities of the trained model may need."""
+TOP = 20  # the most probable tokens of a position, over which the effect of the adapter is measured
+REFERENCE_BYTES = 400_000_000  # that the probabilities of the trained model may need
 
 
 @dataclass

@@ -12,10 +12,8 @@ from sclite.student.base import Messages
 from sclite.trace import Step, Trace, all_pieces
 
 T = TypeVar("T")
-ROWS = 100
-"""Rows of each file of the run."""
-HELD_OUT = 8
-"""Samples of the run on which probabilities are compared."""
+ROWS = 100  # of each file of the run
+HELD_OUT = 8  # samples of the run on which probabilities are compared
 QUESTION = "Anna has 12 nuts and buys 3 more. How many does she have?"
 TRACE = Trace((Step("12 + 3 = 15.", "Add.", "The sum is 15.", "12 + 3 = 15."),), "Add what is bought.", "15")
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from sclite.errors import DataError
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
+    from gguf import GGUFReader
     from safetensors import safe_open
 
 
@@ -78,69 +77,11 @@ class Tensors:
             return math.prod(weights.get_slice(name).get_shape())
 
 
-class GgufTensor(NamedTuple):
-    """A tensor of a GGUF: its type (gguf.GGMLQuantizationType), its shape, rows first in length; its bytes by rows, mapped."""
-
-    type: int
-    shape: tuple[int, ...]
-    rows: np.ndarray
-
-
-NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""The codes in `struct` of the types of numbers in a GGUF. The other types are 8, a text, and 9, an array."""
-
-
-def read_gguf(path: Path) -> tuple[dict[str, float], dict[str, GgufTensor]]:
-    """The numbers in the header of a GGUF, and its tensors, by name. Raises DataError if the file is damaged.
-
-    Texts and arrays are skipped: gguf's own reader makes an object of each token, which takes seconds for a large vocabulary.
-    """
-    import numpy as np
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    numbers: dict[str, float] = {}
-    tensors: dict[str, GgufTensor] = {}
-    infos, place = [], 0
-
-    def read(codes: str) -> tuple[Any, ...]:
-        nonlocal place
-        found = struct.unpack_from(f"<{codes}", data, place)
-        place += struct.calcsize(f"<{codes}")
-        return found
-
-    def read_text() -> str:
-        nonlocal place
-        (length,) = read("Q")
-        place += length
-        return bytes(data[place - length : place]).decode()
+def read_gguf(path: Path) -> GGUFReader:
+    """The header and the mapped tensors of a GGUF. Raises DataError if the file is damaged."""
+    from gguf import GGUFReader
 
     try:
-        data = np.memmap(path, mode="r").data
-        magic, _, tensor_count, entry_count = read("4sIQQ")
-        if magic != b"GGUF":
-            raise ValueError("it does not begin with GGUF")
-        for _ in range(entry_count):
-            key, (kind,) = read_text(), read("I")
-            if kind in NUMBERS:
-                (numbers[key],) = read(NUMBERS[kind])
-                continue
-            kind, count = read("IQ") if kind == 9 else (kind, 1)
-            if kind == 8:
-                for _ in range(count):
-                    (length,) = read("Q")
-                    place += length
-            else:
-                place += struct.calcsize(NUMBERS[kind]) * count
-        for _ in range(tensor_count):
-            name, (dimensions,) = read_text(), read("I")
-            infos.append((name, read(f"{dimensions}Q"), *read("IQ")))
-        alignment = int(numbers.get("general.alignment", 32))
-        start = -(-place // alignment) * alignment
-        for name, shape, kind, offset in infos:
-            values, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-            row, begin = shape[0] // values * size, start + offset
-            rows = np.frombuffer(data[begin : begin + row * math.prod(shape[1:])], np.uint8).reshape(-1, row)
-            tensors[name] = GgufTensor(kind, shape, rows)
-    except (struct.error, LookupError, ValueError, ArithmeticError) as error:
+        return GGUFReader(path)
+    except (LookupError, ValueError, ArithmeticError) as error:
         raise DataError(f"{path} is not a GGUF file: {error}", "run `sclite export` again") from error
-    return numbers, tensors

@@ -16,6 +16,7 @@ from sclite.console import escape, format_duration
 from sclite.data.corrections import count_pending_corrections
 from sclite.errors import DataError, DeviceError, NetworkError
 from sclite.export.quantize import estimate_bytes
+from sclite.export.reference import format_size
 from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Run
 from sclite.student.cuda_memory import available_ram
@@ -52,18 +53,14 @@ def plan_training(context: "Context") -> dict[str, Any]:
 
     config, gpus = context.config, list_gpus()
     split = split_problems(config, problems) if (problems := trainable_problems(context.run)) else None
+    gpu = {**gpus[0], "processes": gpu_processes()} if gpus else None
+    unseen = frozenset(problem.id for problem in split.stage2) if split else None
+    fit = frozenset(problem.id for problem in split.fit) if split else frozenset()
     try:
         tokenizer = load_tokenizer(model_name(config.student))
     except (DataError, NetworkError):
         tokenizer = None
-    return plan(
-        config,
-        context.run,
-        gpu={**gpus[0], "processes": gpu_processes()} if gpus else None,
-        tokenizer=tokenizer,
-        unseen=frozenset(problem.id for problem in split.stage2) if split else None,
-        fit=frozenset(problem.id for problem in split.fit) if split else frozenset(),
-    )
+    return plan(config, context.run, gpu=gpu, tokenizer=tokenizer, unseen=unseen, fit=fit)
 
 
 def plan(
@@ -260,19 +257,21 @@ def correction_cost_text(context: "Context", unseen: frozenset[str]) -> str:
 # -- the terminal --------------------------------------------------------------------------------------------------
 
 
-def print_plan(plan: Mapping[str, Any], json: bool = False) -> None:
-    """The plan as tables on stdout. Raises DeviceError if a stage does not fit on the GPU; for RAM the estimate is too rough."""
-    stages = plan["stages"]
-    misfits = {name: stage for name, stage in stages.items() if stage["fits"] is False}
-    if misfits and plan["gpu"] is not None:
+def check_fit(plan: Mapping[str, Any]) -> None:
+    """Raise DeviceError, with the plan, if a stage does not fit on the GPU; for RAM the estimate is too rough."""
+    if plan["gpu"] is not None and any(stage["fits"] is False for stage in plan["stages"].values()):
         error = DeviceError("not every stage fits on this GPU", "use the settings that the plan suggests")
         error.details = dict(plan)
-        if json:
-            raise error  # which is printed as the JSON object, with the plan in it
+        raise error
+
+
+def print_plan(plan: Mapping[str, Any], json: bool = False) -> None:
+    """Print the plan as tables, or as one object, and `check_fit`."""
     if json:
+        check_fit(plan)
         console.print_json(plan)
         return
-    parameters, gpu = plan["parameters"], plan["gpu"]
+    stages, parameters, gpu = plan["stages"], plan["parameters"], plan["gpu"]
     count = f"{parameters / 1e9:.2f}B" if parameters >= 5e8 else f"{parameters / 1e6:.1f}M"
     console.print(escape(f"{plan['student']}: {count} parameters in {plan['bits']} bits, {plan['backend']}"))
     if plan["rough"]:
@@ -298,8 +297,9 @@ def print_plan(plan: Mapping[str, Any], json: bool = False) -> None:
     header = ("stage", "fits", "batch", "micro-batch", "accumulation", "max length", "longest that fits", "rank")  # fmt: skip
     rows = [(name, fits[s["fits"]], *(_number(s[key]) for key in keys)) for name, s in stages.items()]
     console.print_table("Settings", header, rows, texts=2)
-    for name, stage in misfits.items():
-        console.print(f"[red]{name} does not fit:[/] {escape(stage['verdict'])}")
+    for name, s in stages.items():
+        if s["fits"] is False:
+            console.print(f"[red]{name} does not fit:[/] {escape(s['verdict'])}")
     keys = ("rows", "too_long", "epochs", "tokens", "steps", "tokens_per_second")
     header = ("stage", "rows", "too long", "epochs", "tokens", "steps", "tokens/s", "time")
     rows = [(name, *(_number(s[key]) for key in keys), _time(s["hours"], "–")) for name, s in stages.items()]
@@ -308,10 +308,7 @@ def print_plan(plan: Mapping[str, Any], json: bool = False) -> None:
     console.print(
         f"Training time: {_time(plan['hours'], 'unknown until every stage of this run has run a step')}"
     )
-    disk = {}
-    for name, gb in plan["disk_gb"].items():
-        size = f"{1000 * gb:.2g} MB" if gb < 0.1 else f"{gb:.1f} GB" if gb < 10 else f"{gb:.0f} GB"
-        disk[name.replace("_", " ")] = size
+    disk = {name.replace("_", " "): format_size(1e9 * gb) for name, gb in plan["disk_gb"].items()}
     total = disk.pop("total")
     console.print(f"Disk: about {total} ({', '.join(f'{name} {gb}' for name, gb in disk.items())})")
     if templates := plan.get("templates"):
@@ -327,8 +324,7 @@ def print_plan(plan: Mapping[str, Any], json: bool = False) -> None:
         cost = "price unknown" if teacher["cost_usd"] is None else f"about ${teacher['cost_usd']:.2f}"
         corrections = f"{'at most ' if teacher['at_most'] else ''}{teacher['requests']:,}, {cost}"
     console.print(f"Corrections by the teacher: {corrections}")
-    if misfits and gpu is not None:
-        raise error
+    check_fit(plan)
 
 
 def _time(hours: float | None, unknown: str) -> str:

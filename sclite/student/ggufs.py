@@ -8,8 +8,7 @@ from sclite.run import Run
 from sclite.signature import digest
 from sclite.student.adapters import adapter_weights
 
-LORA_FILE = "-lora.gguf"
-"""How the GGUF of an adapter alone ends."""
+LORA_FILE = "-lora.gguf"  # how the GGUF of an adapter alone ends
 
 
 def gguf_path(run: Run, name: str, config: Config) -> Path:

@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -85,7 +84,6 @@ class Forecast:
     spent_usd: float | None
     rows_left: int
     cost_usd: float | None
-    seconds: float
 
 
 def identity(settings: config.Teacher) -> dict[str, Any]:
@@ -307,7 +305,7 @@ class Teacher(AbstractContextManager["Teacher"]):
     def ask_after_pilot(self, jobs: Iterable[Job[T]], total: int, stage: str) -> Iterator[Result[T]]:
         """As `ask_all`; if the first few jobs cost money, the rest is requested only if `confirm` agrees (DeclinedError)."""
         pending, done, new, paying = iter(jobs), 0, 0, 0
-        before, began = self.ledger.totals(), time.monotonic()
+        before = self.ledger.totals()
         while self.confirm is not None and paying < PILOT and (pilot := list(islice(pending, PILOT))):
             done += len(pilot)
             new += sum(map(self._is_new, pilot))
@@ -315,7 +313,7 @@ class Teacher(AbstractContextManager["Teacher"]):
                 paying += result.sent
                 yield result
         if self.confirm is not None and paying:
-            after, seconds = self.ledger.totals(), time.monotonic() - began
+            after = self.ledger.totals()
             rest = list(pending)
             pending, fresh = iter(rest), sum(map(self._is_new, rest))
             # of the others, the share that sent a repair or an inspection
@@ -323,7 +321,7 @@ class Teacher(AbstractContextManager["Teacher"]):
             spent = after["cost_usd"] + after["lost_usd"] - before["cost_usd"] - before["lost_usd"]
             known = after["unpriced"] == before["unpriced"]
             cost_usd = spent / paying * left if known else None
-            forecast = Forecast(paying, spent if known else None, left, cost_usd, seconds / paying * left)
+            forecast = Forecast(paying, spent if known else None, left, cost_usd)
             if left > 0 and cost_usd != 0 and not self.confirm(forecast):
                 hint = "paid replies are kept; re-run to resume, with --yes to skip the question"
                 raise DeclinedError(f"stopped after {done} of {total} rows, as requested", hint)

@@ -1,6 +1,5 @@
 """What a failed call means: retry it, drop the request, or stop. No message here contains a key."""
 
-import json
 import math
 import os
 import re
@@ -68,14 +67,6 @@ class Failure:
         return min(_LONGEST_BACKOFF_SECONDS, _BACKOFF_SECONDS * 2 ** (attempt - 1)) * (1 - draw / 2)
 
 
-def _unescape(text: str) -> str:
-    """A text from JSON, or from Python's repr of a dict, which escapes less."""
-    try:
-        return json.loads(f'"{text}"', strict=False)
-    except ValueError:
-        return re.sub(r"\\(.)", lambda escape: "\n" if escape[1] == "n" else escape[1], text)
-
-
 def read_failure(error: BaseException) -> Failure:
     """What an error of LiteLLM, OpenAI's SDK, httpx or a socket means."""
     chain: list[BaseException] = []
@@ -94,7 +85,14 @@ def read_failure(error: BaseException) -> Failure:
         shown = next((str(link) for link in chain if str(link) not in ("", "Connection error.")), "")
     # the message inside JSON, then that of the provider behind OpenRouter
     inner = [re.search(_JSON_TEXT.format(key), shown, re.S) for key in ("message", "raw")]
-    shown = ": ".join(_unescape(found[3]) for found in inner if found) or shown
+    shown = (
+        ": ".join(
+            found[3].encode("latin-1", "backslashreplace").decode("unicode_escape", "replace")
+            for found in inner
+            if found
+        )
+        or shown
+    )
     lines = clean_text(redact(shown)).partition("Traceback (most recent")[0].strip().splitlines()
     message = _PROVIDER_PREFIX.sub("", lines[0] if lines else "").strip() or type(error).__name__
     message = message if len(message) <= 200 else message[:200] + ".."

@@ -7,7 +7,6 @@ the server: replies are bounded and uncompressed, and redirects are not followed
 import asyncio
 import contextlib
 import os
-import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -43,12 +42,6 @@ def bound_client(client: "httpx.AsyncClient") -> "httpx.AsyncClient":
 async def _bound_body(response: "httpx.Response") -> None:
     import httpx
 
-    # acknowledge the headers now: a server that sends the body separately waits for it, 40 ms if left to Linux
-    option = getattr(socket, "TCP_QUICKACK", None)  # Linux only
-    stream = response.extensions.get("network_stream")
-    found = stream and stream.get_extra_info("socket")
-    if option is not None and found is not None:
-        found.setsockopt(socket.IPPROTO_TCP, option, 1)
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding != "identity":  # 1 kB of gzip may hold 1 MB
         raise httpx.DecodingError(f"a reply compressed with {encoding}, which was not requested")

@@ -79,18 +79,17 @@ class DpoLoss:
         import torch
         from torch.nn.functional import logsigmoid
 
-        policy = pair_log_probs(model, batch, self.decision_tokens)
-        chosen = torch.cat([policy.decision_chosen, policy.content_chosen])
-        rejected = torch.cat([policy.decision_rejected, policy.content_rejected])
+        decisions, contents, tokens = pair_log_probs(model, batch, self.decision_tokens)
+        policy = torch.cat([decisions, contents])  # [pairs, 2]
         kept = [self.reference[bundle.key] for bundle in batch.bundles]
-        decisions = [value for row in kept for value in row["decisions"]]
-        contents = [row["content"] for row in kept if row["content"] is not None]
-        before = torch.tensor([*decisions, *contents])  # [pairs, 2]
-        chosen_shift, rejected_shift = (torch.stack([chosen, rejected]) - before.T.to(chosen.device)).unbind()
+        before = [value for row in kept for value in row["decisions"]]
+        before += [row["content"] for row in kept if row["content"] is not None]
+        chosen, rejected = policy.unbind(1)
+        chosen_shift, rejected_shift = (policy - torch.tensor(before).to(policy.device)).unbind(1)
         margins = self.settings.beta * (chosen_shift - rejected_shift)
         # likelihood of chosen texts: per token for contents, so that a paragraph does not outweigh a decision
-        nll = -torch.cat([policy.decision_chosen, policy.content_chosen / policy.content_tokens.clamp(min=1)])
-        right = (policy.decision_chosen > policy.decision_rejected).float()
+        nll = -torch.cat([decisions[:, 0], contents[:, 0] / tokens.clamp(min=1)])
+        right = (decisions[:, 0] > decisions[:, 1]).float()
         terms = {
             "dpo_loss": LossTerm(-logsigmoid(margins).sum(), "pairs", 1.0),
             "nll": LossTerm(nll.sum(), "pairs", self.settings.nll_weight),
@@ -109,19 +108,14 @@ class DpoLoss:
         return terms
 
 
-@dataclass
-class PairLogProbs:
-    """Log-probabilities of the sides of every pair, in the order of the bundles, and token counts of the contents."""
+def pair_log_probs(
+    model: Module, batch: Batch, decision_tokens: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of decisions [decisions, 2] and contents [contents, 2], chosen and rejected, and the contents' tokens.
 
-    decision_chosen: Tensor  # [decisions]
-    decision_rejected: Tensor
-    content_chosen: Tensor  # [contents], summed over tokens
-    content_rejected: Tensor
-    content_tokens: Tensor  # [contents], of the chosen text
-
-
-def pair_log_probs(model: Module, batch: Batch, decision_tokens: tuple[int, int]) -> PairLogProbs:
-    """Run the model over a batch; `decision_tokens` are those of accusing and of closing a step."""
+    In the order of the bundles; contents are summed over their tokens, [contents] counts those of the chosen text.
+    `decision_tokens` are those of accusing and of closing a step.
+    """
     import torch
 
     def row_sums(hidden: HiddenStates, rows: PaddedBatch) -> tuple[Tensor, Tensor]:
@@ -144,13 +138,8 @@ def pair_log_probs(model: Module, batch: Batch, decision_tokens: tuple[int, int]
     rejected = chosen[:0]
     if batch.rejected is not None:
         rejected, _ = row_sums(hidden_states(model, batch.rejected), batch.rejected)
-    return PairLogProbs(
-        decision_chosen=torch.where(accused, accuse, close),
-        decision_rejected=torch.where(accused, close, accuse),
-        content_chosen=chosen[content],
-        content_rejected=rejected,
-        content_tokens=tokens[content],
-    )
+    decisions = [torch.where(accused, accuse, close), torch.where(accused, close, accuse)]
+    return torch.stack(decisions, 1), torch.stack([chosen[content], rejected], 1), tokens[content]
 
 
 def reference_log_probs(
@@ -173,9 +162,8 @@ def reference_log_probs(
     for start in range(0, len(by_length), size):
         batch = collate(by_length[start : start + size], tokenizer.pad_token_id)
         with torch.no_grad(), autocast(model):
-            got = pair_log_probs(model, batch, tokens)
-        decisions = iter(torch.stack([got.decision_chosen, got.decision_rejected], 1).tolist())
-        contents = iter(torch.stack([got.content_chosen, got.content_rejected], 1).tolist())
+            of_decisions, of_contents, _ = pair_log_probs(model, batch, tokens)
+        decisions, contents = iter(of_decisions.tolist()), iter(of_contents.tolist())
         for bundle in batch.bundles:
             found[bundle.key] = {
                 "decisions": [next(decisions) for _ in bundle.review.marks],

@@ -95,7 +95,7 @@ def test_a_pipe_ends_with_the_exit_code_of_its_last_error(monkeypatch, run):
     [
         (lambda whole: whole[: len(whole) // 2], "llama.cpp cannot load"),
         (lambda whole: whole[:4], "llama.cpp cannot load"),
-        (lambda whole: b"", "is not a GGUF file"),
+        (lambda whole: b"", "llama.cpp cannot load"),
         (None, "does not exist"),
     ],
 )

@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import quote
 
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 
 from sclite.chat.answer import Settings
 from sclite.chat.server import Server, run_server
-from sclite.chat.service import Completion, PlainText, Service
+from sclite.chat.service import Completion, Service, plain_text
 from sclite.config import Config
 from sclite.errors import DataError, UsageError
 from sclite.export.gguf_writer import write_gguf
@@ -641,9 +642,8 @@ def test_sigterm_finishes_what_is_in_flight(gguf, clients):
         process.stdout.close()
 
 
-def test_plain_text_of_a_stream_is_that_of_the_whole():
-    whole = PlainText().feed(WRONG, last=True)
-    plain = PlainText()
-    letters = "".join(plain.feed(letter) for letter in WRONG) + plain.feed("", last=True)
-    assert whole == letters == "1. 2 + 2 = 4\n2. 4 + 1 = 6\n3. 6 + 1 = 7\nAnswer: 7"
+def test_plain_text_grows_as_its_trace_does():
+    growing = [plain_text(WRONG[:count], complete=False) for count in range(len(WRONG) + 1)]
+    assert all(later.startswith(earlier) for earlier, later in pairwise(growing))
+    assert plain_text(WRONG, complete=True) == "1. 2 + 2 = 4\n2. 4 + 1 = 6\n3. 6 + 1 = 7\nAnswer: 7"
     assert parse(WRONG).trace.answer == "7"

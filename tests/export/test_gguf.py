@@ -77,17 +77,6 @@ def test_writer_gives_the_same_file_as_llama_cpp(request, converter, tmp_path, b
     assert ("output.weight" in our_tensors) == (base == "grouped")
 
 
-def test_header_has_the_numbers_and_tensors_that_gguf_reads(gguf, tmp_path):
-    quantize(gguf, tmp_path / "small.gguf", "q4_k_m")
-    for path in (gguf, tmp_path / "small.gguf"):
-        (numbers, tensors), (values, wanted) = read_gguf(path), read_all(path)
-        assert numbers == {name: value for name, value in values.items() if isinstance(value, int | float)}
-        assert list(tensors) == list(wanted)
-        for name, (kind, shape, rows) in tensors.items():
-            assert (kind, list(shape)) == (wanted[name].tensor_type, wanted[name].shape.tolist())
-            assert rows.tobytes() == wanted[name].data.tobytes()
-
-
 @pytest.mark.parametrize("damaged", [b"", b"GGUF", b"ELF", 8, 16, 24, 32, -1])
 def test_damaged_header_is_an_error(gguf, tmp_path, damaged):
     """Of the counts of tensors and entries, of the first key's length and text, or of the file's end."""

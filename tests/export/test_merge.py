@@ -152,7 +152,7 @@ def test_four_bit_weights_are_dequantized(student, copy_of, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"use_dora": True}, "DoRA"),
+        ({"use_dora": True}, "use_dora"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "olora"}, "olora"),
         ({"modules_to_save": ["embed_tokens"]}, "embed_tokens.weight, which .* ties to its output layer"),

@@ -204,8 +204,8 @@ def first_token_odds(model, tokenizer, request) -> list[float]:
 def test_decision_odds_in_training_equal_the_scores_in_use(config, run, report, bundles, attempts, questions):
     """Trained on the token positions that review asks for: the bundles and transformers' own logits agree to 1e-4."""
     model, tokenizer = load_student(config, "dpo", run.path("dpo/adapter"))
-    got = pair_log_probs(model, collate(bundles, tokenizer.pad_token_id), decision_ids(tokenizer))
-    signed = (got.decision_chosen - got.decision_rejected).tolist()
+    decisions, *_ = pair_log_probs(model, collate(bundles, tokenizer.pad_token_id), decision_ids(tokenizer))
+    signed = (decisions[:, 0] - decisions[:, 1]).tolist()
     for bundle in bundles:
         attempt = attempts[bundle.key]
         asked = next(read_odds(questions[attempt.id], parse(attempt.trace).trace))
@@ -220,14 +220,15 @@ def test_log_probabilities_are_sums_over_a_sides_own_tokens(config, run, bundles
     model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"))
     bundles = [bundle for bundle in bundles if bundle.rejected is not None]
     with torch.no_grad():
-        got = pair_log_probs(model, collate(bundles, tokenizer.pad_token_id), decision_ids(tokenizer))
+        batch = collate(bundles, tokenizer.pad_token_id)
+        _, contents, tokens = pair_log_probs(model, batch, decision_ids(tokenizer))
         for number, bundle in enumerate(bundles):
-            for side, found in ((bundle.review, got.content_chosen), (bundle.rejected, got.content_rejected)):
+            for side, found in zip((bundle.review, bundle.rejected), contents.T, strict=True):
                 logits = model(input_ids=torch.tensor([side.ids])).logits[0].log_softmax(-1)
                 places = [i for i, w in enumerate(side.weights) if w]
                 expected = sum(float(logits[i - 1, side.ids[i]]) for i in places)
                 assert float(found[number]) == pytest.approx(expected, abs=1e-2, rel=1e-4)
-            assert int(got.content_tokens[number]) == sum(w > 0 for w in bundle.review.weights)
+            assert int(tokens[number]) == sum(w > 0 for w in bundle.review.weights)
 
 
 def test_padding_changes_no_odds_and_has_neither_attention_nor_weight(config, run, bundles):
@@ -247,8 +248,9 @@ def test_padding_free_rows_give_the_same_gradients(config, run, bundles):
         changed = config.model_copy(update={"dpo": dpo})
         model, tokenizer = load_student(changed, "dpo", run.path("warmup/adapter"), train=True)
         assert model.padding_free is padding_free
-        got = pair_log_probs(model, collate(bundles, tokenizer.pad_token_id), decision_ids(tokenizer))
-        sides = [got.decision_chosen, got.decision_rejected, got.content_chosen, got.content_rejected]
+        batch = collate(bundles, tokenizer.pad_token_id)
+        decisions, contents, _ = pair_log_probs(model, batch, decision_ids(tokenizer))
+        sides = [*decisions.T, *contents.T]
         sum(side.sum() for side in sides).backward()
         gradients = [p.grad for p in model.parameters() if p.requires_grad]
         found.append(([side.tolist() for side in sides], gradients))
