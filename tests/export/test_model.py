@@ -765,7 +765,7 @@ def test_tokenizer_larger_than_the_embedding_is_an_error(base, run, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "more")
     tokenizer.add_tokens(["<Cause>"])
     tokenizer.save_pretrained(tmp_path / "more")
-    with pytest.raises(DataError, match=r"ids up to 512 .* embedding 512 rows") as error:
+    with pytest.raises(DataError, match=r"ids up to 512 .* embedding has only 512 rows") as error:
         export.export_model(config_of(tmp_path / "more"), run, "sft")
     assert "resize_token_embeddings" in error.value.hint
 
