@@ -1,8 +1,7 @@
 """The row types of the JSONL files in a run folder. Steps count from 1."""
 
-from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -17,13 +16,6 @@ class Row(BaseModel):
     """One line of a JSONL file: immutable; rejects unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A copy, without what was read from the old fields."""
-        copy = super().model_copy(update=update, deep=deep)
-        for name in copy.__dict__.keys() - type(self).model_fields.keys():
-            del copy.__dict__[name]
-        return copy
 
 
 class TraceRow(Row):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,10 +79,29 @@ class Tensors:
 
 
 def read_gguf(path: Path) -> GGUFReader:
-    """The header and the mapped tensors of a GGUF. Raises DataError if the file is damaged."""
-    from gguf import GGUFReader
+    """The header and the mapped tensors of a GGUF, without arrays. Raises DataError if the file is damaged."""
+    import numpy as np
+    from gguf import GGUFReader, GGUFValueType
+
+    class Reader(GGUFReader):
+        """Skips arrays: an object for each token takes 9 seconds for a vocabulary of 150,000."""
+
+        def _get_field_parts(
+            self, orig_offs: int, raw_type: int
+        ) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
+            if raw_type != GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            data: Any = self.data
+            kind, count = struct.unpack_from("<IQ", data, orig_offs)
+            end = orig_offs + 12
+            if kind != GGUFValueType.STRING:
+                end += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
+            else:
+                for _ in range(count):
+                    end += 8 + struct.unpack_from("<Q", data, end)[0]
+            return end - orig_offs, [], [], [GGUFValueType.ARRAY]
 
     try:
-        return GGUFReader(path)
-    except (LookupError, ValueError, ArithmeticError) as error:
+        return Reader(path)
+    except (struct.error, LookupError, ValueError, ArithmeticError) as error:
         raise DataError(f"{path} is not a GGUF file: {error}", "run `sclite export` again") from error

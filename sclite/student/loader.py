@@ -168,14 +168,9 @@ def check_tokenizer(tokenizer: Tokenizer, model_config: PretrainedConfig, name: 
         if question not in prompt_text(tokenizer, messages):
             raise DataError("the student's chat template drops the question", "choose an instruct model")
         ids = prompt_ids(tokenizer, messages)
-        if unknown in ids:
-            raise DataError(
-                "the student's chat template uses a token that is not in its vocabulary",
-                "check the student's chat_template and added tokens",
-            )
-        if end_id(tokenizer) == unknown:
-            message = "the student's end-of-turn token is not in its vocabulary"
-            raise DataError(message, "choose an instruct model")
+        if unknown in (*ids, end_id(tokenizer)):
+            why = "the student's chat template uses a token that is not in its vocabulary"
+            raise DataError(why, "choose an instruct model, or check its chat_template and added tokens")
         every_tag = render(Trace((Step("1", "1", "1", "1"),), "1", "1"))
         used.update(ids, prompt_ids(tokenizer, prompts.review_messages(question, every_tag)))
     size = model_config.get_text_config().vocab_size

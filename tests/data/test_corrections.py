@@ -134,7 +134,7 @@ def test_teacher_at_another_address_is_the_same_teacher(run, grader):
 
 def test_what_the_student_wrote_is_no_leak(grader):
     text = "as in the reference solution \ufffd 48 + 24 = 72"
-    attempt = ATTEMPT.model_copy(update={"trace": ATTEMPT.trace.replace("48 + 24 = 72", text)})
+    attempt = Attempt(**ATTEMPT.model_dump() | {"trace": ATTEMPT.trace.replace("48 + 24 = 72", text)})
     kept = GOOD.replace("48 + 24 = 72", text)
     assert isinstance(check_review(kept, attempt, PROBLEM, grader), Trace)
     leak = kept.replace("36 + 5 = 41", "36 + 5 = 41, as in the reference solution")
@@ -193,7 +193,7 @@ def test_warning_if_there_are_no_confirmations(run, grader, warnings, right, sha
 
 
 def test_confirmation_has_no_notes_of_a_self_corrected_attempt(run, grader):
-    noted = ATTEMPT.model_copy(update={"id": "n", "correct": True, "answer": "41", "trace": GOOD})
+    noted = Attempt(**ATTEMPT.model_dump() | {"id": "n", "correct": True, "answer": "41", "trace": GOOD})
     fill(run, others=(noted,))
     build(run, grader)
     (confirmed,) = [row for row in run.read("reviews.jsonl", Review) if row.step is None]
@@ -204,7 +204,7 @@ def test_confirmation_has_no_notes_of_a_self_corrected_attempt(run, grader):
 
 def test_unusable_and_identical_attempts_are_counted_and_not_sent(run, grader):
     unknown = ATTEMPT.model_copy(update={"id": "u", "correct": None})
-    torn = ATTEMPT.model_copy(update={"id": "t", "trace": "<Step1>cut in the mid"})
+    torn = Attempt(**ATTEMPT.model_dump() | {"id": "t", "trace": "<Step1>cut in the mid"})
     fill(run, others=(unknown, torn, ATTEMPT.model_copy(update={"id": "w0", "sample": 1})))
     report, asked = build(run, grader)
     assert report.dropped == {"outcome_unknown": 1, "attempt_not_readable": 1}

@@ -118,7 +118,7 @@ def test_work_without_an_answer_is_not_closed(folder, tmp_path):
 
     def broken(attempt):
         trace = attempt.trace.partition("<Answer>")[0] if attempt.id == "p1" else attempt.trace
-        return attempt.model_copy(update={"trace": trace})
+        return Attempt(**attempt.model_dump() | {"trace": trace})
 
     _, rows = rows_of(folder, tmp_path, broken, replay_share=4.0)
     assert "p1/0/continued" in rows
@@ -139,7 +139,7 @@ def test_corrections_within_an_attempt_are_removed_from_its_work(folder, tmp_pat
     def noted(attempt):
         slip = "<Step1>1 + 1 = 3\n<Cause>It is 2.</Cause>\n<Correction>"
         trace = attempt.trace.replace("<Step1>", slip).replace("\n<Key>", "</Correction>\n<Key>")
-        return attempt.model_copy(update={"trace": trace})
+        return Attempt(**attempt.model_dump() | {"trace": trace})
 
     tokenizer, rows = rows_of(folder, tmp_path, noted)
     for number in (2, 5):
