@@ -297,15 +297,6 @@ def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
     return context.add(report, f"{text.partition(':')[0]}: {counts}{adapted}")
 
 
-def is_sft_stale(context: Context) -> bool:
-    """Whether the student that makes the attempts would be trained again, so that their corrections would be lost."""
-    from sclite.inspect.status import STALE, read_status
-
-    if context.config.attempts.kind != "trained":
-        return False
-    return read_status(context.config, context.run)["stages"]["sft"]["state"] == STALE
-
-
 # -- evaluation ----------------------------------------------------------------------------------------------------
 
 

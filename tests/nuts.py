@@ -30,7 +30,7 @@ from tests.toy import write_rows
 OWN = {
     "sft": {"num_train_epochs": 6},
     "attempts": {"samples": 1, "reviews": 1, "temperature": 0.3},
-    "warmup": {"num_train_epochs": 4},
+    "warmup": {"num_train_epochs": 3},
 }
 QUESTION = "Tom has {} nuts. How many nuts does Tom have now?"
 WORK = "The student's work:\n"

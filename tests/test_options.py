@@ -9,7 +9,7 @@ import pytest
 
 from sclite.errors import DataError, UsageError
 from sclite.records import Problem
-from sclite.run import Run
+from sclite.run import Report, Run
 from sclite.settings import load
 from tests.toy import write_rows
 
@@ -234,3 +234,16 @@ def test_a_setting_after_an_option_of_the_same_meaning_wins(build):
     problems(6)
     assert build("mine.jsonl", "--max-cost", "0.5", "--set", "teacher.max_cost=2").code == 0
     assert tomllib.loads(Path("runs/default/run.toml").read_text())["teacher"]["max_cost"] == 2
+
+
+def test_no_corrections_are_bought_for_a_student_that_new_templates_make_stale(build, teacher_of_sums):
+    problems(6)
+    assert build("mine.jsonl", "--limit", "4").code == 0
+    run = Run("runs/default")
+    run.path("sft/adapter").mkdir(parents=True)
+    run.path("sft/adapter/adapter_model.safetensors").write_bytes(b"weights")
+    run.sign("sft", {"templates.jsonl": run.file_digest("templates.jsonl")}, Report("sft"))
+    ended = build("mine.jsonl", "--set", "student.model=embedded")
+    assert ended.code == 0
+    assert "corrections: skipped, SFT has not seen these templates; `sclite train --fresh`" in ended.err
+    assert len(teacher_of_sums.requests) == rows("templates.jsonl") == rows()

@@ -189,9 +189,9 @@ def make_run(folder) -> Run:
     run.sign("templates", {"prompts": "0123456789abcdef"}, Report("templates"))
     with Ledger(run.path("ledger.sqlite")) as ledger:
         ledger.sent("a", "templates", "openai/large")
-        ledger.put("a", Entry("text", "stop", 100, 40, 0.25, 1.0))
+        ledger.put("a", Entry("text", "stop", 100, 40, 0.25))
         ledger.sent("b", "templates", "openai/large")
-        ledger.put("b", Entry("text", "stop", 10, 4, None, 1.0))
+        ledger.put("b", Entry("text", "stop", 10, 4, None))
     return run
 
 
@@ -277,7 +277,7 @@ def pay(run, stage: str, *costs: float | None) -> None:
     with Ledger(run.path("ledger.sqlite")) as ledger:
         for number, cost in enumerate(costs):
             ledger.sent(f"{stage} {number}", stage, "m")
-            ledger.put(f"{stage} {number}", Entry("text", "stop", 100, 20, cost, 1.0))
+            ledger.put(f"{stage} {number}", Entry("text", "stop", 100, 20, cost))
 
 
 class ScriptedStudent(Student):

@@ -48,6 +48,7 @@ def build_data(
     from sclite import forecast, pipeline
     from sclite.inspect import summaries
     from sclite.inspect.plan import correction_cost_text
+    from sclite.inspect.status import STALE, read_status
 
     if only not in (None, "templates", "corrections"):
         raise UsageError(f"invalid value for --only: {only}", "use --only templates or --only corrections")
@@ -89,7 +90,9 @@ def build_data(
             pipeline.divided_problems(context, reread=only != "corrections" or named)
         if only != "corrections":
             pipeline.build_templates(context, fresh)
-        if both and pipeline.is_sft_stale(context):
+        sft = both and read_status(context.config, context.run)["stages"]["sft"]
+        if sft and sft["state"] == STALE and context.config.attempts.kind == "trained":
+            # it would be trained again, and its attempts and their corrections would be lost
             retrain = "`sclite train --fresh` trains it again and corrects its attempts"
             context.display.print(f"corrections: skipped, SFT has not seen these templates; {retrain}")
         elif both or only == "corrections":

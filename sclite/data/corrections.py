@@ -69,8 +69,7 @@ def write_corrections(
         refuse_other_basis(run.read_json(begun, dict[str, object]), basis, run.path("reviews.jsonl"))
     with timed(report):
         hint = "run `sclite train`: it trains SFT, then samples attempts"
-        every = run.require("attempts.jsonl", Attempt, hint)
-        attempts = deduplicate(every)
+        attempts = deduplicate(run.require("attempts.jsonl", Attempt, hint))
         wrong, drops = split_usable(attempts)
         jobs = correction_jobs(config, run, grader, wrong)
         reviews: list[Review] = []
@@ -122,9 +121,6 @@ def write_corrections(
             "no attempt is right and well-formed: without confirmations the student learns to flag every step"
         )
         report.warn(progress, f"{why}; add easier problems, or raise attempts.samples")
-    # duplicates of another wrong attempt at the same problem, sent to the teacher once
-    if repeated := sum(a.correct is not True for a in every) - sum(a.correct is not True for a in attempts):
-        report.counts["duplicate_attempts"] = repeated
     signed = with_unanswered(inputs, count_unanswered(report.dropped))
     run.sign("corrections", signed, report, {"reviews.jsonl": len(rows)})
     return report

@@ -78,11 +78,6 @@ def to_text(value: object, name: str) -> str:
     """A cell, or the one element of a list, as text; empty if it is missing. BadRow for anything but text and numbers."""
     if isinstance(value, list | tuple) and len(value) < 2:
         value = value[0] if value else None
-    if isinstance(value, bytes):
-        try:
-            value = value.decode()
-        except UnicodeDecodeError as error:
-            raise BadRow("not_text", f"{name} is bytes that are not UTF-8") from error
     if value is None or value != value:  # NaN
         return ""
     if isinstance(value, float | Decimal) and math.isinf(value):

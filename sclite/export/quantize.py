@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sclite.cores import usable_cores
 from sclite.errors import DataError, DeviceError, ScliteError, UsageError
 from sclite.export.tensors import read_gguf
 from sclite.student.llama_cpp.engine import last_errors, llama
@@ -58,7 +59,7 @@ def quantize(
         return 0, ""
     api = llama()
     parameters = api.llama_model_quantize_default_params()
-    parameters.ftype, parameters.nthread = number, os.cpu_count() or 1
+    parameters.ftype, parameters.nthread = number, usable_cores()
     if importance:
         # the last one, with no name, ends it
         entries = (api.llama_model_imatrix_data * (len(importance) + 1))()

@@ -4,12 +4,12 @@ A verdict is True, False, or None for unknown (a timeout or a failure of the gra
 """
 
 import contextlib
-import os
 import queue
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+from sclite.cores import usable_cores
 from sclite.grading.equality import Verdict, compare
 from sclite.grading.extract import boxed
 from sclite.grading.normalization import normalize
@@ -51,7 +51,7 @@ class Grader(contextlib.AbstractContextManager["Grader"]):
 
     def __init__(self, seconds: float = 5.0, processes: int | None = None):
         self.seconds = seconds
-        self.processes = processes or min(os.cpu_count() or 1, MAX_PROCESSES)
+        self.processes = processes or min(usable_cores(), MAX_PROCESSES)
         # those that have started are taken first
         self.idle: queue.LifoQueue[HelperProcess] = queue.LifoQueue()
         for _ in range(self.processes):

@@ -13,7 +13,7 @@ from sclite.errors import DataError
 
 FILE = "ledger.sqlite"
 REPLIED, REFUSED, EMPTY = "replied", "refused", "empty"
-_FIELDS = ("text", "finish_reason", "prompt_tokens", "completion_tokens", "cost_usd", "seconds", "max_tokens")
+_FIELDS = ("text", "finish_reason", "prompt_tokens", "completion_tokens", "cost_usd", "max_tokens")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS requests (
     key TEXT PRIMARY KEY,
@@ -29,7 +29,6 @@ CREATE TABLE IF NOT EXISTS requests (
     prompt_tokens INTEGER,
     completion_tokens INTEGER,
     cost_usd REAL,
-    seconds REAL NOT NULL DEFAULT 0,
     max_tokens INTEGER                      -- the limit with which it was sent, if any
 ) WITHOUT ROWID
 """
@@ -37,7 +36,7 @@ _SENT = """INSERT INTO requests (key, stage, model, state, sent, reserved_usd) V
 ON CONFLICT (key) DO UPDATE SET state = 'sent', sent = sent + 1, reserved_usd = excluded.reserved_usd,
 lost_usd = lost_usd + COALESCE(cost_usd, 0), cost_usd = NULL"""
 _REPLY = """UPDATE requests SET state = ?, text = ?, finish_reason = ?, prompt_tokens = ?, completion_tokens = ?,
-cost_usd = ?, seconds = ?, max_tokens = ? WHERE key = ?"""
+cost_usd = ?, max_tokens = ? WHERE key = ?"""
 _FAILED = "UPDATE requests SET state = 'failed', text = ? WHERE key = ?"
 _LOST = "UPDATE requests SET state = 'given_up', given_up = given_up + 1, lost_usd = lost_usd + reserved_usd, text = ?"
 _TOTAL_NAMES = (
@@ -96,7 +95,6 @@ class Entry:
     prompt_tokens: int | None  # None if the endpoint does not report it
     completion_tokens: int | None
     cost_usd: float | None  # None if the price is unknown
-    seconds: float
     max_tokens: int | None = None  # the limit with which it was requested
 
 

@@ -3,14 +3,14 @@
 import asyncio
 import random
 import re
-import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
 from sclite import config
+from sclite.prompts import Messages
 from sclite.signature import digest
 from sclite.teacher.failures import LONGEST_WAIT_SECONDS, REFUSED, STOP, Failure, read_failure, teacher_error
 from sclite.teacher.ledger import Entry, Ledger
@@ -18,7 +18,6 @@ from sclite.teacher.limits import Budget, RateLimiter
 from sclite.teacher.provider import Provider, connect
 from sclite.teacher.reply import CUT_IN_REASONING
 
-Messages = Sequence[Mapping[str, str]]
 MIN_FAILURES = 5  # different requests that must fail before the teacher is to blame rather than the requests
 REFUSED_BY_TEACHER = "refused_by_teacher"
 SENT: ContextVar[set[str]] = ContextVar("SENT")  # keys of the requests that the current job has sent
@@ -165,8 +164,7 @@ class Sender:
                 else:
                     self.limiter.record(began)
                     tokens, cost_usd = provider.charge(completion, limits)
-                    seconds = round(time.monotonic() - began, 3)
-                    given = (*tokens, cost_usd, seconds, parameters["max_tokens"])
+                    given = (*tokens, cost_usd, parameters["max_tokens"])
                     entry = Entry(completion.text, completion.finish_reason, *given)
                     self.ledger.put(key, entry)  # its cost counts from now on
             if entry is not None:
@@ -184,7 +182,7 @@ class Sender:
                     "moderat|flagged", failure.message, re.IGNORECASE
                 )
                 alone = failure.status in _ABOUT_REQUEST or bool(flagged)
-                entry = Entry(failure.message, REFUSED, None, None, None, 0.0, parameters["max_tokens"])
+                entry = Entry(failure.message, REFUSED, None, None, None, parameters["max_tokens"])
                 self._refused[key] = number, failure, entry if alone else None
                 self._settle_refusals()
                 if len(self._refused) >= max(MIN_FAILURES, settings.concurrency):

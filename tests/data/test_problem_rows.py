@@ -128,9 +128,9 @@ def test_id_like_those_of_the_chats_feedback_is_replaced_by_a_hash():
 
 @pytest.mark.parametrize(
     ("cell", "gold"),
-    [(["7"], "7"), ([2], "2"), (b"2", "2"), (7.0, "7"), (0.5, "0.5"), (Decimal("2.50"), "2.50"), (10**20, "1" + "0" * 20)],
+    [(["7"], "7"), ([2], "2"), (7.0, "7"), (0.5, "0.5"), (Decimal("2.50"), "2.50"), (10**20, "1" + "0" * 20)],
 )  # fmt: skip
-def test_numbers_bytes_and_lists_of_one_are_read_as_text(cell, gold):
+def test_numbers_and_lists_of_one_are_read_as_text(cell, gold):
     assert answer(answer=cell) == gold
 
 
@@ -138,7 +138,7 @@ def test_numbers_bytes_and_lists_of_one_are_read_as_text(cell, gold):
     ("cell", "said"),
     [
         (["3", "5"], "the answer is a list of 2"), ({"value": 7}, "the answer is an object"), (math.inf, "infinite"),
-        ([{"value": 7}], "the answer is an object"), (b"\xff\xfe", "bytes that are not UTF-8"),
+        ([{"value": 7}], "the answer is an object"), (b"2", "the answer is bytes"),
         (date(2020, 1, 2), "the answer is date"),
     ],
 )  # fmt: skip

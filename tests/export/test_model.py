@@ -306,6 +306,18 @@ def test_figure_that_is_no_number_is_a_violation(figure):
     assert len(parity.find_violations(result, Export())) == 1
 
 
+@pytest.fixture(autouse=True)
+def _without_probe(request, monkeypatch):
+    """No GGUF is first opened in another process, except for tests of those that llama.cpp cannot open."""
+    if "probe" not in request.fixturenames:
+        monkeypatch.setattr(export, "check_gguf", lambda path: None)
+
+
+@pytest.fixture
+def probe():
+    """GGUFs are first opened in another process."""
+
+
 def test_several_types_are_made_from_one_merge_and_again_if_one_is_damaged(base, run, instead):
     calls = []
     instead("merge", lambda merge, *given, **named: calls.append(given) or merge(*given, **named))
@@ -749,7 +761,7 @@ def test_model_card_has_base_files_and_evaluation_and_another_base_a_warning(bas
     assert "was trained on org/other" in ollama.write_modelfile(run, config, "sft")[1][-1]
 
 
-def test_tokenizer_that_aborts_llama_cpp_is_an_error(base, run, monkeypatch):
+def test_tokenizer_that_aborts_llama_cpp_is_an_error(base, run, monkeypatch, probe):
     """Without byte tokens llama.cpp aborts with an uncaught std::out_of_range."""
     add = GGUFWriter.add_token_list
     without_bytes = lambda self, tokens: add(self, [token.replace("<0x", "<1x") for token in tokens])  # noqa: E731

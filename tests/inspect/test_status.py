@@ -7,14 +7,11 @@ from pathlib import Path
 import pytest
 
 from sclite import prompts
-from sclite.context import Context
 from sclite.data import attempts, corrections, templates
 from sclite.data.problems import split_for_stages
 from sclite.errors import DataError
 from sclite.evaluate.threshold import FittedThreshold, store_threshold
 from sclite.inspect.status import OUTPUTS, Stage, next_command, read_status
-from sclite.pipeline import is_sft_stale
-from sclite.progress import ProgressDisplay
 from sclite.records import FEEDBACK, Attempt, Drop, Feedback, Problem, Review, Template
 from sclite.run import Report, Run
 from sclite.settings import load
@@ -116,16 +113,6 @@ def test_another_teacher_for_the_corrections_makes_no_learned_templates_stale(bu
     found = states(trained, other)
     assert (found["templates"], found["sft"], found["corrections"]) == ("done", "done", "done")
     assert following(trained, other) == "sclite train"
-
-
-def test_new_templates_make_the_student_stale_whose_attempts_would_be_corrected(trained):
-    def stale(*more: str) -> bool:
-        return is_sft_stale(Context(config(trained, *more), trained, ProgressDisplay(quiet=True)))
-
-    assert not stale()
-    trained.replace("templates.jsonl", TEMPLATES)
-    assert stale()
-    assert not stale("attempts.student=openai/other")
 
 
 def test_a_run_must_exist_and_needs_a_configuration_problems_and_a_teacher(run):

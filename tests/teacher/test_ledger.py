@@ -12,7 +12,7 @@ from sclite.errors import DataError
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.teacher.sender import Sender
 
-ENTRY = Entry("hello", "stop", 10, 3, 0.25, 1.5)
+ENTRY = Entry("hello", "stop", 10, 3, 0.25)
 MESSAGES = [{"role": "user", "content": "q"}]
 
 
@@ -35,7 +35,7 @@ def test_reply_is_there_after_reopening(path):
 
 def test_unknown_cost_is_counted_and_not_zero(ledger):
     keep(ledger, "a")
-    keep(ledger, "b", Entry("x", "stop", None, None, None, 0.1))
+    keep(ledger, "b", Entry("x", "stop", None, None, None))
     keep(ledger, "c", stage="corrections")
     assert ledger.totals("templates") == {
         "requests": 2, "sent": 2, "given_up": 0, "prompt_tokens": 10, "completion_tokens": 3,
@@ -68,7 +68,7 @@ def test_killed_process_loses_no_written_reply(path):
         "ledger = Ledger(sys.argv[1])\n"
         "for i in range(10**6):\n"
         "    ledger.sent(str(i), '', '')\n"
-        "    ledger.put(str(i), Entry('t', 'stop', 1, 1, None, 0.0)); ledger.flush(); print(i, flush=True)\n"
+        "    ledger.put(str(i), Entry('t', 'stop', 1, 1, None)); ledger.flush(); print(i, flush=True)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
     printed = [int(process.stdout.readline()) for _ in range(30)]
@@ -132,7 +132,7 @@ def test_file_that_is_missing_or_not_a_ledger_is_reported_and_left_as_it_is(path
 def test_damaged_ledger_is_recovered_moved_aside_or_read_with_its_bad_byte(path, capsys):
     with Ledger(path) as ledger:
         for number in range(400):
-            keep(ledger, f"{number:03}", Entry("text " * 100, "stop", 1, 1, 0.5, 1.0))
+            keep(ledger, f"{number:03}", Entry("text " * 100, "stop", 1, 1, 0.5))
     whole, page = path.read_bytes(), 4096
     middle = len(whole) // 2 // page * page
     path.write_bytes(whole[:middle] + b"\xff" * page + whole[middle + page :])
@@ -146,15 +146,13 @@ def test_damaged_ledger_is_recovered_moved_aside_or_read_with_its_bad_byte(path,
     with Ledger(path) as ledger:
         assert ledger.totals()["requests"] == kept
     with Ledger(path) as ledger:
-        keep(ledger, "a", Entry("one two three", "stop", 1, 1, 0.5, 1.0))
+        keep(ledger, "a", Entry("one two three", "stop", 1, 1, 0.5))
     path.write_bytes(path.read_bytes().replace(b"one two", b"one\xff two"[:7]))
     with Ledger(path) as ledger:
         assert ledger.get("a").text.startswith("one\ufffd")
 
 
-@pytest.mark.parametrize(
-    "bad", [Entry("a \ud83d", "stop", 1, 1, 0.1, 0.0), Entry("a", "stop", 2**63, 1, 0.1, 0.0)]
-)
+@pytest.mark.parametrize("bad", [Entry("a \ud83d", "stop", 1, 1, 0.1), Entry("a", "stop", 2**63, 1, 0.1)])
 def test_row_that_cannot_be_written_fails_without_losing_others(path, bad):
     ledger = Ledger(path)
     for key, entry in zip("abc", (ENTRY, bad, ENTRY), strict=True):

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import numpy as np
 
+from sclite.cores import usable_cores
 from sclite.errors import DataError, DeviceError, UsageError
 from sclite.student.base import Messages, Reply, Request, ScoreRequest, Scores
 from sclite.student.chat_template import render_chat, renderer
@@ -163,7 +164,7 @@ class Engine(AbstractContextManager["Engine"]):
         # Small models decode with one thread. Others get the cores that this process may use, or half of them if more
         # than 8 (hyperthreads); and one sequence of a model under 1B parameters half of the cores: on a busy machine a
         # 135M model wrote 78 tokens/s with 1 of 2 cores, 29 with both.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = usable_cores()
         threads = 1 if count < SMALL else cores if cores <= 8 else cores // 2
         one = max(1, cores // 2) if SMALL <= count < 1_000_000_000 else threads
         parameters = api.llama_context_default_params()
