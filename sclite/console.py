@@ -129,6 +129,7 @@ def page(pieces: Iterable["Text"]) -> None:
     if not console.is_terminal:
         sys.stdout.writelines(piece.plain for piece in pieces)
         return
+    os.environ.pop("MANPAGER", None)  # which rich would prefer
     os.environ.setdefault("LESS", "-RFX")  # F: exit at once if it fits on one screen
     with console.pager(styles=True):
         for piece in pieces:

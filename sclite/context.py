@@ -55,7 +55,7 @@ class Context:
     def on_gpu(self, work: Callable[..., Report], *arguments: Any, progress: Progress) -> Report:
         """As `isolate`; a student behind an endpoint needs no GPU, and no process."""
         if self.config.attempts.kind == "endpoint":
-            return work(self.config, self.run, *arguments, progress=progress)
+            return work(self.config, self.run, *arguments, progress=progress, context=self)
         return self.isolate(work, self.config, *arguments, progress=progress)
 
     @contextmanager

@@ -144,7 +144,7 @@ def run_checks(config: Config) -> Iterator[Check]:
     found = "unknown" if ram is None else f"{ram / 1e9:.0f} GB available"
     why = "to train and export 7B and 8B models" if gpus else "for a run with a small student on the CPU"
     yield Check("RAM", ram is None or ram > needed * 1e9, found, f"free {needed} GB {why}")
-    run, needed = Path(config.run), 40 if gpus else 5
+    run, needed = Path(config.run), 60 if gpus else 5
     folder = next((path for path in (run, *run.parents) if path.is_dir()), Path("."))
     free = shutil.disk_usage(folder).free / 1e9
     student = "an 8B model" if gpus else "a small student"

@@ -10,17 +10,20 @@ from sclite.evaluate.threshold import MIN_PROBLEMS, ensure_threshold, is_current
 from sclite.records import Problem
 from sclite.run import Report
 from sclite.student.adapters import STUDENTS, adapter_weights
-from sclite.student.ggufs import adapters_of, find_ggufs, gguf_path
+from sclite.student.ggufs import adapters_of, export_stage, find_ggufs, gguf_path, inputs_of
 from sclite.student.step_scores import Cutoff
 
 REVIEW_OFF = "review is off; turn it on with --self-correct"
 
 
 def check_chat_template(context: Context) -> None:
-    """Raise DataError, before hours of training, for a chat template that could not be exported. Loads the tokenizer alone."""
+    """Raise, before hours of training, for a type or a chat template that could not be exported. Loads the tokenizer alone."""
     from sclite.export.chat_format import trained_format
+    from sclite.export.quantize import quantization_type
     from sclite.student.loader import load_tokenizer, model_name
 
+    for quant in context.config.export.types:
+        quantization_type(quant)
     with context.display.wait("checking the chat template"):
         trained_format(context.config, load_tokenizer(model_name(context.config.student)))
 
@@ -37,7 +40,10 @@ def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
         raise DataError(f"{context.run.path(adapter_weights(missing[0]))} is missing", hint)
     quiet_libraries()
     made = []
-    text = f"export: merge, write GGUF, quantize ({describe_sizes(context.config)})"
+    config, run, sizes = context.config, context.run, ""
+    if any(run.done(export_stage(name, config), inputs_of(config, run, name)) is None for name in chosen):
+        sizes = f" ({describe_sizes(config)})"  # for which the base must be there
+    text = f"export: merge, write GGUF, quantize{sizes}"
     with context.display.stage("export", text) as progress:
         for number, name in enumerate(chosen, 1):
             made.append(export_model(context.config, context.run, name))
@@ -45,10 +51,10 @@ def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
         if chosen[-1] == context.students()[-1]:
             path, warnings = write_modelfile(context.run, context.config, chosen[-1])
             made[-1].figures |= {"modelfile": str(path), "warnings": list(warnings)}
-    sizes = [f"{file['megabytes']:g} MB" for report in made for file in report.figures["files"].values()]
+    written = [f"{file['megabytes']:g} MB" for report in made for file in report.figures["files"].values()]
     context.reports += made
     skipped = all(report.skipped for report in made)
-    context.display.done("export", f"export: {len(sizes)} GGUF ({', '.join(sizes)})", skipped)
+    context.display.done("export", f"export: {len(written)} GGUF ({', '.join(written)})", skipped)
     return made
 
 

@@ -170,13 +170,19 @@ def build_corrections(context: Context, fresh: bool = False, alone: bool = False
 
 
 def sample_student(
-    config: Config, run: Run, stage: str, problems: Sequence[Problem], with_student: bool, progress: Progress
+    config: Config,
+    run: Run,
+    stage: str,
+    problems: Sequence[Problem],
+    with_student: bool,
+    progress: Progress,
+    context: Context | None = None,
 ) -> Report:
     """The attempts or pairs stage, with its student if one is needed; it may run in another process."""
     from sclite.data import attempts, pairs
     from sclite.grading.grader import Grader
 
-    context = Context(config, run, ProgressDisplay(quiet=True))
+    context = context or Context(config, run, ProgressDisplay(quiet=True))
     adapter = "sft/adapter" if stage == "attempts" else "warmup/adapter"
     made = context.student(adapter, stage, progress) if with_student else nullcontext()
     with Grader() as grader, made as student:
@@ -209,8 +215,6 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
     from sclite.inspect.plan import correction_cost_text
     from sclite.train.sft import read_templates
 
-    if only not in (None, "sft", "dpo"):
-        raise UsageError(f"--only {only}: no such stage", "use --only sft or --only dpo")
     if only == "dpo":
         require_sft(context)
     elif not context.run.is_imported("sft", adapter_weights("sft")):

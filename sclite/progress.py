@@ -285,5 +285,5 @@ class ProgressDisplay:
         if skipped:
             self.skipped.add(name)
         if not self.quiet:
-            suffix = "up to date, skipped" if skipped else format_duration(self.finished.get(name, 0.0))
+            suffix = "· up to date, skipped" if skipped else format_duration(self.finished.get(name, 0.0))
             console.note(f"[green]✓[/] {escape(text)} [dim]{suffix}[/]")

@@ -52,8 +52,10 @@ class Run:
         return self.folder / name
 
     def is_begun(self) -> bool:
-        """Whether this is a run: a folder with more in it than the lock, ledger and feedback of a chat."""
-        return any(path.name not in (LOCK, FEEDBACK, *LEDGER) for path in self.folder.glob("*"))
+        """Whether this is a run: a folder with more than the lock, ledger and feedback of a chat, and what an `eval` dropped."""
+        return any(
+            path.name not in (LOCK, FEEDBACK, "dropped.jsonl", *LEDGER) for path in self.folder.glob("*")
+        )
 
     # -- lock and settings -----------------------------------------------------------------------------------------
 

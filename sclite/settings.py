@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -124,6 +125,14 @@ def _assign(tree: dict[str, Any], path: list[str], text: str) -> None:
     tree[path[-1]] = value
 
 
+PLAIN = {
+    "tuple_type": "write a list, such as [0.5, 1.5]",
+    "missing": "a value is missing",
+    "model_type": "this is a section, which has keys of its own",
+}
+"""Messages instead of pydantic's, by its type of error."""
+
+
 def _explain(error: ValidationError) -> tuple[str, str]:
     """(message, hint): all errors in one message, and a suggestion for each unknown key, named if there are several."""
     known, lines, meanings = keys(), [], []
@@ -147,11 +156,14 @@ def _explain(error: ValidationError) -> tuple[str, str]:
                 near = like(unknown, names, 1, 0.8) or like(unknown, known, 1, 0.75)
                 hint = f"{section} has {', '.join(own)}." if own else ""
                 hint = f"did you mean {names[near[0]]}?" if near else hint
+                if re.search("key|token|secret|password", unknown):
+                    hint = "keys and tokens come from the environment, such as OPENAI_API_KEY"
                 hints.setdefault(hint, []).append(unknown)
         else:
             # what is refused in teacher.extra may be a secret
             shown = key if key == "teacher.extra" else f"{key} = {failure['input']!r}"
-            lines.append(f"{shown}: {failure['msg'][0].lower()}{failure['msg'][1:]}")
+            message = PLAIN.get(failure["type"]) or f"{failure['msg'][0].lower()}{failure['msg'][1:]}"
+            lines.append(f"{shown}: {message}")
             if (field := known.get(key)) is not None and field.description:
                 meanings.append(f"{key}: {field.description}.")
     hints.pop("", None)

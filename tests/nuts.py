@@ -5,7 +5,7 @@ others are dropped. So the student solves every problem with 10, also after stag
 teacher corrects every attempt to 20. The words are those that the bundled student knows.
 
     with nuts_project(folder):
-        sclite(folder, "build-data")
+        run_command(folder, "build-data")
 """
 
 import os
@@ -37,7 +37,7 @@ WORK = "The student's work:\n"
 KEPT = ("student", "attempts", "sft", "warmup", "dpo", "export", "eval")  # of the quickstart
 
 
-def sclite(folder: Path, *arguments: str, text: str = "") -> str:
+def run_command(folder: Path, *arguments: str, text: str = "") -> str:
     """What a command in a process of its own prints."""
     command = [sys.executable, "-m", "sclite", *arguments]
     environment = {**os.environ, "OPENAI_API_KEY": "sk-test"}

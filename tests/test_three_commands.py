@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.nuts import QUESTION, nuts_project, sclite
+from tests.nuts import QUESTION, nuts_project, run_command
 
 
 @pytest.fixture(scope="module")
@@ -13,8 +13,8 @@ def trained(tmp_path_factory):
     """A folder in which build-data and train have run."""
     folder = tmp_path_factory.mktemp("project")
     with nuts_project(folder):
-        sclite(folder, "build-data")
-        sclite(folder, "train")
+        run_command(folder, "build-data")
+        run_command(folder, "train")
         yield folder
 
 
@@ -23,7 +23,7 @@ def test_three_commands_end_in_a_chat_that_reviews(trained):
     assert found["problems"] == 50
     assert found["acc_t2"] > found["acc_t1"]
     asked = "\n".join(QUESTION.format(n) for n in range(12, 210, 4))
-    lines = sclite(trained, "chat", "--self-correct", "--json", text=asked).splitlines()
+    lines = run_command(trained, "chat", "--self-correct", "--json", text=asked).splitlines()
     answers = [json.loads(line) for line in lines]
     assert all(answer["step_scores"] for answer in answers)
     assert any(f"<Answer>{answer['answer']}</Answer>" not in answer["first"] for answer in answers)
@@ -35,21 +35,34 @@ def test_nothing_was_trained_on_the_problems_of_the_threshold(trained):
     assert len({json.loads(line)["id"] for line in lines}) == 150
 
 
-def test_afterwards_all_is_done_and_train_repairs_what_is_missing(trained):
-    status = json.loads(sclite(trained, "status", "--json"))
+@pytest.fixture
+def command(sclite, monkeypatch, trained):
+    """Runs a command in the folder; returns what it prints."""
+    monkeypatch.chdir(trained)
+
+    def call(*arguments: str) -> str:
+        ended = sclite(*arguments)
+        assert ended.code == 0, ended.err
+        return ended.out
+
+    return call
+
+
+def test_afterwards_all_is_done_and_train_repairs_what_is_missing(trained, command):
+    status = json.loads(command("status", "--json"))
     assert {name for name, stage in status["stages"].items() if stage["state"] != "done"} == {"eval"}
     assert status["next"].startswith("sclite chat")
-    stages = json.loads(sclite(trained, "run", "--yes", "--json"))
+    stages = json.loads(command("run", "--yes", "--json"))
     assert {"templates", "sft", "warmup", "dpo", "export-dpo", "threshold"} <= set(stages)
     assert all(stage["skipped"] for name, stage in stages.items() if name != "problems")
     (gguf,) = (trained / "runs/default/export").glob("dpo-*.gguf")
     gguf.unlink()
-    sclite(trained, "train")
+    command("train")
     assert gguf.is_file()
 
 
-def test_the_merged_folder_is_a_hugging_face_model(trained):
-    folder = trained / json.loads(sclite(trained, "export", "--format", "merged", "--json"))["merged"]
+def test_the_merged_folder_is_a_hugging_face_model(trained, command):
+    folder = trained / json.loads(command("export", "--format", "merged", "--json"))["merged"]
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.config.vocab_size == 1024
     assert (folder / "chat_template.jinja").is_file()

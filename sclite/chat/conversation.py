@@ -2,7 +2,6 @@
 
 import difflib
 import shlex
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,7 +41,6 @@ class Chat:
     path: Path
     run: Run
     settings: Settings
-    familiar: Callable[[str], bool] = lambda _: True
     review_mode: str = "guided"
     history: bool = False
     left: bool = False
@@ -56,9 +54,6 @@ class Chat:
     def ask(self, question: str, quiet: bool = False, temperature: float | None = None) -> Answer:
         """Answer a question and show it. Raises DataError if the student cannot: the question is too long."""
         question = console.valid(question)
-        if not self.familiar(question):
-            unknown = "the model was not trained on this kind of problem; expect a wrong answer"
-            console.note(f"[yellow]note:[/] {unknown}")
         earlier = [each for each in self.answers if self.history and each.complete]
         settings = self.settings if temperature is None else replace(self.settings, temperature=temperature)
         view = AnswerView()

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, cast
@@ -33,13 +32,12 @@ def run_chat(
     endpoint: Student | None = None,
     question: str | None = None,
     example: str = "",
-    familiar: Callable[[str], bool] = lambda _: True,
     as_json: bool = False,
 ) -> int:
     """Answer one question, or those that are typed or piped in. Returns the exit code: that of the last error in a pipe.
 
     `off`: why answers are not reviewed, "" if they are. `endpoint`: the student, if it is not the GGUF `path`; its
-    reviews are free. A student of one kind of problem has an `example`, and a note where a question is not `familiar`.
+    reviews are free. A student of one kind of problem has an `example`.
     """
     mode = config.review.mode if endpoint is None else "free"
     settings = Settings.of(config, cutoff, "" if off else mode)
@@ -51,7 +49,7 @@ def run_chat(
             engine = stack.enter_context(open_gguf(path, config, parallel=2))
             student, context = engine, engine.context
             about = f": {engine.description}, on the {'GPU' if engine.offloaded else 'CPU'}"
-        chat = Chat(student, context, path, run, settings, familiar, mode)
+        chat = Chat(student, context, path, run, settings, mode)
         if off and not as_json:
             console.note(f"[dim]{escape(off)}[/]")
         if question is not None:

@@ -225,17 +225,19 @@ def usage(items: Sequence[Piece | End]) -> dict[str, Any]:
 
 
 class Server(uvicorn.Server):
-    """Finishes what is in flight at the first signal, and stops that at the second."""
+    """Finishes what is in flight at the first signal, stops that at the second, and waits for nobody at the third."""
 
     def __init__(self, service: Service, key: str = "", port: int = 0):
         options: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off"}
         super().__init__(uvicorn.Config(Api(service, key).app, port=port, **options))
-        self.service = service
+        self.service, self.stopped = service, False
 
     def handle_exit(self, sig: int, frame: object) -> None:
         """A handler of SIGTERM and SIGINT. uvicorn's own would end the connections with a traceback each."""
         if self.should_exit:
+            self.force_exit = self.stopped  # a client may have stalled
             self.service.stop()
+            self.stopped = True
         elif count := self.service.active:
             console.note(f"finishing {count} answer{'s' * (count != 1)}; Ctrl-C again stops")
         self.should_exit = True

@@ -94,7 +94,7 @@ def build_data(
         if sft and sft["state"] == STALE and context.config.attempts.kind == "trained":
             # it would be trained again, and its attempts and their corrections would be lost
             retrain = "`sclite train --fresh` trains it again and corrects its attempts"
-            context.display.print(f"corrections: skipped, SFT has not seen these templates; {retrain}")
+            context.display.print(f"corrections: skipped, SFT is stale ({'; '.join(sft['why'])}); {retrain}")
         elif both or only == "corrections":
             pipeline.build_corrections(context, fresh, alone=True)
     summaries.print_build_data(context, only, common.json)
@@ -116,6 +116,8 @@ def train(
     from sclite.inspect import summaries
     from sclite.student.loader import model_name, select_gpu
 
+    if only not in (None, "sft", "dpo"):
+        raise UsageError(f"--only {only}: no such stage", "use --only sft or --only dpo")
     context = common.context()
     model_name(context.config.student)
     with console.spinner("loading torch"):

@@ -52,7 +52,7 @@ def status(*, common: Common) -> None:
         unknown = f", {paid['unpriced']:,} of unknown price" if paid["unpriced"] else ""
         tokens = f"{paid['prompt_tokens']:,} tokens in, {paid['completion_tokens']:,} out"
         lost = (
-            f", ${paid['lost_usd']:.4f} for replies that were not received or not used"
+            f", at most ${paid['lost_usd']:.4f} for replies that were not received or not used"
             if paid["lost_usd"]
             else ""
         )

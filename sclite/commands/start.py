@@ -118,7 +118,10 @@ def init(config: ConfigOption = None, json: JsonOption = False) -> None:
     if gpus:
         gpu = f"{gpus[0]['name']}, {gpus[0]['total_gb']:.0f} GB"
     console.print(f"Created {console.escape(str(path))} for this machine ({console.escape(gpu)}).")
-    following = "set teacher.model and problems.source in it, then run [bold cyan]sclite build-data[/]"
+    option = "" if config is None else f" --config {console.escape(str(path))}"
+    following = (
+        f"set teacher.model and problems.source in it, then run [bold cyan]sclite build-data{option}[/]"
+    )
     console.print(f"Next: {following}", wrap=False)
     if not gpus:
         limits = "learns the quickstart's word problems only; set student.model for others"

@@ -105,7 +105,9 @@ def export(
             report, folder = exports.export(context)[0], context.run.path("export")
             if settings.ollama:
                 compared = pipeline.create_in_ollama(context, Path(report.figures["gguf"]))
-            files = hub.files_of(folder, [*report.figures["files"], "Modelfile", "README.md"])
+            files = hub.files_of(
+                folder, [*report.figures["files"], "Modelfile", "README.md", "threshold.json"]
+            )
         elif format == "lora":
             from sclite.export.model import export_lora
 
@@ -192,12 +194,11 @@ def chat(
         or model.exists()
         or (model.parent.is_dir() and not str(model.parent).startswith("ollama"))
     )
-    example, familiar, endpoint = "", lambda _: True, None
+    example, endpoint = "", None
     if context.config.teacher.embedded and model is None:
         from sclite.quickstart.problem_sets import problem_set
-        from sclite.quickstart.stories import is_story
 
-        example, familiar = problem_set("test", 1)[0].question, is_story
+        example = problem_set("test", 1)[0].question
     with ExitStack() as stack:
         if model is not None and remote:
             path, cutoff, off = model, None, exports.REVIEW_OFF if self_correct is False else ""
@@ -209,7 +210,7 @@ def chat(
             endpoint = stack.enter_context(payer.endpoint(settings, "chat"))
         else:
             path, cutoff, off = exports.for_chat(context, model, self_correct)
-        given = (path, context.config, cutoff, context.run, off, endpoint, question, example, familiar)
+        given = (path, context.config, cutoff, context.run, off, endpoint, question, example)
         code = run_chat(*given, as_json=common.json)
     if code:
         raise typer.Exit(code)

@@ -1,10 +1,11 @@
 """The teacher's reviews of wrong attempts, checked, plus confirmations of right ones."""
 
+import html
 import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -29,6 +30,8 @@ from sclite.teacher.client import (
     refuse_other_basis,
 )
 from sclite.trace import Step, Trace, first_corrected, render
+
+_SAME_SIGNS = str.maketrans("−–’‘×·", "--''**")
 
 
 def corrections_inputs(config: Config, run: Run) -> dict[str, object]:
@@ -141,7 +144,7 @@ def check_review(text: str, attempt: Attempt, problem: Problem, grader: Grader) 
     review = parsed.trace
     if parsed.issues:
         return Rejection("not_readable", str(parsed.issues[0]))
-    if rejection := step_rejection(work, review, attempt.first_error):
+    if rejection := step_rejection(work, review, attempt.first_error, _without_style):
         return rejection
     step = first_corrected(review)
     assert step is not None  # or `step_rejection` would have said so
@@ -162,8 +165,13 @@ def check_review(text: str, attempt: Attempt, problem: Problem, grader: Grader) 
     return replace(review, steps=(*work.steps[: step - 1], noted, *review.steps[step:]))
 
 
-def step_rejection(work: Trace, review: Trace, label: int | None) -> Rejection | None:
-    """Why a review does not accuse exactly one step, with cause and correction, and keep the text up to it; else None."""
+def step_rejection(
+    work: Trace, review: Trace, label: int | None, key: Callable[[str], object] = str.split
+) -> Rejection | None:
+    """Why a review does not accuse exactly one step, with cause and correction, and keep the text up to it; else None.
+
+    Two texts are the same if their keys are.
+    """
     step = first_corrected(review)
     if step is None:
         why = "no step carries <Cause> and <Correction>, but the answer of this work is wrong"
@@ -179,14 +187,15 @@ def step_rejection(work: Trace, review: Trace, label: int | None) -> Rejection |
         why = "only the first wrong step carries <Cause> and <Correction>"
         return Rejection("several_steps_corrected", why)
     for number, (new, old) in enumerate(zip(review.steps[:step], work.steps, strict=False), 1):
-        if _letters(new.text) != _letters(old.text):
+        if key(new.text) != key(old.text):
             return Rejection("steps_changed", f"step {number} must be exactly as the student wrote it")
     return None
 
 
-def _letters(text: str) -> str:
-    """The letters and digits of a step, which a teacher's copy must have. The student's own text replaces the copy."""
-    return re.sub(r"\W", "", unicodedata.normalize("NFKC", text).casefold())
+def _without_style(text: str) -> str:
+    """What a teacher's copy of a step must have, which the student's own text replaces: no blanks, dollars, bold or final period."""
+    plain = unicodedata.normalize("NFKC", html.unescape(text)).translate(_SAME_SIGNS).casefold()
+    return re.sub(r"[\s$*`\\]", "", plain).rstrip(".")
 
 
 def _validate_imported(run: Run) -> Report:

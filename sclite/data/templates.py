@@ -155,7 +155,8 @@ def _request_missing(
     # also if the basis is damaged: paid replies are in the ledger
     again = fresh or (before is None and run.path("templates.begun.json").is_file())
     if not again and any(True for _ in run.rows("templates.jsonl", Template, whole=False)):
-        keep = " To keep them and go on with the corrections, add --only corrections."
+        trained = run.path("sft/adapter").is_dir()
+        keep = ". To keep them and go on with the corrections, add --only corrections" if trained else ""
         refuse_other_basis(before, basis, run.path("templates.jsonl"), keep)
     by_id = {problem.id: problem for problem in problems}
     wanted = {problem.id: (problem.question, problem.answer) for problem in problems}
@@ -164,6 +165,8 @@ def _request_missing(
     if again:
         kept.clear()
     else:
+        # the manifest would vouch for more rows
+        run.path("done/templates.json").unlink(missing_ok=True)
         run.reorder("templates.jsonl", Template, kept)
     run.replace_drops("templates", [])
     missing = [problem for problem in problems if problem.id not in kept]
@@ -186,6 +189,8 @@ def _request_missing(
                 given = by_id[result.id].model_dump(include={"id", "question", "answer"})
                 add([Template(**given, trace=render(result.made), requests=result.requests)])
             progress(done, total, teacher.ledger.spent_usd)
+    if again and add is None:  # no reply of the new teacher is a template
+        run.replace("templates.jsonl", [])
     return drops
 
 

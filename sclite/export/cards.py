@@ -150,5 +150,10 @@ def build_model_card(config: Config, run: Run, name: str, form: str, figures: Ma
         own_template=config.export.keep_template,
         file=next(iter(files), f"{name}-lora.gguf"),
         repository=config.export.push or f"{name}-merged",
+        chats={
+            "solve": prompts.solve_messages("PROBLEM", config.prompts.folder),
+            "review": prompts.review_messages("PROBLEM", "STEPS", config.prompts.folder),
+        },
+        overflows=form == "merged" and "gemma" in base.casefold(),
         base=base,
     )

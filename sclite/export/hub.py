@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sclite.config import Export
-from sclite.errors import NetworkError, UsageError
+from sclite.errors import DataError, NetworkError, UsageError
 from sclite.teacher.failures import redact
 
 CREATE_TOKEN = (
@@ -81,4 +81,9 @@ def _hub_errors(name: str) -> Iterator[None]:
         elif status in (403, 404):
             message = f"the Hub does not let this token write to {name}: {reason}"
             hint = "use a token with write access, and your own name or organization in --push OWNER/NAME"
+        elif status == 400:
+            hint = (
+                "fix what it names: a license such as apache-2.0 or llama3.1 in export.license, or the card"
+            )
+            raise DataError(message, hint) from None
         raise NetworkError(message, hint) from None

@@ -32,6 +32,7 @@ from sclite.student.ggufs import LORA_FILE, export_stage, inputs_of
 from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.loader import check_tokenizer, fetch_model, load_tokenizer, model_name, read_config
 from sclite.student.origin import FILE as RECORD_OF_ORIGIN
+from sclite.student.origin import chat_digest, read_origin
 
 UNFINISHED = "export/unfinished"  # where files stay until they have passed their checks
 CALIBRATION_TOKENS = 8192
@@ -145,7 +146,14 @@ def _load(config: Config, adapter: Path | None) -> Trained:
     if adapter is not None and not (adapter / "adapter_model.safetensors").is_file():
         raise DataError(f"{adapter} is missing", "run `sclite train` first")
     base = fetch_model(model_name(config.student))
-    return Trained(base, adapter, load_tokenizer(str(base)))
+    tokenizer, trained = load_tokenizer(str(base)), read_origin(adapter).chat if adapter else ""
+    if trained not in ("", chat_digest(tokenizer)):
+        message = f"the chat template of {base} is not the one that {adapter} was trained with"
+        raise DataError(
+            message,
+            "set student.model to the folder of the model as it was then, or train again with --fresh",
+        )
+    return Trained(base, adapter, tokenizer)
 
 
 def _write_parts(

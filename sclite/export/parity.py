@@ -61,7 +61,7 @@ def compare_export(
 
     prompts = [ids[:start] for ids, start in held_out[:GREEDY]]
     context, request = max(map(len, prompts)) + GREEDY_TOKENS, Request((), max_tokens=GREEDY_TOKENS)
-    with Engine(full, gpu_layers=0, parallel=1, context=context, exact=True) as engine:
+    with Engine(full, gpu_layers=0, parallel=len(prompts), context=context, exact=True) as engine:
         asked = [TokenSequence(ids.copy(), request=request, limit=GREEDY_TOKENS) for ids in prompts]
         answers = [(each.ids, len(each.prompt)) for each in engine.scheduler.run(asked) if not each.error]
     try:

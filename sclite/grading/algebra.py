@@ -21,11 +21,12 @@ _PATTERNS = [
     (r"(?<![\w.^}])(\d+)/(\d+)(?= ?[A-Za-z\\(])", r"\\frac{\1}{\2}"),
     (r"(?<![\w.^}])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\\frac{\2}{\3})"),
     (r"(?<=[\d)])(?<!_\d)(?=\(-?\d)", r"\\cdot "),
+    (r"(?<![A-Za-z\\])T(?![A-Za-z])", r"\\tau "),  # the parser takes ^T for a transpose
     (r"\\(max|min)\\?\{([^{}\\]*)\\?\}", r"\\\1(\2)"),
 ]
 _FIXES = [(re.compile(pattern), new) for pattern, new in _PATTERNS]
 # the parser misreads these: x' as x, 2 3 as their sum, 9^9^9 as (9^9)^9
-_MISREAD = re.compile(r"'|\^ ?\{? ?T|(?<![_\d])\d+ \d|\^ ?(?:\\?\w+|\{[^{}]*\}) ?\^")
+_MISREAD = re.compile(r"'|(?<![_\d])\d+ \d|\^ ?(?:\\?\w+|\{[^{}]*\}) ?\^")
 
 
 def same_formula(given: str, gold: str) -> Verdict:

@@ -56,8 +56,8 @@ def compare(given: str, gold: str, leaf: Leaf) -> Verdict:
             return compare(label[4], other, leaf)
     for one, other in ((given, gold), (gold, given)):
         if len(rounded := split(one, ("\\approx",))) == 2:  # 1/3 \approx 0.33 matches both
-            sides = [side for side in rounded if not _NAME.fullmatch(side)]
-            return _any(compare(side, other, leaf) for side in sides)
+            sides = [side for side in rounded if side == "e" or not _NAME.fullmatch(side)]
+            return _any(compare(side, other, leaf) for side in sides or rounded)
     both = all(len(_split_list(text)) == text.count("=") for text in (given, gold))
     (name, value), (gold_name, gold_value) = _split_name(given, both), _split_name(gold, both)
     if (value, gold_value) != (given, gold) and not (name and gold_name and name != gold_name):

@@ -296,7 +296,7 @@ def print_plan(plan: Mapping[str, Any], json: bool = False) -> None:
     keys = ("batch", "micro_batch", "accumulation", "length", "largest_length", "rank")
     header = ("stage", "fits", "batch", "micro-batch", "accumulation", "max length", "longest that fits", "rank")  # fmt: skip
     rows = [(name, fits[s["fits"]], *(_number(s[key]) for key in keys)) for name, s in stages.items()]
-    console.print_table("Settings", header, rows, texts=2)
+    console.print_table("Settings", header, rows)
     for name, s in stages.items():
         if s["fits"] is False:
             console.print(f"[red]{name} does not fit:[/] {escape(s['verdict'])}")

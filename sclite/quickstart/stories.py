@@ -7,17 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sclite.quickstart.grammar import (
-    BOXES,
-    CHANGES,
-    EVENTS,
-    ITEMS,
-    NAMES,
-    OPENINGS,
-    QUESTIONS,
-    sentences,
-    solve,
-)
+from sclite.quickstart.grammar import BOXES, CHANGES, EVENTS, ITEMS, NAMES, OPENINGS, QUESTIONS, solve
 from sclite.records import Problem
 
 
@@ -42,7 +32,6 @@ PARTS = (2, 6)
 TINY = Ranges((3, 30), (2, 20), (2, 20), (2, 9), (2, 12), (1, 99), (2, 30), (2, 30))
 SMALL = Ranges((14, 95), (11, 48), (11, 59), (2, 6), (3, 16), (5, 190), (11, 79), (12, 89))
 LARGE = Ranges((40, 480), (21, 240), (25, 290), (3, 7), (8, 36), (12, 980), (25, 290), (30, 390))
-LARGEST = LARGE.amount[1] + LARGE.together[1]
 STORIES = (TINY, LARGE, LARGE)
 """The ranges of the quickstart's stories; repetitions are weights."""
 
@@ -118,12 +107,3 @@ def generate(
             )
         )
     return problems
-
-
-def is_story(question: str) -> bool:
-    """Whether this is a story of this grammar, with as many operations and numbers as large as `generate` chooses."""
-    found, solution = sentences(question), solve(question)
-    if found is None or solution is None or [form for form, _ in found if form in OPENINGS] != [found[0][0]]:
-        return False
-    numbers = [number for each in solution.operations for number in (each.left, each.right, each.result)]
-    return len(solution.operations) <= max(LENGTHS) and min(numbers) > 0 and max(numbers) <= LARGEST

@@ -34,7 +34,9 @@ def call_ollama(
 
     try:
         method = "GET" if body is None else "POST"
-        response = httpx.request(method, f"{url}{path}", json=body, timeout=seconds)
+        # no proxy on the way to this machine, as `ollama` itself
+        here = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
+        response = httpx.request(method, f"{url}{path}", json=body, timeout=seconds, trust_env=not here)
         found = response.json()
     except (httpx.HTTPError, ValueError) as error:
         hint = "start it: ollama serve (OLLAMA_HOST is its address)"

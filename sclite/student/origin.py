@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, cast
 from pydantic import BaseModel
 
 from sclite.errors import DataError
+from sclite.signature import digest
+from sclite.student.tokenization import prompt_text
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 FILE = "trained_on.json"
 SAMPLE = 4096
@@ -19,11 +22,15 @@ SAMPLE = 4096
 
 
 class Origin(BaseModel, frozen=True, extra="forbid"):
-    """`weights`: fingerprint of the base, "" if unknown; `nf4`: modules that were in NF4 in training; `dtype`: theirs."""
+    """`weights`: fingerprint of the base, "" if unknown; `nf4`: modules that were in NF4 in training; `dtype`: theirs.
+
+    `chat` is the digest of a chat in the student's template (`chat_digest`), "" if unknown.
+    """
 
     weights: str = ""
     nf4: tuple[str, ...] = ()
     dtype: str = "bfloat16"
+    chat: str = ""
 
 
 def fingerprint(folder: Path) -> str:
@@ -48,7 +55,12 @@ def fingerprint(folder: Path) -> str:
     return hashlib.sha256(json.dumps(sorted(tensors.items())).encode()).hexdigest()[:16] if tensors else ""
 
 
-def record_origin(model: "torch.nn.Module", base: Path, adapter: Path) -> None:
+def chat_digest(tokenizer: "Tokenizer") -> str:
+    """The digest of a short chat as a tokenizer's template renders it: a model on the Hub may get another one."""
+    return digest(prompt_text(tokenizer, ({"role": "user", "content": "1 + 1 = ?"},)))
+
+
+def record_origin(model: "torch.nn.Module", base: Path, adapter: Path, chat: str = "") -> None:
     """Write next to the adapter what `model`, loaded from the folder `base`, was trained on."""
     causal = cast("PreTrainedModel", getattr(model, "get_base_model", lambda: model)())
     inside = set(causal.get_decoder().modules())  # a vision tower is neither trained nor exported
@@ -59,7 +71,7 @@ def record_origin(model: "torch.nn.Module", base: Path, adapter: Path) -> None:
     }
     state = next((weight.quant_state for weight in layers.values()), None)
     dtype = "bfloat16" if state is None else str(state.dtype).removeprefix("torch.")
-    origin = Origin(weights=fingerprint(base), nf4=tuple(sorted(layers)), dtype=dtype)
+    origin = Origin(weights=fingerprint(base), nf4=tuple(sorted(layers)), dtype=dtype, chat=chat)
     (adapter / FILE).write_text(origin.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 

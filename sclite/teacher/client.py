@@ -104,7 +104,7 @@ def refuse_other_basis(
     """Raise UsageError if the replies of a stage come from another teacher or other prompts. `keep` ends the hint."""
     if before is not None and before != basis:
         changed = "; ".join(differences(before, basis))
-        hint = "restore the old settings, or pass --fresh to discard and pay for them again"
+        hint = "restore the old settings, or pass --fresh to discard these rows and pay for new ones"
         raise UsageError(f"{what} was made with other settings: {changed}", hint + keep)
 
 
@@ -303,7 +303,10 @@ class Teacher(AbstractContextManager["Teacher"]):
     # -- what it will cost -----------------------------------------------------------------------------------------
 
     def ask_after_pilot(self, jobs: Iterable[Job[T]], total: int, stage: str) -> Iterator[Result[T]]:
-        """As `ask_all`; if the first few jobs cost money, the rest is requested only if `confirm` agrees (DeclinedError)."""
+        """As `ask_all`; if the first few jobs cost money, the rest is requested only if `confirm` agrees (DeclinedError).
+
+        It is asked once.
+        """
         pending, done, new, paying = iter(jobs), 0, 0, 0
         before = self.ledger.totals()
         while self.confirm is not None and paying < PILOT and (pilot := list(islice(pending, PILOT))):
@@ -325,6 +328,7 @@ class Teacher(AbstractContextManager["Teacher"]):
             if left > 0 and cost_usd != 0 and not self.confirm(forecast):
                 hint = "paid replies are kept; re-run to resume, with --yes to skip the question"
                 raise DeclinedError(f"stopped after {done} of {total} rows, as requested", hint)
+            self.confirm = None
         yield from self.ask_all(pending, stage)
 
     def _is_new(self, job: Job[T]) -> bool:
@@ -358,7 +362,7 @@ class Teacher(AbstractContextManager["Teacher"]):
         ]
         return {
             "first_request": first,
-            "requests": len(prices) * requests,
+            "requests": requests,
             "prompt_tokens": sum(sent for sent, _ in tokens),
             "completion_tokens": sum(written for _, written in tokens),
             "cost_usd": None if None in costs else round(sum(filter(None, costs)), 6),

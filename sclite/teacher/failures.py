@@ -87,7 +87,10 @@ def read_failure(error: BaseException) -> Failure:
     inner = [re.search(_JSON_TEXT.format(key), shown, re.S) for key in ("message", "raw")]
     shown = (
         ": ".join(
-            found[3].encode("latin-1", "backslashreplace").decode("unicode_escape", "replace")
+            found[3]
+            .replace("\\/", "/")
+            .encode("latin-1", "backslashreplace")
+            .decode("unicode_escape", "replace")
             for found in inner
             if found
         )
@@ -115,6 +118,7 @@ def read_failure(error: BaseException) -> Failure:
         received = real and (getattr(getattr(link, "response", None), "status_code", 0) or 0) >= 300
         unreached = type(link).__name__ in _UNREACHED or isinstance(link, ConnectionRefusedError)
         free = free or received or unreached
+    free = free or no_key  # LiteLLM's own error: nothing was sent
     if isinstance(error, UnreadableReply):
         free = not error.paid
     if pause:

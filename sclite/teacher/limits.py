@@ -56,7 +56,7 @@ class Budget:
                     for usd in (limit_usd, self.ledger.spent_usd, max_usd)
                 ]
                 raise BudgetError(
-                    f"the spending limit of {shown[0]} is reached: {shown[1]} is spent, and the next request may cost up "
+                    f"the spending limit of {shown[0]} is reached: {shown[1]} is or may be spent, and the next request may cost up "
                     f"to {shown[2]}",
                     "paid replies are kept: raise the limit, as in --set teacher.max_cost=10, or lower teacher.max_tokens, then re-run "
                     "to resume",

@@ -18,6 +18,7 @@ from sclite.teacher.limits import Budget, RateLimiter
 from sclite.teacher.provider import Provider, connect
 from sclite.teacher.reply import CUT_IN_REASONING
 
+MIN_REFUSALS = 20  # the same, of requests that may each be to blame, once others were answered
 MIN_FAILURES = 5  # different requests that must fail before the teacher is to blame rather than the requests
 REFUSED_BY_TEACHER = "refused_by_teacher"
 SENT: ContextVar[set[str]] = ContextVar("SENT")  # keys of the requests that the current job has sent
@@ -185,7 +186,9 @@ class Sender:
                 entry = Entry(failure.message, REFUSED, None, None, None, parameters["max_tokens"])
                 self._refused[key] = number, failure, entry if alone else None
                 self._settle_refusals()
-                if len(self._refused) >= max(MIN_FAILURES, settings.concurrency):
+                # a dataset may have several such problems in a row, if others are answered
+                fewest = MIN_REFUSALS if alone and self._succeeded else MIN_FAILURES
+                if len(self._refused) >= max(fewest, settings.concurrency):
                     raise teacher_error(failure, settings, provider.key_variable)
                 if alone:
                     return entry

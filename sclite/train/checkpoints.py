@@ -54,7 +54,9 @@ class Checkpoints:
         if self.recorded_inputs() not in (None, inputs):
             self.delete()
         damaged = []
-        if (before := next((mark["device"] for mark in self._marks().values() if mark), device)) != device:
+        if (
+            before := next((mark.get("device", device) for mark in self._marks().values() if mark), device)
+        ) != device:
             message = f"the checkpoints in {self.folder} are of a training on {before}, not on {device}"
             raise DeviceError(message, "resume on the same device, or delete that folder to start over")
         for step, mark in self._marks().items():

@@ -32,7 +32,7 @@ from sclite.student.loader import (
     select_backend,
 )
 from sclite.student.log_probs import check_log_probs, check_padding_free
-from sclite.student.origin import record_origin
+from sclite.student.origin import chat_digest, record_origin
 from sclite.student.tokenization import piece_ids
 from sclite.train.checkpoints import Checkpoints, sync_folder
 from sclite.train.micro_batch import choose_micro_batch
@@ -191,7 +191,7 @@ class TrainingJob:
                 run.path(f"done/{stage}.json").unlink(missing_ok=True)
                 with _new_folder(run.path(f"{stage}/adapter")) as folder:
                     model.save_pretrained(str(folder))
-                    record_origin(model, base, folder)
+                    record_origin(model, base, folder, chat_digest(tokenizer))
                 report.counts["steps"] = steps
                 report.figures |= {"best_step": best, "warnings": warned}
                 if adapter is None:

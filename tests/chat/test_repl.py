@@ -45,7 +45,6 @@ def chatted(monkeypatch, run, student, at=None, lines=("How many?",), config=Non
         (Scripted(finish="length"), {}, "cut off at 5 tokens; the context is full"),
         (Scripted(text="<Step1>blue\n</Step1>", scores=(-3.0,)), {}, "the steps do not lead to an answer"),
         (Scripted(text="asdf"), {}, "the answer has no steps to review"),
-        (Scripted(), {"familiar": lambda _: False}, "not trained on this kind of problem"),
     ],
 )
 def test_notes_say_what_an_answer_lacks(monkeypatch, capsys, run, student, options, message):

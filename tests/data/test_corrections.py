@@ -71,6 +71,8 @@ def test_review_of_the_first_wrong_step_is_kept_unless_its_grade_is_unknown(grad
         (GOOD.replace("36 + 5 = 41\n", "36 + 5 = 41\n<Cause>x</Cause>\n<Correction>y</Correction>\n"), "several_steps_corrected"),
         (GOOD.replace("48 + 24 = 72", "48 + 24 is 72"), "steps_changed"),
         (GOOD.replace("72 / 2 = 38", "72 / 2 = 39"), "steps_changed"),
+        (GOOD.replace("48 + 24 = 72", "48 - 24 = 72"), "steps_changed"),
+        (GOOD.replace("72 / 2 = 38", "7.2 / 2 = 38"), "steps_changed"),
         (GOOD.replace("2 * 38 is 76.", "The reference solution says 36."), "leak"),
         (GOOD.replace("<Answer>41", "<Answer>43"), "wrong_answer"),
     ],

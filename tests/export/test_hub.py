@@ -191,7 +191,10 @@ def test_pushed_adapter_has_a_card_that_names_its_base(sclite, student, hub, con
     assert re.search(
         r"^Checked .*: beside its base in 16 bits; same next token: (99|100)\.\d% .KL 0.000", ended.out, re.M
     )
-    files, command = hub.repos["models/me/adder"]["files"], "llama-server -m BASE.gguf --lora sft-lora.gguf"
+    files, command = (
+        hub.repos["models/me/adder"]["files"],
+        "llama-server -m BASE.gguf --lora sft-lora.gguf --temp 0",
+    )
     exported = {"README.md": "sft-lora.md", "sft-lora.gguf": "sft-lora.gguf"}
     assert files == {name: (folder / path).read_bytes() for name, path in exported.items()}
     card = files["README.md"].decode()

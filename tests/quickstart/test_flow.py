@@ -1,5 +1,6 @@
 """End to end: one small quickstart, shared by all tests of this file, and commands on its run."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -22,14 +23,18 @@ SMALL = ("--set", "problems.limit=160", "--set", "sft.num_train_epochs=6")
 SMALL += ("--set", "eval.limit=20", "--set", "eval.max_tokens=160")
 
 
-def sclite(
-    *arguments: str, folder: Path, text: str | None = None, code: int = 0
-) -> subprocess.CompletedProcess:
-    """Run `sclite ARGUMENTS` in a new process, which must end with this exit code."""
-    command = [sys.executable, "-m", "sclite", *arguments]
-    done = subprocess.run(command, cwd=folder, input=text, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
-    return done
+@pytest.fixture
+def command(sclite, monkeypatch):
+    """Runs `sclite ARGUMENTS` in a folder; it must end with this exit code."""
+
+    def call(*arguments: str, folder: Path, text: str = "", code: int = 0):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        ended = sclite(*arguments)
+        assert ended.code == code, ended.err
+        return ended
+
+    return call
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -40,7 +45,9 @@ def rows_of(path: Path) -> list[dict]:
 def quickstarted(tmp_path_factory):
     """(folder, run folder, what --json printed) of a small quickstart."""
     folder = tmp_path_factory.mktemp("quickstart")
-    done = sclite("quickstart", *SMALL, "--json", folder=folder)
+    command = [sys.executable, "-m", "sclite", "quickstart", *SMALL, "--json"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     return folder, folder / "runs/quickstart", json.loads(done.stdout)
 
 
@@ -71,65 +78,65 @@ def test_dpo_starts_at_ln_2_and_its_gguf_agrees_with_the_trained_model(quickstar
     assert parity["unquantized"]["mean_abs_logprob_diff"] < 0.004
 
 
-def test_a_second_quickstart_repeats_no_stage_and_says_what_to_type(quickstarted):
+def test_a_second_quickstart_repeats_no_stage_and_says_what_to_type(quickstarted, command):
     folder, run, summary = quickstarted
     made = [path for path in run.rglob("*") if path.suffix in (".safetensors", ".gguf")]
     before = [path.stat().st_mtime_ns for path in made]
-    again = sclite("quickstart", *SMALL, "--json", folder=folder)
-    assert json.loads(again.stdout) == summary
+    again = command("quickstart", *SMALL, "--json", folder=folder)
+    assert json.loads(again.out) == summary
     assert before == [path.stat().st_mtime_ns for path in made] != []
-    done = sclite("quickstart", *SMALL, folder=folder)
-    commands = [line.strip() for line in done.stdout.splitlines() if line.strip().startswith("sclite ")]
+    done = command("quickstart", *SMALL, folder=folder)
+    commands = [line.strip() for line in done.out.splitlines() if line.strip().startswith("sclite ")]
     chat = f"sclite chat --self-correct --run {run.relative_to(folder)}"
     assert [command.split("  ")[0] for command in commands] == [chat, "sclite init"]
 
 
-def test_chat_reviews_its_own_answer_and_reads_questions_from_standard_input(quickstarted):
+def test_chat_reviews_its_own_answer_and_reads_questions_from_standard_input(quickstarted, command):
     folder, run, summary = quickstarted
     measured = rows_of(run / summary["folder"] / "dpo.jsonl")
     known = next(row for row in measured if row["correct1"] and row["step_scores"])
     never = ("--set", "review.threshold=50")  # scored, and nothing flagged
-    done = sclite("chat", "--self-correct", "--json", known["question"], *never, folder=folder)
-    answer = json.loads(done.stdout)
+    done = command("chat", "--self-correct", "--json", known["question"], *never, folder=folder)
+    answer = json.loads(done.out)
     assert len(answer["step_scores"]) == len(known["step_scores"])
     assert answer["answer"] == known["gold"]
 
     # questions from standard input
     text = "Tom has 20 nuts. He buys 11 more. He sells 12 nuts. How many nuts does Tom have now?\n"
-    done = sclite("chat", "--self-correct", folder=folder, text=text)
-    assert len(done.stdout.splitlines()) == 1
-    assert done.stdout.strip().isdigit()
+    done = command("chat", "--self-correct", folder=folder, text=text)
+    assert len(done.out.splitlines()) == 1
+    assert done.out.strip().isdigit()
 
 
-def test_status_and_export_suggest_the_command_that_follows(quickstarted, tmp_path):
+def test_status_and_export_suggest_the_command_that_follows(quickstarted, tmp_path, command):
     _, run, _ = quickstarted
     copy = shutil.copytree(run, tmp_path / "run")
     (copy / "done/dpo.json").rename(tmp_path / "dpo.json")
-    unfinished = sclite("status", "--run", str(copy), folder=tmp_path).stdout.replace("\n", " ")
+    unfinished = command("status", "--run", str(copy), folder=tmp_path).out.replace("\n", " ")
     assert f"Next: sclite quickstart --run {copy}" in unfinished
     (tmp_path / "dpo.json").rename(copy / "done/dpo.json")
     fits = f"sclite quickstart --run {copy} --set export.quant=f16 (fits the review threshold)"
     for quant, following in (("f16", fits), ("q8_0", f"sclite chat --self-correct --run {copy}")):
-        done = sclite("export", "--quant", quant, "--run", str(copy), folder=tmp_path)
-        assert done.stdout.splitlines()[-1] == f"Next: {following}"
+        done = command("export", "--quant", quant, "--run", str(copy), folder=tmp_path)
+        assert done.out.splitlines()[-1] == f"Next: {following}"
 
 
-def test_other_commands_split_the_problems_alike(quickstarted):
+def test_other_commands_split_the_problems_alike(quickstarted, command):
     folder, run, _ = quickstarted
     names = ("problems.jsonl", "attempts.jsonl", "reviews.jsonl")
     before = [(run / name).read_bytes() for name in names]
-    for command in (["build-data"], ["train"]):
-        done = sclite(*command, "--run", str(run), folder=folder)
+    for asked in (["build-data"], ["train"]):
+        done = command(*asked, "--run", str(run), folder=folder)
         fits = json.loads((run / "export/threshold.json").read_text()).values()
         review = " --self-correct" if any(fit["threshold"] is not None for fit in fits) else ""
-        assert done.stdout.splitlines()[-1] == f"Next: sclite chat{review} --run {run}"
-    assert "dpo: " in done.stderr
+        assert done.out.splitlines()[-1] == f"Next: sclite chat{review} --run {run}"
+    assert "dpo: " in done.err
     assert before == [(run / name).read_bytes() for name in names]
-    planned = json.loads(sclite("train", "--plan", "--json", "--run", str(run), folder=folder).stdout)
+    planned = json.loads(command("train", "--plan", "--json", "--run", str(run), folder=folder).out)
     assert planned["stages"]["sft"]["rows"] == 80
 
 
-def test_eval_without_dpo_and_results_per_dataset(quickstarted, tmp_path):
+def test_eval_without_dpo_and_results_per_dataset(quickstarted, tmp_path, command):
     _, run, summary = quickstarted
     copy = shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(copy / "dpo")
@@ -137,13 +144,13 @@ def test_eval_without_dpo_and_results_per_dataset(quickstarted, tmp_path):
     thresholds = json.loads((copy / "export/threshold.json").read_text())
     rows = [json.dumps({"question": p.question, "answer": p.answer}) for p in problem_set("test", 30)]
     (tmp_path / "other.jsonl").write_text("\n".join([*rows, "not JSON"]))
-    done = sclite("eval", "other.jsonl", "--json", "--run", str(copy), folder=tmp_path)
-    other = json.loads(done.stdout)
+    done = command("eval", "other.jsonl", "--json", "--run", str(copy), folder=tmp_path)
+    other = json.loads(done.out)
     assert (other["folder"], list(other["models"])) == ("eval/other", ["base", "sft"])
     assert other["dropped"] == {"row_not_readable": 1}
-    fewer = sclite("eval", "other.jsonl", "--limit", "20", "--run", str(copy), folder=tmp_path)
-    assert "eval/other-limit-20/report.html" in fewer.stdout
-    assert "review is off for base: " in fewer.stdout
+    fewer = command("eval", "other.jsonl", "--limit", "20", "--run", str(copy), folder=tmp_path)
+    assert "eval/other-limit-20/report.html" in fewer.out
+    assert "review is off for base: " in fewer.out
     assert {path: path.read_bytes() for path in first} == first
     assert (copy / "eval/other/sft.jsonl").is_file()
     after = json.loads((copy / "export/threshold.json").read_text())
@@ -212,15 +219,15 @@ def test_evaluation_on_other_problems_leaves_the_split_of_the_run(tmp_path, monk
     assert (sft, stage2, fit) == (train[:320], train[320:], problem_set("threshold", 400))
 
 
-def test_a_changed_setting_needs_fresh_and_keeps_the_templates(quickstarted):
+def test_a_changed_setting_needs_fresh_and_keeps_the_templates(quickstarted, command):
     folder, run, _ = quickstarted
     before = (run / "templates.jsonl").read_bytes()
     adapter = (run / "sft/adapter/adapter_model.safetensors").read_bytes()
-    command = ["train", "--only", "sft", "--json", "--run", str(run), "--set", "sft.num_train_epochs=0.1",
+    asked = ["train", "--only", "sft", "--json", "--run", str(run), "--set", "sft.num_train_epochs=0.1",
                "--set", "student.model=embedded", "--set", "problems.limit=160"]  # fmt: skip
-    refused = sclite(*command, folder=folder, code=2)
-    assert "sft.num_train_epochs: 6 before, 0.1 now" in refused.stderr
+    refused = command(*asked, folder=folder, code=2)
+    assert "sft.num_train_epochs: 6 before, 0.1 now" in refused.err
     assert (run / "sft/adapter/adapter_model.safetensors").read_bytes() == adapter
-    done = sclite(*command, "--fresh", folder=folder)
-    assert json.loads(done.stdout)["sft"]["counts"]["steps"] < 10
+    done = command(*asked, "--fresh", folder=folder)
+    assert json.loads(done.out)["sft"]["counts"]["steps"] < 10
     assert (run / "templates.jsonl").read_bytes() == before

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sclite.quickstart.grammar import EVENTS, OPENINGS, QUESTIONS, in_order, solve
 from sclite.quickstart.problem_sets import problem_set
-from sclite.quickstart.stories import generate, is_story
+from sclite.quickstart.stories import generate
 
 CALCULATE = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
 
@@ -72,7 +72,6 @@ def test_stories_without_a_usable_answer_are_not_solved():
     assert solve(story.format(8, 2)).answer == 4
     for numbers in ((7, 2), (8, 0), ("9" * 5000, 3)):
         assert solve(story.format(*numbers)) is None
-        assert not is_story(story.format(*numbers))
 
 
 def test_only_sums_and_products_may_be_swapped(problems):
@@ -82,21 +81,3 @@ def test_only_sums_and_products_may_be_swapped(problems):
         same = in_order(o.left, o.sign, o.right)
         assert (in_order(o.right, o.sign, o.left) == same) is (o.sign in "+*")
         assert in_order(o.left + 1, o.sign, o.right) != same
-
-
-def test_only_generated_stories_are_within_the_ranges(problems):
-    assert all(is_story(problem.question) for problem in problems)
-    assert is_story("Tom has 3 bags with 5 nuts each. He buys 7 more. How many nuts does Tom have now?")
-    others = [
-        "Mia has 45 cards. Lena has 5000 cards. How many cards do they have together?",
-        "Rosa has 370 apples. How many apples does Rosa have now?",
-        "Mia has 45 cards. She wants to have 99999999 cards. How many cards are missing?",
-        "She buys 70 more. She loses 80 of them. How many cards does Mia have now?",
-        "Mia has 145 cards. She loses 200 of them. She loses 200 of them. How many cards does Mia have now?",
-        "Mia has 45 cards. Mia has 45 cards. She buys 40 more. How many cards does Mia have now?",
-        "Mia has 45 cards.",
-        "How many cards does Mia have now?",
-        "What is 12 * 31?",
-        "",
-    ]
-    assert not any(is_story(other) for other in others)
