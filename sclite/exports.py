@@ -39,6 +39,8 @@ def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
         hint = "run `sclite train` first"
         raise DataError(f"{context.run.path(adapter_weights(missing[0]))} is missing", hint)
     quiet_libraries()
+    if chosen == ["base"] and not names:
+        context.display.print("no trained student yet: this exports the base model")
     made = []
     config, run, sizes = context.config, context.run, ""
     if any(run.done(export_stage(name, config), inputs_of(config, run, name)) is None for name in chosen):

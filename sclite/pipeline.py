@@ -119,7 +119,9 @@ def build_templates(context: Context, fresh: bool = False) -> Report:
     imported = run.is_imported("templates", "templates.jsonl") and not has_problems(context)
     split = None if imported else divided_problems(context)
     problems = [] if split is None else [*split.sft, *split.stage2]
-    with paid_stage(context, "templates", "templates: the teacher writes thought templates") as given:
+    with paid_stage(
+        context, "templates", f"templates: {config.teacher.model} writes thought templates"
+    ) as given:
         report = templates.write_templates(config, run, problems=problems, fresh=fresh, **given)
     return context.add(report, f"templates: {report.counts.get('templates', 0)} kept{drops(report)}")
 

@@ -226,6 +226,7 @@ def test_templates_stay_until_a_new_teacher_has_answered(build, sclite):
     other = ("--set", "teacher.model=openai/other", "--set", "teacher.api_base=http://127.0.0.1:9/v1")
     assert sclite("build-data", "--fresh", *other).code == 6
     assert Path("runs/default/templates.jsonl").read_bytes() == before
+    Path("runs/default/sft/adapter").mkdir(parents=True)
     refused = sclite("build-data", *other)
     assert (refused.code, "--only corrections" in refused.hint) == (2, True)
 

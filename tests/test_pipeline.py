@@ -186,7 +186,7 @@ def test_the_plan_of_a_run_counts_the_wrong_attempts_at_any_price(run, folder, c
     write_rows(run.path("attempts.jsonl"), [{"id": problem.id, **wrong} for problem in attempted])
     context.display = ProgressDisplay()
     print_plan(forecast.plan_run(context))
-    assert "Corrections by the teacher: 2, price unknown\n" in capsys.readouterr().out
+    assert "Corrections by the teacher: 2, cost unknown\n" in capsys.readouterr().out
 
 
 def test_the_plan_of_a_run_does_not_guess_the_number_of_imported_attempts(run, folder, capsys):

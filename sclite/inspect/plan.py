@@ -312,7 +312,7 @@ def print_plan(plan: Mapping[str, Any], json: bool = False) -> None:
     total = disk.pop("total")
     console.print(f"Disk: about {total} ({', '.join(f'{name} {gb}' for name, gb in disk.items())})")
     if templates := plan.get("templates"):
-        cost = "price unknown" if templates["cost_usd"] is None else f"about ${templates['cost_usd']:.2f}"
+        cost = "cost unknown" if templates["cost_usd"] is None else f"about ${templates['cost_usd']:.2f}"
         console.print(f"Templates by the teacher: {templates['requests']:,}, {cost}")
     teacher = plan["teacher"]
     if teacher["requests"] is None:
@@ -321,7 +321,7 @@ def print_plan(plan: Mapping[str, Any], json: bool = False) -> None:
         spent = f"; the run has cost ${teacher['spent_usd']:.2f}" if teacher["spent_usd"] else ""
         corrections = f"none left to request{spent}"
     else:
-        cost = "price unknown" if teacher["cost_usd"] is None else f"about ${teacher['cost_usd']:.2f}"
+        cost = "cost unknown" if teacher["cost_usd"] is None else f"about ${teacher['cost_usd']:.2f}"
         corrections = f"{'at most ' if teacher['at_most'] else ''}{teacher['requests']:,}, {cost}"
     console.print(f"Corrections by the teacher: {corrections}")
     check_fit(plan)

@@ -244,7 +244,7 @@ def truncated(path):
         (without_end_of_turn, "the token that ends a turn in training does not end one in sft-q8_0.gguf"),
         (with_swapped_tokens, "sft-q8_0.gguf splits"),
         (with_another_template, "sft-q8_0.gguf splits"),
-        (truncated, "llama.cpp cannot load"),
+        (truncated, "sft-q8_0.gguf is not a GGUF file"),
     ],
 )
 def test_fault_in_a_finished_gguf_fails_the_export(base, run, instead, fault, message):
