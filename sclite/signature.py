@@ -35,10 +35,8 @@ def with_unanswered(inputs: dict[str, object], count: int) -> dict[str, object]:
 
 
 def digest_rows(rows: Iterable[Row]) -> str:
-    """`digest` of a list of rows, with one row in memory at a time."""
-    found = hashlib.sha256(b"[")
-    for number, row in enumerate(rows):
-        text = json.dumps(row.model_dump(), sort_keys=True, ensure_ascii=False, default=str)
-        found.update((", " * (number > 0) + text).encode())
-    found.update(b"]")
+    """A short hash of rows, with one of them in memory at a time."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(row.model_dump_json().encode())
     return found.hexdigest()[:16]

@@ -191,8 +191,9 @@ def test_a_stage_is_done_only_for_the_same_inputs(run):
 def test_digests_depend_on_content_not_on_order_and_name_the_embedded_student(run):
     assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1}) != digest({"a": 1, "b": [2, 1]})
     rows = [problem(1, "½"), problem(2)]
-    assert digest_rows(iter(rows)) == digest([row.model_dump() for row in rows]) != digest_rows(rows[:1])
-    assert digest_rows([]) == digest([])
+    assert (
+        digest_rows(iter(rows)) == digest_rows(rows) not in (digest_rows(rows[:1]), digest_rows(rows[::-1]))
+    )
     found = [run.file_digest("none")]
     for number in (1, 1, 2):
         run.replace("a.jsonl", [problem(number)])

@@ -29,6 +29,7 @@ EMPTY_REPLY, CUT_OFF, REASONING_TOO_LONG = "empty_reply", "cut_off", "reasoning_
 LARGEST_BUDGET = 32_768  # tokens; a larger one is not chosen by itself
 CHARACTERS_PER_TOKEN = 4.0  # of English text and formulas, roughly
 PILOT = 8  # rows
+CUT_OFF_ERROR = "it was cut off before its end, so write it shorter"
 INSPECTION_TOKENS = 60  # a verdict and a sentence
 _LESS_REASONING = {
     **dict.fromkeys(("ollama", "ollama_chat"), "think=false"),
@@ -229,7 +230,10 @@ class Teacher(AbstractContextManager["Teacher"]):
             budget = parameters.get("max_tokens", self.settings.max_tokens)
             try:
                 asked = job.messages(error)
-                entry = await self._sender.reply(asked, job.sample, requests, stage, parameters, on_text)
+                later = self._repairs(job, requests, parameters)
+                entry = await self._sender.reply(
+                    asked, job.sample, requests, stage, parameters, on_text, later
+                )
                 raw = entry.text
                 found = await self._check(job, entry, budget, stage)
             except NoReplyError as failure:
@@ -263,7 +267,7 @@ class Teacher(AbstractContextManager["Teacher"]):
         finish = entry.finish_reason
         if finish != "stop":
             rejections = {
-                "length": (CUT_OFF, "it was cut off before its end, so write it shorter"),
+                "length": (CUT_OFF, CUT_OFF_ERROR),
                 "content_filter": ("filtered", "a content filter stopped it"),
                 CUT_IN_REASONING: (
                     REASONING_TOO_LONG,
@@ -331,10 +335,15 @@ class Teacher(AbstractContextManager["Teacher"]):
             self.confirm = None
         yield from self.ask_all(pending, stage)
 
+    def _repairs(self, job: Job[T], requests: int, parameters: Mapping[str, Any]) -> Iterator[str]:
+        """The keys of the requests that may have followed a reply that was cut off, in its reasoning or after it."""
+        for error in ("", CUT_OFF_ERROR):
+            yield self._sender.key(job.messages(error), job.sample, requests + 1, parameters)
+
     def _is_new(self, job: Job[T]) -> bool:
         """Whether the first request of a job is not in the ledger."""
         key = self._sender.key(job.messages(""), job.sample, 0, job.parameters)
-        return self._sender.known(key, job.parameters) is None
+        return self._sender.known(key, job.parameters, self._repairs(job, 0, job.parameters)) is None
 
     def preview(self, jobs: Iterable[Job[T]], completion_tokens: float, stage: str) -> dict[str, Any]:
         """What these jobs would send and cost, and the first request in full; nothing is sent.

@@ -4,7 +4,7 @@ import asyncio
 import random
 import re
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -77,11 +77,15 @@ class Sender:
         chosen.pop("max_tokens", None)
         return digest([self.settings.model, address, chat, chosen, sample, repair])
 
-    def known(self, key: str, parameters: Mapping[str, Any]) -> Entry | None:
-        """The reply in the ledger, unless it was cut off at fewer tokens than it may have now, or refused with more."""
+    def known(self, key: str, parameters: Mapping[str, Any], later: Iterable[str] = ()) -> Entry | None:
+        """The reply in the ledger, unless it was cut off at fewer tokens than it may have now, or refused with more.
+
+        One that was cut off is known if the ledger has one of the requests `later`, which followed it.
+        """
         entry, limit = self.ledger.get(key), {**self.parameters, **parameters}["max_tokens"]
         if entry is not None and entry.max_tokens is not None:
             cut_off = entry.finish_reason in ("length", CUT_IN_REASONING) and entry.max_tokens < limit
+            cut_off = cut_off and not any(map(self.ledger.get, later))
             too_long = entry.finish_reason == REFUSED and entry.max_tokens > limit
             return None if cut_off or too_long else entry
         return entry
@@ -100,15 +104,16 @@ class Sender:
         stage: str,
         parameters: Mapping[str, Any],
         on_text: Callable[[str], None] | None = None,
+        later: Iterable[str] = (),
     ) -> Entry:
-        """The reply from the ledger, else from the endpoint, which gets the same request from two jobs once.
+        """The reply from the ledger (`known`), else from the endpoint, which gets the same request from two jobs once.
 
         Raises NoReplyError if this request fails, TeacherError if no other can succeed either, BudgetError at the limit.
         """
         key = self.key(messages, sample, repair, parameters)
         lock = self._locks.setdefault(key, asyncio.Lock())
         async with lock:
-            entry = self.known(key, parameters)
+            entry = self.known(key, parameters, later)
             if entry is None:
                 entry = await self._call(key, messages, stage, {**self.parameters, **parameters}, on_text)
         if entry.finish_reason == REFUSED:

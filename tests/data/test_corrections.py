@@ -126,6 +126,22 @@ def test_nothing_is_paid_for_twice_when_settings_change(run, grader):
         assert len(server.requests) == 7
 
 
+def test_a_repaired_reply_is_not_paid_for_again_with_more_tokens(run, grader):
+    fill(run, wrong=2)
+
+    def answer(request, nth):
+        return (
+            say(GOOD)
+            if "write it shorter" in request["messages"][-1]["content"]
+            else say("<Step1>48", "length")
+        )
+
+    with TeacherServer(answer) as server:
+        assert build_with(server, run, grader, max_tokens=100).counts["corrected"] == 2
+        assert build_with(server, run, grader, max_tokens=800).counts["corrected"] == 2
+        assert len(server.requests) == 2 * 2
+
+
 def test_teacher_at_another_address_is_the_same_teacher(run, grader):
     fill(run, wrong=2)
     first, asked = build(run, grader)
