@@ -68,7 +68,7 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
     if len(tested) < 5 or len(fitting) < 5:
         enough = ceil(8 / max(0.05, min(settings.fit_share, 1 - settings.fit_share)))
         hint = f"evaluate on {enough} or more problems that were not trained on"
-        if len(found) == settings.limit:
+        if len(found) == settings.limit < enough:
             hint = f"raise eval.limit (--limit) to {enough} or more"
         raise DataError(f"{source}: too few problems, {len(fresh)} of {len(found)} were not trained on", hint)
     name, default = source.rstrip("/").rpartition("/")[2], Eval.model_fields["limit"].default

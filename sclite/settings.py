@@ -126,7 +126,7 @@ def _assign(tree: dict[str, Any], path: list[str], text: str) -> None:
 
 
 PLAIN = {
-    "tuple_type": "write a list, such as [0.5, 1.5]",
+    "tuple_type": 'write a list, such as ["a", "b"] or [0.5, 1.5]',
     "missing": "a value is missing",
     "model_type": "this is a section, which has keys of its own",
 }
@@ -156,7 +156,7 @@ def _explain(error: ValidationError) -> tuple[str, str]:
                 near = like(unknown, names, 1, 0.8) or like(unknown, known, 1, 0.75)
                 hint = f"{section} has {', '.join(own)}." if own else ""
                 hint = f"did you mean {names[near[0]]}?" if near else hint
-                if re.search("key|token|secret|password", unknown):
+                if re.search(r"api_?key|secret|password|(?<!max)_token$|\btoken$", unknown):
                     hint = "keys and tokens come from the environment, such as OPENAI_API_KEY"
                 hints.setdefault(hint, []).append(unknown)
         else:

@@ -235,7 +235,8 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: object) -> None:
         """A handler of SIGTERM and SIGINT. uvicorn's own would end the connections with a traceback each."""
         if self.should_exit:
-            self.force_exit = self.stopped  # a client may have stalled
+            for connection in self.server_state.connections if self.stopped else ():
+                connection.transport.abort()  # its client has stalled
             self.service.stop()
             self.stopped = True
         elif count := self.service.active:

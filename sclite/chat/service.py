@@ -225,7 +225,7 @@ class Service:
 
     def stop(self) -> None:
         """End all requests with an error."""
-        for put in self.put_into:
+        for put in list(self.put_into):
             put(ApiError(503, "the server is shutting down", "shutting_down"))
 
     def _raw(self, asked: Completion, settings: Settings, index: int, cancel: Event) -> Iterator[Piece | End]:

@@ -31,7 +31,7 @@ from sclite.teacher.client import (
 )
 from sclite.trace import Step, Trace, first_corrected, render
 
-_SAME_SIGNS = str.maketrans("−–’‘×·", "--''**")
+_SAME_SIGNS = str.maketrans("−–—‐’‘“”″×·⋅", '----\'\'"""***')
 
 
 def corrections_inputs(config: Config, run: Run) -> dict[str, object]:
@@ -195,7 +195,7 @@ def step_rejection(
 def _without_style(text: str) -> str:
     """What a teacher's copy of a step must have, which the student's own text replaces: no blanks, dollars, bold or final period."""
     plain = unicodedata.normalize("NFKC", html.unescape(text)).translate(_SAME_SIGNS).casefold()
-    return re.sub(r"[\s$*`\\]", "", plain).rstrip(".")
+    return re.sub(r"\\[()\[\]]|[\s$*`\\]", "", plain).rstrip(".")
 
 
 def _validate_imported(run: Run) -> Report:

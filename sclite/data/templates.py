@@ -162,11 +162,11 @@ def _request_missing(
     wanted = {problem.id: (problem.question, problem.answer) for problem in problems}
     rows = run.rows("templates.jsonl", Template, whole=False)
     kept = {row.id: None for row in rows if wanted.get(row.id) == (row.question, row.answer)}  # in order
+    # the manifest would vouch for rows that go
+    run.path("done/templates.json").unlink(missing_ok=True)
     if again:
         kept.clear()
     else:
-        # the manifest would vouch for more rows
-        run.path("done/templates.json").unlink(missing_ok=True)
         run.reorder("templates.jsonl", Template, kept)
     run.replace_drops("templates", [])
     missing = [problem for problem in problems if problem.id not in kept]
@@ -189,7 +189,8 @@ def _request_missing(
                 given = by_id[result.id].model_dump(include={"id", "question", "answer"})
                 add([Template(**given, trace=render(result.made), requests=result.requests)])
             progress(done, total, teacher.ledger.spent_usd)
-    if again and add is None:  # no reply of the new teacher is a template
+    unanswered = count_unanswered(Counter(drop.reason for drop in drops.values()))
+    if again and add is None and unanswered < len(drops):  # no reply of the new teacher is a template
         run.replace("templates.jsonl", [])
     return drops
 

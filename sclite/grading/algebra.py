@@ -26,7 +26,7 @@ _PATTERNS = [
 ]
 _FIXES = [(re.compile(pattern), new) for pattern, new in _PATTERNS]
 # the parser misreads these: x' as x, 2 3 as their sum, 9^9^9 as (9^9)^9
-_MISREAD = re.compile(r"'|(?<![_\d])\d+ \d|\^ ?(?:\\?\w+|\{[^{}]*\}) ?\^")
+_MISREAD = re.compile(r"'|\^ ?\{? ?T|(?<![_\d])\d+ \d|\^ ?(?:\\?\w+|\{[^{}]*\}) ?\^")
 
 
 def same_formula(given: str, gold: str) -> Verdict:

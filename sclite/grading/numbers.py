@@ -99,7 +99,7 @@ _EACH = re.compile(
 # "in" that is no inch: "5 in total", "12 cookies in each box"
 _PREPOSITION = re.compile(r"(?i)\bin (?=(?:total|all|the|each)\b)|(?<=\S )in (?=[a-z])")
 _SYMBOLS = {"A", "J", "N", "V", "W", "F", "K"}
-_ABBREVIATIONS = set("kb mb gb tb hz hp kw kj kn kv ma mv db nm pa ev qt pt ha cl dl tv cd".split())  # noqa: SIM905
+_ABBREVIATIONS = set("kB MB GB TB Hz hz hp kW kJ kN kV mA mV dB eV Pa qt".split())  # noqa: SIM905
 # words that change the meaning of a number: "not 5", "5 squared"
 _NEVER = (
     "up to|not|no|none|nobody|never|neither|nor|cannot|without|except|but|or|either|wrong|incorrect|almost|nearly|over|under|above|below|"
@@ -142,7 +142,8 @@ def _parse_unit(text: str, money: str = "") -> tuple[Fraction, Words] | None:
                 len(name) < 3
                 and name.isalpha()
                 and written not in _SYMBOLS
-                and name not in _STOP | _ABBREVIATIONS
+                and name not in _STOP
+                and written not in _ABBREVIATIONS
             ):
                 return None  # ab is a product
             elif name and name not in _STOP:
@@ -288,15 +289,14 @@ def number_in_sentence(sentence: str) -> Quantity | None:
     """The only number that a sentence can mean, by the rule in the module's docstring; else None."""
     words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", sentence)
     product = re.fullmatch(r"-?[\d./,]+ (?!st|nd|rd|th)([A-Za-z]{2})", sentence)
-    if product and product[1].casefold() not in _ABBREVIATIONS | {"am", "pm"}:
+    if product and product[1] not in _ABBREVIATIONS | {"am", "pm", "AM", "PM"}:
         return None  # 5 ab
     if len(sentence) > 500 or re.search(r"[\\^_|<>]", sentence) or not words:
         return None
     sentence = re.split(r"[,(]? ?\b(?:because|since)\b", sentence)[0]
     head, _, tail = (part.strip() for part in sentence.rpartition("="))
-    if re.search(
-        r"(?:=|\b(?:is|are)\b).*\d.*(?:[,;(]|\b(?:and|or|at|for|if|when|where|with)) *[A-Za-z]+$", head
-    ):
+    link = r"(?:[,;(]|\b(?:and|or|at|for|if|when|where|with)) *"
+    if re.search(rf"(?:=|\b(?:is|are)\b).*\d.*{link}[A-Za-z]+$|\d.*{link}[A-Za-z]$", head):
         return None
     if _NOT_THIS.search(tail):
         return None

@@ -230,7 +230,7 @@ class Teacher(AbstractContextManager["Teacher"]):
             budget = parameters.get("max_tokens", self.settings.max_tokens)
             try:
                 asked = job.messages(error)
-                later = self._repairs(job, requests, parameters)
+                later = self._repairs(job, requests, parameters, error)
                 entry = await self._sender.reply(
                     asked, job.sample, requests, stage, parameters, on_text, later
                 )
@@ -329,16 +329,19 @@ class Teacher(AbstractContextManager["Teacher"]):
             known = after["unpriced"] == before["unpriced"]
             cost_usd = spent / paying * left if known else None
             forecast = Forecast(paying, spent if known else None, left, cost_usd)
-            if left > 0 and cost_usd != 0 and not self.confirm(forecast):
-                hint = "paid replies are kept; re-run to resume, with --yes to skip the question"
-                raise DeclinedError(f"stopped after {done} of {total} rows, as requested", hint)
-            self.confirm = None
+            if left > 0 and cost_usd != 0:
+                if not self.confirm(forecast):
+                    hint = "paid replies are kept; re-run to resume, with --yes to skip the question"
+                    raise DeclinedError(f"stopped after {done} of {total} rows, as requested", hint)
+                self.confirm = None
         yield from self.ask_all(pending, stage)
 
-    def _repairs(self, job: Job[T], requests: int, parameters: Mapping[str, Any]) -> Iterator[str]:
+    def _repairs(
+        self, job: Job[T], requests: int, parameters: Mapping[str, Any], error: str = ""
+    ) -> Iterator[str]:
         """The keys of the requests that may have followed a reply that was cut off, in its reasoning or after it."""
-        for error in ("", CUT_OFF_ERROR):
-            yield self._sender.key(job.messages(error), job.sample, requests + 1, parameters)
+        for each in (error, CUT_OFF_ERROR):
+            yield self._sender.key(job.messages(each), job.sample, requests + 1, parameters)
 
     def _is_new(self, job: Job[T]) -> bool:
         """Whether the first request of a job is not in the ledger."""

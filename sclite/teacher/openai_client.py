@@ -88,7 +88,14 @@ class OpenAIClient:
         from openai import AsyncOpenAI
 
         limits = httpx.Limits(keepalive_expiry=_KEEP_ALIVE_SECONDS)
-        http_client = httpx.AsyncClient(limits=limits, timeout=None, verify=self.certificates)
+        here = httpx.URL(self.url).host in (
+            "127.0.0.1",
+            "::1",
+            "localhost",
+        )  # no proxy on the way to this machine
+        http_client = httpx.AsyncClient(
+            limits=limits, timeout=None, verify=self.certificates, trust_env=not here
+        )
         organization = self.litellm.organization or os.environ.get("OPENAI_ORGANIZATION") or None
         return AsyncOpenAI(
             api_key=self.key, base_url=self.url, organization=organization, timeout=None, max_retries=0,

@@ -61,6 +61,7 @@ class Sender:
         self._last_commit: asyncio.Task[None] | None = None
         self._next_commit: asyncio.Task[None] | None = None
         self._answered = self._succeeded = False  # any HTTP response; any usable reply
+        self._replied = False  # the same, not from the ledger
         # by key: number, failure and ledger entry of the requests that were refused and after which none has succeeded
         self._refused: dict[str, tuple[int, Failure, Entry | None]] = {}
         self._latest = 0  # number of the latest request that has succeeded
@@ -80,12 +81,14 @@ class Sender:
     def known(self, key: str, parameters: Mapping[str, Any], later: Iterable[str] = ()) -> Entry | None:
         """The reply in the ledger, unless it was cut off at fewer tokens than it may have now, or refused with more.
 
-        One that was cut off is known if the ledger has one of the requests `later`, which followed it.
+        One that was cut off is known if the ledger has a whole reply to one of the requests `later`, which followed it.
         """
         entry, limit = self.ledger.get(key), {**self.parameters, **parameters}["max_tokens"]
         if entry is not None and entry.max_tokens is not None:
             cut_off = entry.finish_reason in ("length", CUT_IN_REASONING) and entry.max_tokens < limit
-            cut_off = cut_off and not any(map(self.ledger.get, later))
+            cut_off = cut_off and not any(
+                e is not None and e.finish_reason == "stop" for e in map(self.ledger.get, later)
+            )
             too_long = entry.finish_reason == REFUSED and entry.max_tokens > limit
             return None if cut_off or too_long else entry
         return entry
@@ -177,7 +180,7 @@ class Sender:
                 self._latest = max(self._latest, number)
                 self._settle_refusals()
                 await self._flush()  # outside the block: the next call need not wait for the disk
-                self._answered = self._succeeded = True
+                self._answered = self._succeeded = self._replied = True
                 self._unanswered = 0
                 return entry
             self._answered = self._answered or failure.unreadable or failure.answered
@@ -192,7 +195,7 @@ class Sender:
                 self._refused[key] = number, failure, entry if alone else None
                 self._settle_refusals()
                 # a dataset may have several such problems in a row, if others are answered
-                fewest = MIN_REFUSALS if alone and self._succeeded else MIN_FAILURES
+                fewest = MIN_REFUSALS if alone and self._replied else MIN_FAILURES
                 if len(self._refused) >= max(fewest, settings.concurrency):
                     raise teacher_error(failure, settings, provider.key_variable)
                 if alone:
@@ -236,6 +239,6 @@ class Sender:
 
     def raise_if_all_refused(self) -> None:
         """Raise TeacherError if several different requests were refused and none has succeeded."""
-        if not self._succeeded and len(self._refused) >= MIN_FAILURES:
+        if not self._replied and len(self._refused) >= MIN_FAILURES:
             _, last, _ = next(reversed(self._refused.values()))
             raise teacher_error(last, self.settings, self.connect().key_variable)
