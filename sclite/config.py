@@ -21,6 +21,11 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 
+def is_loopback(url: str) -> bool:
+    """Whether a URL is on this machine, to which no proxy leads."""
+    return urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
+
+
 def without_password(address: str) -> str:
     """The URL without user name and password, also if the password holds an unescaped # or bracket."""
     if "@" not in address:

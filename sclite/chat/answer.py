@@ -139,11 +139,8 @@ def solve_and_review(question: str, settings: Settings) -> Script[Answer]:
     if reply.finish == "length":
         full = 0 < reply.tokens < settings.max_tokens
         shorten = "shorten the question, or use a longer one (eval.context for a GGUF)"
-        remedy = (
-            f"the context is full: {shorten}"
-            if full
-            else "raise max_tokens (/set max_tokens, or eval.max_tokens)"
-        )
+        longer = "raise max_tokens (/set max_tokens, or eval.max_tokens)"
+        remedy = f"the context is full: {shorten}" if full else longer
         note = f"the answer was cut off at {reply.tokens} tokens; {remedy}"
     elif trace.answer is None:
         note = note or "the steps do not lead to an answer"

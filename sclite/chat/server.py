@@ -61,14 +61,10 @@ class Api:
         if not self.key and not LOCAL.fullmatch(host):
             message = f"the host {host!r} is not this machine; set {KEY} to allow other names"
             raise ApiError(400, message, "invalid_host")
-        if (
-            not self.key
-            and (origin == "null" or origin.startswith("http"))
-            and origin.partition("://")[2] != host
-        ):
-            raise ApiError(
-                403, f"web pages of {origin} cannot use this server without a key", "invalid_origin"
-            )
+        foreign = origin == "null" or (origin.startswith("http") and origin.partition("://")[2] != host)
+        if foreign and not self.key:
+            message = f"web pages of {origin} cannot use this server without a key"
+            raise ApiError(403, message, "invalid_origin")
         given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
         if self.key and not public and not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
             raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")

@@ -159,9 +159,8 @@ class Service:
             raise ApiError(400, "there is no message of the user", None, "messages")
         for message in [asked.question] if asked.model == self.name else asked.messages:
             if other := next((part.type for part in message.content or () if part.type != "text"), ""):
-                raise ApiError(
-                    400, f"a message has a part of type {other!r}; only text is understood", None, "messages"
-                )
+                why = f"a message has a part of type {other!r}; only text is understood"
+                raise ApiError(400, why, None, "messages")
         tokens = asked.max_completion_tokens or asked.max_tokens or self.settings.max_tokens
         warmth = asked.temperature or 0.0
         settings = replace(

@@ -51,11 +51,7 @@ def status(*, common: Common) -> None:
     if paid := found["ledger"]:
         unknown = f", {paid['unpriced']:,} of unknown price" if paid["unpriced"] else ""
         tokens = f"{paid['prompt_tokens']:,} tokens in, {paid['completion_tokens']:,} out"
-        lost = (
-            f", at most ${paid['lost_usd']:.4f} for replies that were not received or not used"
-            if paid["lost_usd"]
-            else ""
-        )
+        lost = f", at most ${paid['lost_usd']:.4f} for replies that were lost" if paid["lost_usd"] else ""
         console.print(f"Requests: {paid['requests']:,}, {tokens}, ${paid['cost_usd']:.4f}{lost}{unknown}")
     when = " when that process has finished" if found["busy"] else ""
     console.print(f"Next{when}: [bold cyan]{escape(found['next'])}[/]", wrap=False)

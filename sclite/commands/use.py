@@ -132,7 +132,7 @@ def export(
     if url and not common.json:
         console.print(f"Uploaded to {console.escape(url)}", wrap=False)
         if not settings.license:
-            console.note("[yellow]note:[/] the card names no license; set export.license")
+            console.note("[yellow]note:[/] this upload names no license; set export.license")
     if format != "gguf":
         summaries.print_files(format, report, settings.license, common.json)
     else:

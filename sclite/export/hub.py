@@ -83,7 +83,7 @@ def _hub_errors(name: str) -> Iterator[None]:
             hint = "use a token with write access, and your own name or organization in --push OWNER/NAME"
         elif status == 400:
             hint = (
-                "fix what it names: a license such as apache-2.0 or llama3.1 in export.license, or the card"
+                "fix what it names: a license such as apache-2.0 or llama3.1 in export.license, or README.md"
             )
             raise DataError(message, hint) from None
         raise NetworkError(message, hint) from None

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from sclite.config import is_loopback
 from sclite.errors import TeacherError, UsageError
 
 PREFIX = "ollama/"
@@ -34,9 +35,8 @@ def call_ollama(
 
     try:
         method = "GET" if body is None else "POST"
-        # no proxy on the way to this machine, as `ollama` itself
-        here = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
-        response = httpx.request(method, f"{url}{path}", json=body, timeout=seconds, trust_env=not here)
+        proxied = not is_loopback(url)  # nor does `ollama` use a proxy on the way to this machine
+        response = httpx.request(method, f"{url}{path}", json=body, timeout=seconds, trust_env=proxied)
         found = response.json()
     except (httpx.HTTPError, ValueError) as error:
         hint = "start it: ollama serve (OLLAMA_HOST is its address)"

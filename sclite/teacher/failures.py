@@ -85,17 +85,8 @@ def read_failure(error: BaseException) -> Failure:
         shown = next((str(link) for link in chain if str(link) not in ("", "Connection error.")), "")
     # the message inside JSON, then that of the provider behind OpenRouter
     inner = [re.search(_JSON_TEXT.format(key), shown, re.S) for key in ("message", "raw")]
-    shown = (
-        ": ".join(
-            found[3]
-            .replace("\\/", "/")
-            .encode("latin-1", "backslashreplace")
-            .decode("unicode_escape", "replace")
-            for found in inner
-            if found
-        )
-        or shown
-    )
+    escaped = [found[3].replace("\\/", "/").encode("latin-1", "backslashreplace") for found in inner if found]
+    shown = ": ".join(text.decode("unicode_escape", "replace") for text in escaped) or shown
     lines = clean_text(redact(shown)).partition("Traceback (most recent")[0].strip().splitlines()
     message = _PROVIDER_PREFIX.sub("", lines[0] if lines else "").strip() or type(error).__name__
     message = message if len(message) <= 200 else message[:200] + ".."

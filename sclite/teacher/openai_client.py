@@ -88,13 +88,9 @@ class OpenAIClient:
         from openai import AsyncOpenAI
 
         limits = httpx.Limits(keepalive_expiry=_KEEP_ALIVE_SECONDS)
-        here = httpx.URL(self.url).host in (
-            "127.0.0.1",
-            "::1",
-            "localhost",
-        )  # no proxy on the way to this machine
+        proxied = not config.is_loopback(self.url)
         http_client = httpx.AsyncClient(
-            limits=limits, timeout=None, verify=self.certificates, trust_env=not here
+            limits=limits, timeout=None, verify=self.certificates, trust_env=proxied
         )
         organization = self.litellm.organization or os.environ.get("OPENAI_ORGANIZATION") or None
         return AsyncOpenAI(

@@ -54,9 +54,8 @@ class Checkpoints:
         if self.recorded_inputs() not in (None, inputs):
             self.delete()
         damaged = []
-        if (
-            before := next((mark.get("device", device) for mark in self._marks().values() if mark), device)
-        ) != device:
+        before = next((mark.get("device", device) for mark in self._marks().values() if mark), device)
+        if before != device:
             message = f"the checkpoints in {self.folder} are of a training on {before}, not on {device}"
             raise DeviceError(message, "resume on the same device, or delete that folder to start over")
         for step, mark in self._marks().items():
@@ -85,12 +84,8 @@ class Checkpoints:
     def mark(self, step: int) -> None:
         """Record that the checkpoint of this step is complete, once its files are on disk."""
         sync_folder(self.path(step))
-        content = {
-            "step": step,
-            "inputs": self.inputs,
-            "device": self.device,
-            "files": _hashes(self.path(step)),
-        }
+        content = {"step": step, "inputs": self.inputs, "device": self.device}
+        content["files"] = _hashes(self.path(step))
         write_text(self.path(step) / MARK, json.dumps(content) + "\n")
 
     def delete(self) -> None:

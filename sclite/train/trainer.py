@@ -314,11 +314,8 @@ def build_trainer(
             if model.device.type == "cpu":
                 return_freed_memory()
             if not _is_finite(model):  # before a checkpoint with such weights replaces a good one
-                control.should_training_stop, control.should_save, control.should_evaluate = (
-                    True,
-                    False,
-                    False,
-                )
+                control.should_training_stop = True
+                control.should_save = control.should_evaluate = False
             elif logger.interrupted:
                 control.should_save = control.should_training_stop = True
             elif state.global_step >= state.max_steps and args.eval_strategy != "no":
