@@ -84,7 +84,7 @@ def read_gguf(path: Path) -> GGUFReader:
     from gguf import GGUFReader, GGUFValueType
 
     class Reader(GGUFReader):
-        """Skips arrays: an object for each token takes 9 seconds for a vocabulary of 150,000."""
+        """Skips arrays: an object for each token took 2.2 seconds for a vocabulary of 49,000, without them 0.03."""
 
         def _get_field_parts(
             self, orig_offs: int, raw_type: int

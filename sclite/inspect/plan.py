@@ -1,6 +1,6 @@
 """`sclite train --plan`: memory of each stage, what fits, tokens, steps, hours, disk, and the cost of corrections.
 
-Unknown values are None: lengths without rows, hours before the run has run a step, costs before its first paid reply.
+Unknown values are None: lengths without rows, hours before every stage has run a step, costs before its first paid reply.
 """
 
 import statistics
