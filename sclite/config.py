@@ -314,9 +314,9 @@ class Eval(Source):
     max_tokens: int = setting(1024, "maximum number of tokens per answer", ge=16)
     context: int = setting(4096, "maximum length of a conversation in tokens", ge=256)
     baselines: bool = setting(
-        False, "measure the base model under its own prompt, and a majority vote of the last student"
+        False, "compare with other uses of the same model: its native prompt, votes, best of several samples"
     )
-    votes: int = setting(3, "samples per problem in the majority vote", ge=2)
+    votes: int = setting(3, "samples per problem for the votes", ge=2)
     fit_share: float = setting(0.3, "share of problems for the threshold if training kept fewer", gt=0, lt=1)
 
 

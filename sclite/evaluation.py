@@ -1,7 +1,7 @@
 """`sclite eval`: it needs the data, export and evaluate stages at once."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -10,14 +10,15 @@ from typing import Any
 from sclite.config import Eval
 from sclite.context import Context
 from sclite.errors import DataError, UsageError
-from sclite.evaluate.baselines import measure_baseline
+from sclite.evaluate.baselines import measure_baselines
 from sclite.evaluate.evaluate import HeldOut, Judge, evaluate_model, summary_notes
-from sclite.evaluate.metrics import Outcome
+from sclite.evaluate.metrics import Outcome, compare
 from sclite.evaluate.report import write_report
-from sclite.evaluate.results import REPORT, SUMMARY, result_folder
+from sclite.evaluate.results import REPORT, SUMMARY, result_folder, summaries
 from sclite.evaluate.threshold import FITTED_ON, MIN_PROBLEMS, is_current, load_threshold
 from sclite.grading.grader import Grader
 from sclite.records import Drop, Problem, Template
+from sclite.run import Run
 from sclite.signature import digest
 from sclite.student.adapters import STUDENTS
 from sclite.student.ggufs import gguf_path, source_digest
@@ -98,7 +99,7 @@ def evaluate(
     with context.display.stage("eval", text) as progress, Grader() as grader:
 
         def advance(label: str, rows: int, written: int, share: float, note: str = "") -> None:
-            """Report on the part that runs, which solves `rows` problems: a model, or (0) a baseline of one."""
+            """Report on the part that runs, which solves `rows` problems: a model, or (0) the baselines of one."""
             done, part = len(figures) * number + min(written, rows), len(figures) + len(baselines)
             progress(done, total, share=(part + share) / parts, note=f"{label}: {note}" if note else label)
 
@@ -114,12 +115,12 @@ def evaluate(
                     student = WorkCounter(engine, texts, scores, partial(advance, name, number))
                     figures[name] = evaluate_model(config, run, name, student, path, held_out, grader, judge)
                     if name in compared:
-                        votes = 1 if name == "base" else config.eval.votes
-                        report = partial(advance, f"baseline of {name}", 0)
+                        samples = 0 if name == "base" else config.eval.votes * number
+                        report = partial(advance, f"baselines of {name}", 0)
                         report(0, 0.0)
-                        student = WorkCounter(engine, votes * number, 0, report)
-                        gguf = figures[name]["gguf"]
-                        baselines |= measure_baseline(config, run, name, student, held_out, gguf, grader)
+                        student = WorkCounter(engine, number + samples, samples, report)
+                        given = (config, run, name, student, held_out, figures[name], grader)
+                        baselines[name] = measure_baselines(*given)
                 made_from = source_digest(config, run, name)
                 figures[name] |= {"file": path.name, "bytes": path.stat().st_size, "made_from": made_from}
             else:
@@ -134,7 +135,7 @@ def evaluate(
     context.display.done("eval", f"eval: {', '.join(names)}")
     summary = {
         "models": figures,
-        "baselines": baselines,
+        "baselines": {label: each for found in baselines.values() for label, each in found.items()},
         "n": number,
         "dropped": dict(held_out.dropped),
         "notes": summary_notes(figures, held_out, config.eval.max_tokens),
@@ -150,3 +151,27 @@ def evaluate(
     curves = {stage: read_metrics(run.path(f"{stage}/metrics.jsonl")) for stage in ("sft", "warmup", "dpo")}
     write_report(run.path(f"{folder}/{REPORT}"), summary, examples, curves)
     return summary
+
+
+def stored_results(run: Run, held_out: HeldOut) -> dict[str, Any]:
+    """The newest summary that another `run` has of these problems; raises DataError if there is none."""
+    found = next((each for each in summaries(run) if each.get("dataset") == held_out.dataset), None)
+    if found is None:
+        hint = f"evaluate it first: sclite eval {held_out.source} --run {run.folder}"
+        raise DataError(f"{run.folder} has no results on {held_out.source}", hint)
+    return found
+
+
+def compare_results(
+    run: Run, summary: Mapping[str, Any], other: Run, theirs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """{label: figures} of `metrics.compare`, for the first answers and the answers after review of each student in both."""
+    compared = {}
+    for name in [name for name in summary["models"] if name in theirs["models"]]:
+        pair = [
+            list(each.rows(f"{found['folder']}/{name}.jsonl", Outcome, whole=False))
+            for each, found in ((run, summary), (other, theirs))
+        ]
+        compared[f"{name}, first answer"] = compare(*pair, "correct1")
+        compared[f"{name}, after review"] = compare(*pair, "correct2")
+    return compared

@@ -334,14 +334,21 @@ def create_in_ollama(context: Context, gguf: Path) -> dict[str, Any]:
     return compare_replies(context.config, gguf, problems[0].question if problems else QUESTION)
 
 
-def evaluate_students(context: Context, names: Sequence[str]) -> dict[str, Any]:
-    """Evaluate the named students (or ollama/NAME) on eval.source, before and after review; returns the summary."""
+def evaluate_students(context: Context, names: Sequence[str], other: Run | None = None) -> dict[str, Any]:
+    """Evaluate the named students (or ollama/NAME) on eval.source, before and after review; returns the summary.
+
+    With another run, "compared" holds the difference to its results on the same problems.
+    """
     from sclite import evaluation
     from sclite.quickstart.tutor import first_wrong_step
 
     held_out = evaluation.held_out(context, untrained_problems(context))
+    theirs = evaluation.stored_results(other, held_out) if other else {}
     if trained := [name for name in names if name in STUDENTS]:
         exports.export(context, trained)
     # the bundled teacher knows the steps of its own kind of problem
     judge = first_wrong_step if context.config.teacher.embedded else None
-    return evaluation.evaluate(context, names, held_out, judge)
+    summary = evaluation.evaluate(context, names, held_out, judge)
+    if other:
+        summary["compared"] = evaluation.compare_results(context.run, summary, other, theirs)
+    return summary

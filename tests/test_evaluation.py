@@ -1,7 +1,9 @@
 """Evaluation notes, stored thresholds, and the GGUF that chat uses."""
 
+import json
 import os
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +12,9 @@ from sclite.config import Config
 from sclite.context import Context
 from sclite.errors import DataError
 from sclite.evaluate.evaluate import HeldOut, summary_notes
+from sclite.evaluate.metrics import Outcome
 from sclite.evaluate.threshold import FittedThreshold, store_threshold
+from sclite.inspect.summaries import print_comparison
 from sclite.progress import ProgressDisplay
 from sclite.records import Problem
 from sclite.run import Report, Run
@@ -126,10 +130,10 @@ def test_chat_says_why_review_is_off_and_what_turns_it_on(tmp_path):
 
 
 def test_models_are_evaluated_in_the_order_of_training_whatever_the_order_of_their_names(sclite, monkeypatch):
-    """The last of them is the one of which the majority vote is taken."""
+    """The last of them is the one that is compared with votes."""
     seen = []
 
-    def evaluate(_, names):
+    def evaluate(_, names, __):
         seen.append(names)
         raise DataError("enough", "")
 
@@ -137,6 +141,50 @@ def test_models_are_evaluated_in_the_order_of_training_whatever_the_order_of_the
     for models in ("dpo,base", " ollama/b, dpo,ollama/a,base,dpo"):
         assert sclite("eval", "p.jsonl", "--models", models).code == 3
     assert seen == [["base", "dpo"], ["base", "dpo", "ollama/b", "ollama/a"]]
+
+
+@pytest.fixture
+def two_runs(tmp_path, monkeypatch):
+    """The folders `here` and `there`, whose dpo answers five problems; `here` needs no evaluation."""
+    monkeypatch.chdir(tmp_path)
+    verdicts = {"here": (True, True, True, False, None), "there": (False, True, False, False, True)}
+    for name, right in verdicts.items():
+        run = Run(tmp_path / name)
+        named = [{"id": str(n), "question": f"{n}?", "gold": "1", "first": "1"} for n in range(5)]
+        same = {"second": None, "format_ok": True, "correct1": False}
+        run.replace(
+            "eval/mine/dpo.jsonl",
+            [Outcome(**n, **same, correct2=c) for n, c in zip(named, right, strict=True)],
+        )
+        summary = {"models": {"dpo": {}}, "dataset": "/mine.jsonl", "folder": "eval/mine"}
+        run.write_json("eval/mine/summary.json", summary)
+    held_out = HeldOut((), (), "mine.jsonl", "/mine.jsonl", "eval/mine")
+    monkeypatch.setattr(pipeline, "untrained_problems", lambda _: ())
+    monkeypatch.setattr(exports, "export", lambda *_: ())
+    monkeypatch.setattr(evaluation, "held_out", lambda *_: held_out)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: dict(summary))
+
+
+COMPARE = ("eval", "mine.jsonl", "--run", "here", "--models", "dpo", "--compare")
+
+
+def test_eval_compares_with_the_results_of_another_run(two_runs, sclite, capsys):
+    """By hand: of four problems that both know, two are right here only."""
+    compared = json.loads(sclite(*COMPARE, "there", "--json").out)["compared"]
+    after = compared["dpo, after review"]
+    assert (after["n"], after["this"], after["other"], after["difference"]) == (4, 0.75, 0.25, 0.5)
+    assert compared["dpo, first answer"]["difference"] == 0
+    print_comparison(Path("there"), compared)
+    row = next(line for line in capsys.readouterr().out.splitlines() if "after review" in line)
+    assert row.split()[:5] == ["dpo,", "after", "review", "4", "75.0"]
+    assert row.split()[-3:] == ["50.0", "0.0", "0.500"]
+
+
+def test_comparison_needs_results_on_the_same_problems(two_runs, sclite):
+    done = sclite(*COMPARE, "nowhere")
+    assert done.code == 3
+    assert "nowhere has no results on mine.jsonl" in done.error
+    assert "sclite eval mine.jsonl --run nowhere" in done.hint
 
 
 def train(run, name, weights):
@@ -230,7 +278,7 @@ class Stepper(ScriptedStudent):
 
 @pytest.mark.parametrize("mode", ["guided", "free"])
 def test_progress_of_an_evaluation_is_the_share_of_its_texts_and_scores(tmp_path, monkeypatch, mode):
-    """Guided: 10 answers and 60 for the threshold, as many scores and corrections of 36, then 2 samples each for the majority."""
+    """Guided: 10 answers and 60 for the threshold, as many scores and corrections of 36, then 10 answers to the native prompt, and 2 samples each."""
     monkeypatch.setattr(evaluation, "Engine", Stepper)
     monkeypatch.setattr(evaluation, "source_digest", lambda *_: "")
     seen = []
@@ -250,10 +298,9 @@ def test_progress_of_an_evaluation_is_the_share_of_its_texts_and_scores(tmp_path
     assert last is None  # the end
     assert shares == sorted(shares)
     done = 140 + 36 if mode == "guided" else 20
-    assert (
-        len({*shares}) == 1 + done + (1 if mode == "guided" else 0) + 20
-    )  # a correction for each score was expected
-    assert shares[-22:] == pytest.approx(
-        [done / (210 if mode == "guided" else 20) / 2, 0.5, *(0.5 + n / 40 for n in range(1, 21))]
-    )
+    # a correction for each score was expected
+    assert len({*shares}) == 1 + done + (1 if mode == "guided" else 0) + 50
+    # 10 answers, 20 samples and their scores; 20 corrections are never written
+    expected = [done / 210 / 2 if mode == "guided" else 19 / 40, *(0.5 + n / 70 / 2 for n in range(51))]
+    assert list(dict.fromkeys(shares))[-52:] == pytest.approx(expected)
     assert seen[-1][:2] == (10, 10)

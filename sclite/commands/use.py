@@ -26,12 +26,17 @@ def evaluate(
         str | None,
         typer.Option(metavar="LIST", help="Comma-separated: base, sft, dpo, ollama/NAME (default: all)."),
     ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Compare with the results of this run on the same problems."),
+    ] = None,
     *,
     common: Common,
 ) -> None:
     """Measure accuracy before and after self-correction."""
     from sclite import pipeline
     from sclite.inspect import summaries
+    from sclite.run import Run
     from sclite.student.adapters import STUDENTS
 
     context = common.context({"eval.source": problems, "eval.limit": limit})
@@ -43,11 +48,13 @@ def evaluate(
         hint = f"use any of {', '.join(STUDENTS)}, or ollama/NAME"
         raise UsageError(f"invalid value for --models: {models}", hint)
     with context.run.lock():
-        summary = pipeline.evaluate_students(context, names)
+        summary = pipeline.evaluate_students(context, names, Run(compare) if compare else None)
     if common.json:
         console.print_json(summary)
         return
     summaries.print_results(context.run, summary)
+    if compare:
+        summaries.print_comparison(compare, summary["compared"])
 
 
 @common_options

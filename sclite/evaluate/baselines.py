@@ -1,6 +1,7 @@
-"""What self-correction is compared with: the base model under its own prompt, and a majority vote of the tuned student."""
+"""What self-correction is compared with: a student's native prompt, and other uses of a few samples (METHOD, section 6)."""
 
-from itertools import product
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sclite import prompts
@@ -10,57 +11,110 @@ from sclite.evaluate.evaluate import HeldOut
 from sclite.evaluate.metrics import Outcome, compute_metrics
 from sclite.grading.extract import answer_of
 from sclite.grading.grader import Grader
+from sclite.records import Problem
 from sclite.run import Run
 from sclite.signature import digest
-from sclite.student.base import Reply, Request, Student
-from sclite.trace import parse
+from sclite.student.base import Request, Student
+from sclite.student.self_correction import NO_REPLY, run_together
+from sclite.student.step_scores import pool, read_odds
+from sclite.trace import Trace, parse
+
+SHOWN = ("acc_t1", "acc_t1_interval", "tokens", "n", "unknown")
+"""The figures of a baseline, as in `compute_metrics`; tokens are those of all answers that it needs."""
 
 
-def measure_baseline(
-    config: Config, run: Run, name: str, student: Student, held_out: HeldOut, identity: str, grader: Grader
+def measure_baselines(
+    config: Config,
+    run: Run,
+    name: str,
+    student: Student,
+    held_out: HeldOut,
+    figures: Mapping[str, Any],
+    grader: Grader,
 ) -> dict[str, dict[str, Any]]:
-    """{label: figures} of the baseline of one student; `identity` is the digest of its GGUF.
+    """{label: figures} of the baselines of a student that was evaluated with these `figures`; outcomes are kept.
 
-    The base model answers greedily, without a system prompt. A tuned student answers `eval.votes` times at the
-    temperature of the attempts, and the answer that most of the samples give counts, in a tie the earliest of them. The
-    figures are those of `compute_metrics` without a review: acc_t1 with its interval, and tokens per problem (of all
-    samples). They and the outcomes are kept in the folder of results, and returned from there if nothing has changed.
+    The native prompt has no system prompt and no form of the steps ("put the answer in \\boxed{}"). Of a tuned student
+    also what else `eval.votes` samples per problem could do, drawn at the temperature of the attempts: the majority vote
+    takes the most frequent answer; the weighted vote weighs each sample by the probability that its worst step is right,
+    scored as in the review; the best sample has the highest one. Ties go to the earliest. A second attempt replaces the
+    first answer by a sample: everywhere, or where the review flagged a step.
     """
-    if name == "base":
-        votes, prompt, temperature, top_p = 1, "baseline_solve", 0.0, 1.0
-        label, file = "base, own prompt", f"{held_out.folder}/base-own-prompt"
-    else:
-        votes, prompt = config.eval.votes, "student_solve"
-        temperature, top_p = config.attempts.temperature, config.attempts.top_p
-        label, file = f"{name}, majority of {votes}", f"{held_out.folder}/{name}-majority"
-    requests = []
-    for problem, sample in product(held_out.problems, range(votes)):
-        messages = prompts.solve_messages(problem.question, config.prompts.folder, prompt)
-        seed = int(digest([config.seed, "vote", problem.id, sample]), 16) % 2**31
-        sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
-        requests.append(Request(messages, max_tokens=config.eval.max_tokens, seed=seed, **sampling))
-    given = [p.model_dump() for p in held_out.problems]
-    signature = digest([identity, config.seed, config.eval.context, requests, given])
-    kept = run.read_json(f"{file}.json", dict[str, Any])
-    if kept and kept.get("signature") == signature:
-        return {label: kept}
+    messages = [
+        prompts.solve_messages(problem.question, config.prompts.folder, "baseline_solve")
+        for problem in held_out.problems
+    ]
+    requests = [Request(each, max_tokens=config.eval.max_tokens) for each in messages]
+    file, identity = f"{held_out.folder}/{name}", figures["gguf"]
+    rows = _answer(config, run, f"{file}-native", student, held_out.problems, requests, identity, grader)
+    used: dict[
+        str, Sequence[tuple[Outcome, Sequence[Outcome]]]
+    ] = {}  # (answer, all that it needs) per problem
+    used["native prompt"] = [(row, (row,)) for row in rows]
+    if name != "base":
+        votes, sampling = config.eval.votes, config.attempts
+        problems = [problem for problem in held_out.problems for _ in range(votes)]
+        requests = [
+            Request(
+                prompts.solve_messages(problem.question, config.prompts.folder),
+                max_tokens=config.eval.max_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=int(digest([config.seed, "vote", problem.id, number % votes]), 16) % 2**31,
+            )
+            for number, problem in enumerate(problems)
+        ]
+        weight = (figures["fitted"] or config.review.model_dump())["confidence_weight"] or 0.0
+        rows = _answer(config, run, f"{file}-samples", student, problems, requests, identity, grader, weight)
+        ballots = [rows[start : start + votes] for start in range(0, len(rows), votes)]
+        groups = [_equal_answers(ballot, grader) for ballot in ballots]
+        chosen = {
+            f"majority of {votes}": [max(each, key=len)[0] for each in groups],
+            f"weighted vote of {votes}": [max(each, key=lambda g: sum(map(_trust, g)))[0] for each in groups],
+            f"best of {votes}": [max(ballot, key=_trust) for ballot in ballots],
+        }
+        used |= {label: list(zip(samples, ballots, strict=True)) for label, samples in chosen.items()}
+        outcomes = run.read(f"{file}.jsonl", Outcome)
+        used["second attempt"] = [(b[0], (o, b[0])) for o, b in zip(outcomes, ballots, strict=True)]
+        used["flagged resampled"] = [
+            (b[0], (o, b[0])) if o.accused else (o, (o,)) for o, b in zip(outcomes, ballots, strict=True)
+        ]
+    return {f"{name}, {label}": _figures(config, pairs) for label, pairs in used.items()}
+
+
+def _answer(
+    config: Config,
+    run: Run,
+    file: str,
+    student: Student,
+    problems: Sequence[Problem],
+    requests: Sequence[Request],
+    identity: str,
+    grader: Grader,
+    weight: float | None = None,
+) -> list[Outcome]:
+    """The graded replies to the requests, with step scores if there is a weight; stored ones if nothing has changed."""
+    asked = [problem.model_dump() for problem in problems]
+    signature = digest([identity, config.eval.context, requests, asked, weight])
+    if (run.read_json(f"{file}.json", dict[str, Any]) or {}).get("signature") == signature:
+        return run.read(f"{file}.jsonl", Outcome)
     replies = sorted(student.generate(requests), key=lambda reply: reply.index)
-    ballots = [replies[start : start + votes] for start in range(0, len(replies), votes)]
-    elected: list[tuple[Reply, str | None]] = []  # the answer that most replies give, and the first of them
-    for ballot in ballots:
-        groups: dict[str, list[Reply]] = {}  # replies without an answer do not vote
-        for reply in ballot:
-            if (answer := answer_of(parse(reply.text))) is not None:
-                equal = grader.equal_many((answer, other) for other in groups)
-                known = (other for other, same in zip(groups, equal, strict=True) if same)
-                groups.setdefault(next(known, answer), []).append(reply)
-        winner, voters = max(groups.items(), key=lambda group: len(group[1]), default=(None, ballot))
-        elected.append((voters[0], winner))
-    verdicts = grade(grader, [answer for _, answer in elected], held_out.problems)
+    parsed = [parse(reply.text) for reply in replies]
+    answers = [answer_of(each) for each in parsed]
+    scores: list[tuple[float, ...]] = [()] * len(replies)
+    if weight is not None:
+        traces = [Trace() if answer is None else p.trace for p, answer in zip(parsed, answers, strict=True)]
+        folder = config.prompts.folder
+        scripts = [
+            read_odds(problem.question, trace, folder, (weight,))
+            for problem, trace in zip(problems, traces, strict=True)
+        ]
+        scores = [pool(*odds, weight) for odds in run_together(student, scripts)]
+    verdicts = grade(grader, answers, problems)
     rows = []
-    judged = zip(held_out.problems, elected, ballots, verdicts, strict=True)
-    for problem, (reply, _), ballot, verdict in judged:
-        correct = None if any(each.finish == "error" for each in ballot) else verdict
+    for problem, reply, each, odds, verdict in zip(problems, replies, parsed, scores, verdicts, strict=True):
+        failed = reply.finish == "error"
+        correct = None if failed else verdict
         outcome = Outcome(
             id=problem.id,
             question=problem.question,
@@ -69,12 +123,41 @@ def measure_baseline(
             second=None,
             correct1=correct,
             correct2=correct,
-            format_ok=True,
+            step_scores=tuple(round(value, 4) for value in odds),
+            format_ok=not each.issues,
             cut=reply.finish == "length",
-            tokens1=sum(each.tokens for each in ballot),
+            tokens1=reply.tokens,
+            note=NO_REPLY if failed else "",
         )
         rows.append(outcome)
-    figures = compute_metrics(rows, seed=config.seed) | {"signature": signature}
     run.replace(f"{file}.jsonl", rows)
-    run.write_json(f"{file}.json", figures)
-    return {label: figures}
+    run.write_json(f"{file}.json", {"signature": signature})
+    return rows
+
+
+def _equal_answers(ballot: Sequence[Outcome], grader: Grader) -> list[list[Outcome]]:
+    """The samples in groups of equal answers; one without an answer does not vote, unless all are."""
+    groups: dict[str, list[Outcome]] = {}
+    for sample in ballot:
+        if (answer := answer_of(parse(sample.first))) is not None:
+            equal = grader.equal_many((answer, other) for other in groups)
+            same = (other for other, verdict in zip(groups, equal, strict=True) if verdict)
+            groups.setdefault(next(same, answer), []).append(sample)
+    return list(groups.values()) or [list(ballot)]
+
+
+def _trust(sample: Outcome) -> float:
+    """The probability that the worst step is right; 0 without scores."""
+    return (1 - math.tanh(max(sample.step_scores) / 2)) / 2 if sample.step_scores else 0.0
+
+
+def _figures(config: Config, pairs: Sequence[tuple[Outcome, Sequence[Outcome]]]) -> dict[str, Any]:
+    """The figures of (answer, all answers needed for it), one per problem; unknown if one of them failed."""
+    rows = []
+    for answer, needed in pairs:
+        correct = None if any(each.note == NO_REPLY for each in needed) else answer.correct1
+        spent = sum(each.tokens1 for each in needed)
+        given = {"correct1": correct, "correct2": correct, "tokens1": spent, "tokens2": 0}
+        rows.append(answer.model_copy(update=given))
+    figures = compute_metrics(rows, seed=config.seed)
+    return {key: figures[key] for key in SHOWN}

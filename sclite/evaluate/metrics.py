@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -125,6 +125,28 @@ def compute_metrics(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: in
     }
     figures |= {name: sum(each) / n if n else None for name, each in spent.items()}
     return figures
+
+
+def compare(
+    outcomes: Sequence[Outcome], others: Sequence[Outcome], answer: Literal["correct1", "correct2"]
+) -> dict[str, Any]:
+    """How much more often a student is right than another one, on the n questions that both answered.
+
+    `this` and `other` are the shares of right answers, `only_this` and `only_other` those of answers that only one has
+    right; interval and p-value are those of `compute_metrics`.
+    """
+    verdicts = {outcome.question: getattr(outcome, answer) for outcome in others}
+    pairs = [
+        outcome.model_copy(
+            update={"correct1": verdicts[outcome.question], "correct2": getattr(outcome, answer)}
+        )
+        for outcome in outcomes
+        if outcome.question in verdicts
+    ]
+    figures, shares = compute_metrics(pairs), ("acc_t2", "acc_t1", "wrong_to_right", "right_to_wrong")
+    named = zip(("this", "other", "only_this", "only_other"), shares, strict=True)
+    same = ("difference", "difference_interval", "mcnemar_p", "n", "unknown")
+    return {name: figures[key] for name, key in named} | {key: figures[key] for key in same}
 
 
 def auc(scores: Sequence[float], wrong: Sequence[bool]) -> float | None:

@@ -34,9 +34,7 @@ def write_report(
     rows of its metrics.jsonl}.
     """
     rows = [{**figures, "name": model} for model, figures in summary["models"].items()]
-    shown = ("acc_t1", "acc_t1_interval", "tokens", "n", "unknown")
-    others = summary["baselines"].items()
-    baselines = [{"name": label} | {key: figures[key] for key in shown} for label, figures in others]
+    baselines = [{"name": label} | figures for label, figures in summary["baselines"].items()]
     unknown = [
         f"{row['name']}: {row['unknown']} of {row['unknown'] + row['n']} outcomes are unknown (failed call, timeout or "
         "grader error) and excluded."

@@ -172,6 +172,19 @@ def print_results(run: Run, summary: Mapping[str, Any]) -> None:
     console.print(f"Report: {escape(str(run.path(summary['folder']) / REPORT))}", wrap=False)
 
 
+def print_comparison(other: Path, compared: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print how much more often this run's students are right than those of another run."""
+    header = ("student", "problems", "this run %", "other %", "difference", "only this", "only other", "p")
+    rows = []
+    for label, figures in compared.items():
+        shares = [format_percent(figures[each]) for each in ("this", "other")]
+        only = [format_percent(figures[f"only_{each}"]) for each in ("this", "other")]
+        difference = format_percent(figures["difference"], figures["difference_interval"])
+        chance = "–" if figures["mcnemar_p"] is None else f"{figures['mcnemar_p']:.3f}"
+        rows.append((label, str(figures["n"]), *shares, difference, *only, chance))
+    console.print_table(f"Compared with {other}", header, rows)
+
+
 def print_example(outcomes: "Iterable[Outcome]") -> None:
     """Print one corrected answer: the problem, the wrong step with its cause and correction, and the final answer.
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sclite.evaluate.metrics import NEVER, Outcome, auc, compute_metrics, harmonic_mean
+from sclite.evaluate.metrics import NEVER, Outcome, auc, compare, compute_metrics, harmonic_mean
 
 VERDICTS = st.sampled_from([True, False, None])
 
@@ -28,6 +28,19 @@ def test_gains_and_losses_are_shares_of_all_problems():
     expected |= {"difference": 0.2, "mcnemar_p": 1.0}  # 2 against 1
     figures = compute_metrics(rows)
     assert {name: figures[name] for name in expected} == pytest.approx(expected)
+
+
+def test_students_are_compared_on_the_questions_that_both_answered():
+    """By hand: of four shared questions one is unknown, two are right here only and none there only: p = 2 / 2**2."""
+    mine = [
+        outcome(False, right, n, question=f"{n}?") for n, right in enumerate((True, True, True, None, True))
+    ]
+    theirs = [outcome(True, right, n, question=f"{n}?") for n, right in enumerate((False, True, False, True))]
+    found = compare(mine, theirs[::-1], "correct2")
+    expected = {"this": 1, "other": 1 / 3, "only_this": 2 / 3, "only_other": 0, "difference": 2 / 3}
+    expected |= {"n": 3, "unknown": 1, "mcnemar_p": 0.5}
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert compare(mine, theirs, "correct1")["difference"] == -1
 
 
 def test_unknown_outcome_is_not_a_wrong_answer():
