@@ -168,10 +168,10 @@ def compare_results(
     """{label: figures} of `metrics.compare`, for the first answers and the answers after review of each student in both."""
     compared = {}
     for name in [name for name in summary["models"] if name in theirs["models"]]:
-        pair = [
+        here, there = (
             list(each.rows(f"{found['folder']}/{name}.jsonl", Outcome, whole=False))
             for each, found in ((run, summary), (other, theirs))
-        ]
-        compared[f"{name}, first answer"] = compare(*pair, "correct1")
-        compared[f"{name}, after review"] = compare(*pair, "correct2")
+        )
+        compared[f"{name}, first answer"] = compare(here, there, "correct1")
+        compared[f"{name}, after review"] = compare(here, there, "correct2")
     return compared

@@ -17,15 +17,13 @@ from pathlib import Path
 
 from sclite.errors import DataError, NetworkError, ScliteError, UsageError
 from sclite.export.gguf_writer import is_plain_llama, write_gguf
-from sclite.export.merge import Adapter, BaseWeights, copy_settings
-from sclite.export.tensors import Tensors, read_json
+from sclite.export.merge import copy_settings
+from sclite.export.tensors import BaseWeights, Tensors, read_json
 
 SCRIPT = "convert_hf_to_gguf.py"
 EXTRACTED = (SCRIPT, "convert_lora_to_gguf.py", "conversion", "gguf-py", "LICENSE")
 SHA256 = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
 """Digests of the source distributions of all llama-cpp-python versions that pyproject.toml admits; no other is run."""
-DROPS_HEAD = ("GemmaForCausalLM", "Gemma2ForCausalLM")
-"""Architectures whose output layer the converter leaves out, since the published models tie it to the embedding."""
 SMALL = 50_000_000
 """Parameters below which a model that `write_gguf` supports is written without the converter."""
 LARGE = 3_000_000_000
@@ -50,22 +48,13 @@ def convert_model(folder: Path, out: Path, *, outtype: str = "f16", title: str =
     return write_gguf(folder, out, outtype=outtype, title=title)
 
 
-def check_convertible(base: Path, adapter: Path | None) -> None:
-    """Raise DataError if llama.cpp's converter is known to reject the merged model; on a LARGE base, it is run to find out."""
-    weights, config = BaseWeights(base), read_json(base / "config.json")
-    if is_plain_llama(base):
-        return
-    names = config.get("architectures") or ["model"]
-    added = Adapter(adapter, weights).additions if adapter else []
-    if names[0] in DROPS_HEAD and ("lm_head.weight" in added or not weights.tied):
-        message = f"llama.cpp's converter ignores the lm_head of a {names[0]} and uses its embedding instead"
-        hint = "train without lm_head in modules_to_save, or use `sclite export --format merged`"
-        raise DataError(message, hint)
-    if weights.count_parameters() < LARGE:
+def check_convertible(base: Path) -> None:
+    """Raise DataError if llama.cpp's converter rejects a LARGE base model: merging it takes longer than to find out."""
+    if is_plain_llama(base) or BaseWeights(base).count_parameters() < LARGE:
         return
     with tempfile.TemporaryDirectory() as place:
         copy_settings(base, Path(place))  # the converter would run the code of a model folder
-        if not config.get("quantization_config"):
+        if not read_json(base / "config.json").get("quantization_config"):
             for path in base.glob("*.safetensors*"):
                 (Path(place) / path.name).symlink_to(path.resolve())
         run_converter(converter(), Path(place), None)

@@ -1,4 +1,4 @@
-"""The trained model in transformers with one decoder layer's weights in memory at a time; the merge, tensor by tensor."""
+"""The trained model in transformers with one layer's weights in memory at a time: merged, or run."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sclite.errors import DataError, ScliteError
-from sclite.export.merge import BaseWeights
-from sclite.export.tensors import Tensors, open_tensors
+from sclite.errors import DataError
+from sclite.export.tensors import BaseWeights, open_tensors
 from sclite.student.loader import attention_of
 
 if TYPE_CHECKING:
@@ -17,8 +16,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-ROWS = 1024
-"""Rows of a merged tensor that are compared, spread over it: a merge that goes wrong changes all rows, or many in a row."""
+TIED = re.compile(r"(embed_tokens|wte|word_embeddings|embed_in)\.")
 
 
 class TrainedWeights:
@@ -42,9 +40,19 @@ class TrainedWeights:
         if adapter is not None:
             settings = PeftConfig.from_pretrained(str(adapter))
             self.model = get_peft_model(plain, settings, low_cpu_mem_usage=True)
-            self._adapter = open_tensors(adapter / "adapter_model.safetensors")
+            hint = f"delete {adapter} and run `sclite train` again"
+            self._adapter = open_tensors(adapter / "adapter_model.safetensors", hint)
             self._trained = set(self._adapter.keys())
         self.model.eval()
+        self.updates: dict[str, tuple[str, Any]] = {}  # LoRA layers, by the name of their tensor in the base
+        for path, module in self.model.named_modules():
+            if hasattr(module, "get_delta_weight"):
+                self.updates[self.base_name(f"{path}.weight")] = path, module
+        self.saved: dict[str, str] = {}  # parameters in modules_to_save, likewise
+        for path, _ in self.model.named_parameters():
+            if ".modules_to_save." in path:
+                name = path.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+                self.saved[name if name == "lm_head.weight" else self.base_name(path)] = path
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if re.search(r"\.lora_|\.modules_to_save\.", name):
@@ -54,6 +62,43 @@ class TrainedWeights:
                 raise DataError(f"the adapter has no {key}, which PEFT expects", hint)
             return self._adapter.get_tensor(key).float()
         return self.base[self.base_name(name)].float()
+
+    def merge(self, outtype: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor with its update as PEFT computes it, in float32, matrices in float16 unless `outtype` is f32.
+
+        Raises DataError for an adapter of another base, or that changes an embedding which is the output layer, too.
+        """
+        import torch
+
+        known = {
+            name.replace(".modules_to_save.default", "").replace(".default", "")
+            for name, _ in self.model.named_parameters()
+        }
+        if unknown := min((key for key in self._trained - known if ".base_layer." not in key), default=None):
+            hint = "set student.model to the base model of the adapter"
+            raise DataError(f"the adapter changes {unknown}, which {self.base.folder} does not have", hint)
+        if self.base.tied and (odd := next(filter(TIED.search, (*self.updates, *self.saved)), None)):
+            hint = "merge it with PEFT's merge_and_unload, and export the result as student.model"
+            raise DataError(
+                f"the adapter changes {odd}, which {self.base.folder} ties to its output layer", hint
+            )
+        for name in dict.fromkeys((*self.base, *self.saved)):
+            weight = self[self.saved[name]] if name in self.saved else self.base[name]
+            half = outtype != "f32" and weight.ndim > 1
+            if name in self.updates:
+                path, module = self.updates[name]
+                empty = {key: each for key, each in module.named_parameters() if "lora_" in key}
+                factors = {key: self[f"{path}.{key}"] for key in empty}
+                try:
+                    module.load_state_dict(factors, strict=False, assign=True)
+                    weight = module.get_delta_weight("default").detach().add_(weight)
+                except RuntimeError as error:  # another shape
+                    raise DataError(f"{name}: {error}", "use the base model of the adapter") from error
+                module.load_state_dict(empty, strict=False, assign=True)
+            elif name not in self.saved and not (half and weight.dtype == torch.bfloat16):
+                yield name, weight
+                continue
+            yield name, weight.to(torch.float16 if half else torch.float32)
 
     def base_name(self, name: str) -> str:
         """The name of a parameter of `model` in the files of the base model."""
@@ -98,51 +143,3 @@ def load_layered(base: Path, adapter: Path | None) -> PreTrainedModel | PeftMode
         block.register_forward_pre_hook(attach)
         block.register_forward_hook(detach)
     return weights.model
-
-
-def check_merge(base: Path, adapter: Path, merged: Path) -> None:
-    """Compare a merged folder with base + scale * B @ A as PEFT computes it, one tensor at a time.
-
-    Of a tensor of more than ROWS rows, every n-th row is compared, at most ROWS in all. Each value must be within rounding;
-    and of the adapter's update, which can be smaller than the rounding of float16, the rows must contain 99 to 101 % by least
-    squares. Raises ScliteError with the name of a tensor that differs.
-    """
-    import torch
-
-    weights, written = TrainedWeights(base, adapter), Tensors(merged)
-    updates: dict[str, tuple[str, Any]] = {}
-    saved = {}
-    for path, module in weights.model.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            updates[weights.base_name(f"{path}.weight")] = path, module
-    for path, _ in weights.model.named_parameters():
-        if ".modules_to_save." in path:
-            name = path.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
-            saved[name if name == "lm_head.weight" else weights.base_name(path)] = path
-
-    def is_right(name: str) -> bool:
-        given = weights[saved[name]] if name in saved else weights.base[name]
-        whole, given = torch.atleast_1d(written[name], given)
-        rows, dtype = slice(None, None, max(1, -(-len(whole) // ROWS))), whole.dtype  # every n-th row
-        stored, wanted = whole[rows].float(), given[rows].float()
-        if whole.shape != given.shape:
-            return False
-        if name not in updates:
-            return stored.equal(wanted.to(dtype).float())
-        path, module = updates[name]
-        empty = {key: each for key, each in module.named_parameters() if "lora_" in key}
-        factors = {key: weights[f"{path}.{key}"] for key in empty}
-        module.load_state_dict(factors, strict=False, assign=True)
-        update = module.get_delta_weight("default").detach()[rows]
-        module.load_state_dict(empty, strict=False, assign=True)
-        wanted += update
-        # never that of bfloat16, which is larger than many updates
-        precision, error = min(torch.finfo(dtype).eps, 2**-10), stored - wanted
-        size, noise = float(update.norm()), precision * float(wanted.norm()) / wanted.numel() ** 0.5
-        complete = abs(float((error * update).sum())) <= size * (0.01 * size + 8 * noise)
-        return complete and bool((error.abs_() <= 2 * precision * wanted.abs_() + 1e-6).all())
-
-    unmatched = min(set(written) ^ {*weights.base, *saved}, default=None)  # one that is missing, or too many
-    if wrong := unmatched or next((name for name in written if not is_right(name)), None):
-        hint = "run `sclite export` again; if it fails in the same way, please report it"
-        raise ScliteError(f"{wrong} of the merged model is not the base with the adapter added once", hint)

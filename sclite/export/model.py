@@ -18,12 +18,11 @@ from sclite.export import parity
 from sclite.export.cards import build_model_card, model_title
 from sclite.export.chat_format import trained_format, write_format
 from sclite.export.gguf import check_convertible, convert_model, converter, run_script
-from sclite.export.layers import check_merge
-from sclite.export.merge import Adapter, BaseWeights, copy_settings, merge
+from sclite.export.merge import copy_settings, merge, write_plain
 from sclite.export.quantize import estimate_bytes, measure_importance, quantization_type, quantize
 from sclite.export.reference import Trained, compute_references, format_size
 from sclite.export.samples import QUESTION, Sample, read_samples, split_samples, spread
-from sclite.export.tensors import read_json
+from sclite.export.tensors import BaseWeights, read_json
 from sclite.files import sync, write_text
 from sclite.records import Problem
 from sclite.run import Report, Run, timed
@@ -189,7 +188,7 @@ def _write_parts(
     _check_space(work, needed)
     if full.name not in parts:
         if merged.name not in parts:
-            check_convertible(student.base, student.adapter)
+            check_convertible(student.base)
             _merge(config, student, work / "merged.part", outtype).replace(merged)
             keep(merged)
         convert_model(merged, full, outtype=outtype, title=model_title(config, name))
@@ -265,12 +264,11 @@ def export_lora(config: Config, run: Run, name: str) -> dict[str, Any]:
     """
     adapter = run.path(f"{name if name != 'base' else 'sft'}/adapter")
     student, out = _load(config, adapter), run.path(f"export/{name}{LORA_FILE}")
-    weights = Adapter(adapter, BaseWeights(student.base, adapter))  # rejects what PEFT would load differently
     with _workplace(run, "lora") as work:
         _check_space(work, 2 * student.size("f16"))
         # the converter takes the name in the GGUF from the folder
         made, settings, plain = work / out.name, work / "settings", work / model_title(config, name)
-        weights.write_plain(plain)
+        write_plain(adapter, plain)
         settings.mkdir()
         copy_settings(student.base, settings)  # the converter would run the code of a model folder
         arguments = [str(plain), "--base", str(settings), "--outtype", "f16"]
@@ -315,8 +313,6 @@ def _merge(config: Config, student: Trained, out: Path, outtype: str) -> Path:
     """Merge base and adapter, with the chat format that was trained."""
     form = trained_format(config, student.tokenizer)
     merge(student.base, student.adapter, out, outtype=outtype)
-    if student.adapter is not None:
-        check_merge(student.base, student.adapter, out)
     if form:
         write_format(form, student.tokenizer, out)
     return out

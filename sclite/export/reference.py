@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sclite.export.layers import load_layered
-from sclite.export.merge import BaseWeights
 from sclite.export.quantize import estimate_bytes
 from sclite.export.samples import Sample, split_samples
+from sclite.export.tensors import BaseWeights
 from sclite.student.adapters import meta_model
 from sclite.student.cuda_memory import available_ram
 from sclite.student.loader import attention_of, max_positions, nf4_config, read_config

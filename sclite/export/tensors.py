@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sclite.errors import DataError
+from sclite.student.loader import check_quantization
+from sclite.student.origin import Origin, fingerprint, read_origin
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +79,67 @@ class Tensors:
         """The number of values of a tensor, without reading them."""
         with open_tensors(self._file[name]) as weights:
             return math.prod(weights.get_slice(name).get_shape())
+
+
+class BaseWeights:
+    """The base model's tensors by name, dequantized, and rounded to NF4 if the adapter was trained on NF4 weights."""
+
+    def __init__(self, folder: Path, adapter: Path | None = None):
+        self.folder, self._tensors = folder, Tensors(folder)
+        config = read_json(folder / "config.json")
+        check_quantization(config.get("quantization_config"), folder)
+        self._states: dict[str, list[str]] = {}
+        for name in self._tensors:
+            owner = re.match(r"(.+\.weight)\.(absmax|quant_map|nested_|quant_state)", name)
+            if owner:
+                self._states.setdefault(owner[1], []).append(name)
+        self._parts = {part for parts in self._states.values() for part in parts}
+        self.tied = bool(config.get("tie_word_embeddings")) or "lm_head.weight" not in self
+        self._origin = read_origin(adapter) if adapter else Origin()
+        if self._origin.weights and self._origin.weights != fingerprint(folder):
+            message = f"the adapter {adapter} was not trained on the weights in {folder}"
+            hint = "set student.model to the base model of the adapter, or train again with `sclite train --fresh`"
+            raise DataError(message, hint)
+        trained_in_nf4 = {self.find(f"{module}.weight", "training") for module in self._origin.nf4}
+        self._nf4 = trained_in_nf4 - set(self._states)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._tensors if name not in self._parts)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors and name not in self._parts
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._states and name not in self._nf4:
+            return self._tensors[name]
+        import bitsandbytes.functional as bnb
+        import torch
+
+        if name in self._nf4:  # as training in NF4 sees it: quantized as in `nf4_config`, then dequantized
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            weight = self._tensors[name].to(device, getattr(torch, self._origin.dtype))
+            packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            return bnb.dequantize_4bit(packed, state).cpu()
+        parts = {part: self._tensors[part] for part in self._states[name]}
+        state = bnb.QuantState.from_dict(parts, device=torch.device("cpu"))
+        return bnb.dequantize_4bit(self._tensors[name], state)
+
+    def count_parameters(self) -> int:
+        """The number of values of all tensors; a byte of packed weights holds two."""
+        return sum(self._tensors.size(name) * (2 if name in self._states else 1) for name in self)
+
+    def find(self, name: str, who: str) -> str:
+        """`name`, or the only tensor whose name has the same ending (multimodal models add prefixes)."""
+        if name in self:
+            return name
+        tail = re.sub(r"^(model\.|language_model\.)+", "", name)
+        # Qwen3.5's layers for multi-token prediction have names like the first ones
+        own = (other for other in self if "vision" not in other and not other.startswith("mtp."))
+        alike = [other for other in own if other.endswith("." + tail)]
+        if len(alike) == 1:
+            return alike[0]
+        hint = "set student.model to the base model of the adapter"
+        raise DataError(f"{who} changes {name}, which {self.folder} does not have", hint)
 
 
 def read_gguf(path: Path) -> GGUFReader:

@@ -32,14 +32,12 @@ compute_references(base, adapter, [(list(range(4, 204)), 190), (list(range(9, 30
 STEPS = {
     "imports": "import torch, transformers, peft, safetensors.torch, llama_cpp, sclite.export.layers",
     "ours: merge": """
-from sclite.export.layers import check_merge
 from sclite.export.merge import merge
-merge(base, adapter, folder / "ours", outtype="f16")
-check_merge(base, adapter, folder / "ours")""",
+merge(base, adapter, folder / "ours", outtype="f16")""",
     "ours: convert": """
 import shutil
 from sclite.export.gguf import check_convertible, convert_model
-check_convertible(base, adapter)
+check_convertible(base)
 convert_model(folder / "ours", folder / "ours.gguf", outtype="f16")
 shutil.rmtree(folder / "ours")""",
     "ours: quantize": """

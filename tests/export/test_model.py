@@ -27,9 +27,9 @@ from sclite.export import model as export
 from sclite.export import ollama, parity, reference
 from sclite.export.cards import build_model_card
 from sclite.export.gguf import run_converter
-from sclite.export.merge import BaseWeights
 from sclite.export.reference import Trained
 from sclite.export.samples import Sample, split_samples
+from sclite.export.tensors import BaseWeights
 from sclite.progress import ProgressDisplay
 from sclite.records import Template
 from sclite.run import Report, Run
