@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -56,7 +57,7 @@ def gpu_processes() -> list[dict[str, Any]] | None:
 
 
 def probe_torch() -> dict[str, Any]:
-    """{"version", "cuda", "gpus"} of torch, from a subprocess; {"failure", "gpus": []} if it is missing or broken."""
+    """{"version", "cuda", "why" CUDA fails, "gpus"} of torch, from a subprocess; {"failure", "gpus": []} if it is broken."""
     found = _run_python(_TORCH)
     return {"failure": found, "gpus": []} if isinstance(found, str) else found
 
@@ -76,14 +77,20 @@ class Check:
 
 
 _TORCH = (
-    "import json, torch; from sclite.doctor import list_gpus; "
-    "print(json.dumps({'version': torch.__version__, 'cuda': torch.version.cuda, 'gpus': list_gpus()}))"
+    "import json, torch; from sclite.doctor import list_gpus; from sclite.student.cuda_memory import cuda_failure; "
+    "print(json.dumps({'version': torch.__version__, 'cuda': torch.version.cuda, 'why': cuda_failure(), 'gpus': list_gpus()}))"
 )
 _LLAMA = "from sclite.student.llama_cpp.engine import llama; print(str(bool(llama().llama_supports_gpu_offload())).lower())"
 _TEACHER = (
     "import json, sys; from sclite.config import Teacher; from sclite.doctor import describe_teacher; "
     "print(json.dumps(describe_teacher(Teacher.model_validate_json(sys.argv[1]))))"
 )
+
+
+def llama_offloads() -> bool | str:
+    """Whether llama.cpp is built for a GPU, from a subprocess; the reason if it cannot be loaded."""
+    found: bool | str = _run_python(_LLAMA)
+    return found
 
 
 def _run_python(code: str, *arguments: str) -> Any:
@@ -115,11 +122,11 @@ CUDA_WHEELS = (118, 121, 122, 123, 124, 125, 130, 132)
 def run_checks(config: Config) -> Iterator[Check]:
     """Every check. Takes seconds: torch, llama.cpp and LiteLLM are imported in subprocesses, at the same time."""
     from sclite.export.gguf import SHA256, cache_folder
-    from sclite.student.cuda_memory import available_ram
+    from sclite.student.cuda_memory import available_ram, has_driver
 
     taught = config.teacher.model and not config.teacher.embedded
     with ThreadPoolExecutor() as pool:
-        torch_probe, llama_probe = pool.submit(probe_torch), pool.submit(_run_python, _LLAMA)
+        torch_probe, llama_probe = pool.submit(probe_torch), pool.submit(llama_offloads)
         settings = config.teacher.model_dump_json()
         teacher_probe = pool.submit(_run_python, _TEACHER, settings) if taught else None
         yield Check("Python", True, sys.version.split()[0])
@@ -130,15 +137,26 @@ def run_checks(config: Config) -> Iterator[Check]:
     yield Check("torch", not found, build, fix, required=True)
     gpus = torch["gpus"]
     shown = [f"{gpu['name']}, {gpu['total_gb']:.0f} GB, {gpu['free_gb']:.0f} GB free" for gpu in gpus]
-    found, fix = "; ".join(shown), "use a 24 GB GPU to train 7B and 8B models"
-    large = any(gpu["total_gb"] > 11 for gpu in gpus)
-    yield Check("CUDA GPU", large, found or "not found, training runs on the CPU", fix)
+    found, fix = (
+        "; ".join(shown) or "not found, training runs on the CPU",
+        "use a 24 GB GPU to train 7B and 8B models",
+    )
+    if has_driver() and (why := torch.get("why")):
+        found, fix = (
+            f"CUDA does not start: {why}",
+            "update the NVIDIA driver; PyTorch for CUDA 13 needs version 580",
+        )
+        fix += ', or: pip install "torch>=2.11,<2.14" torchvision --index-url https://download.pytorch.org/whl/cu126'
+    yield Check("CUDA GPU", any(gpu["total_gb"] > 11 for gpu in gpus), found, fix)
     unneeded, unsloth = "" if gpus else ", not needed without a GPU", _version("unsloth")
     found, fix = unsloth or "not installed", "pip install -e '.[cuda]'"
     yield Check("Unsloth", not gpus or bool(unsloth), found + unneeded, fix)
-    # Triton, which compiles Unsloth's kernels, needs a C compiler for its launchers
+    # Triton, which compiles Unsloth's kernels, needs a C compiler and Python's headers for its launchers
     found = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), "not found")
     yield Check("C compiler", not gpus or found != "not found", found + unneeded, "apt-get install gcc")
+    headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+    fix = f"apt-get install python{sys.version_info.major}.{sys.version_info.minor}-dev"
+    yield Check("Python headers", not gpus or headers, ("found" if headers else "not found") + unneeded, fix)
 
     ram, needed = available_ram(), 16 if gpus else 4
     found = "unknown" if ram is None else f"{ram / 1e9:.0f} GB available"

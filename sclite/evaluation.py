@@ -66,7 +66,7 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
     tested = [problem for problem in tested if problem not in used]
     drops += [Drop(stage="eval", id=p.id, reason="used_for_threshold", raw=p.question) for p in used]
     context.run.replace_drops("eval", drops)
-    if len(tested) < 5 or len(fitting) < 5:
+    if len(tested) < 5 or (context.config.review.needs_fit and len(fitting) < 5):
         enough = ceil(8 / max(0.05, min(settings.fit_share, 1 - settings.fit_share)))
         hint = f"evaluate on {enough} or more problems that were not trained on"
         if len(found) == settings.limit < enough:

@@ -20,7 +20,6 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 FreshOption = Annotated[
     bool, typer.Option("--fresh", help="Redo stages whose inputs have changed, and pay again.")
 ]
-DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # of NVIDIA: Linux, and Linux under Windows
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,8 @@ class Common:
         """These options, with the quickstart's run if the default run does not exist but the quickstart's does."""
         from sclite.run import Run
 
+        if self.run is not None:
+            return self
         config, quickstart = self.load(), Run("runs/quickstart")
         default = config.run == type(config).model_fields["run"].default
         hidden = default and not Run(config.run).is_begun() and quickstart.is_begun()
@@ -69,10 +70,10 @@ class Common:
         from sclite.context import Context
         from sclite.progress import ProgressDisplay
         from sclite.run import Run
+        from sclite.student.cuda_memory import has_driver
 
         config = self.load(chosen)
-        driver = any(Path(path).exists() for path in DRIVERS)  # asking CUDA would initialize it
-        context = Context(config, Run(config.run), ProgressDisplay(), isolated=driver)
+        context = Context(config, Run(config.run), ProgressDisplay(), isolated=has_driver())
         if config.teacher.embedded:
             from sclite.quickstart.tutor_provider import register
 

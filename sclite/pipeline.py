@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 from sclite import exports
 from sclite.config import Config
 from sclite.context import Context
+from sclite.doctor import llama_offloads
 from sclite.errors import DataError, DeviceError, GpuMemoryError, UsageError
 from sclite.progress import Progress, ProgressDisplay
 from sclite.records import FEEDBACK, Problem, Review
 from sclite.run import Report, Run
+from sclite.signature import differences
 from sclite.student.adapters import STUDENTS, adapter_weights
 
 if TYPE_CHECKING:
@@ -219,7 +221,7 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
 
     if only == "dpo":
         require_sft(context)
-    elif not context.run.is_imported("sft", adapter_weights("sft")):
+    if only != "sft" or not context.run.is_imported("sft", adapter_weights("sft")):
         read_templates(context.run)
     data = {name: context.run.path(f"{name}.jsonl").is_file() for name in ("templates", "reviews", "pairs")}
     corrects = data["reviews"] or not context.run.is_imported("pairs", "pairs.jsonl")
@@ -235,10 +237,17 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
             raise DataError(why, hint)
         if corrects:
             check_sources(context)
-            problems_to_attempt(context)
+            if not fresh:
+                refuse_other_attempts(context)
+        elif context.config.warmup.num_train_epochs:
+            why = f"{context.run.path('reviews.jsonl')} is missing, and the warm-up trains on reviews"
+            raise DataError(why, "add it, or skip the warm-up: --set warmup.num_train_epochs=0")
     if context.config.student.model == "embedded" and not context.config.teacher.embedded:
         only_stories = "is a toy that can learn the quickstart's word problems only; set student.model"
         context.display.print(f"warning: the bundled student {only_stories}")
+    if only != "sft" and context.isolated and llama_offloads() is False:
+        slow = "sampling and the review threshold take much longer; `sclite doctor` shows how to install a CUDA build"
+        context.display.print(f"warning: this build of llama-cpp-python runs on the CPU: {slow}")
     exports.check_chat_template(context)
     if only is None:
         hidden = unseen(context)
@@ -257,6 +266,20 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
         exports.export(context)
         exports.fit_review_threshold(context, untrained_problems(context))
     return context.reports
+
+
+def refuse_other_attempts(context: Context) -> None:
+    """Raise UsageError if a stage 2 was trained on attempts with other settings, before new ones are paid for."""
+    from sclite.data import attempts
+
+    problems, _ = problems_to_attempt(context)
+    signed = context.run.manifest("attempts")
+    if signed is None or context.run.manifest("warmup") is None:
+        return
+    before = {key: value for key, value in signed["inputs"].items() if key != "unanswered"}
+    if changed := differences(before, attempts.attempts_inputs(context.config, context.run, problems)):
+        hint = "restore them, or add --fresh to sample, correct and train again"
+        raise UsageError(f"stage 2 was trained on other attempts: {'; '.join(changed)}", hint)
 
 
 def train_stage(context: Context, name: str, fresh: bool = False) -> Report:

@@ -62,8 +62,13 @@ def digest_prompts(*names: str, folder: str = "") -> str:
 
 def _messages(name: str, folder: str, **values: str) -> Messages:
     system = {"student": "student_system", "baseline": ""}.get(name.partition("_")[0], "teacher_system")
-    before = ({"role": "system", "content": _render(system, folder, {})},) if system else ()
-    return (*before, {"role": "user", "content": _render(name, folder, values)})
+    user: dict[str, str] = {"role": "user", "content": _render(name, folder, values)}
+    if not system:
+        return (user,)
+    text = _render(system, folder, {})
+    if not text:  # some chat templates insert a system prompt of their own then
+        raise DataError(f"the prompt {system}.txt is empty", "write at least one sentence")
+    return ({"role": "system", "content": text}, user)
 
 
 def solve_messages(question: str, folder: str = "", name: str = "student_solve") -> Messages:

@@ -116,6 +116,8 @@ def test_export_works_on_the_quickstarts_run_where_there_is_no_other(sclite):
     Path("runs/quickstart").mkdir(parents=True)
     Path("runs/quickstart/run.toml").write_text("")
     assert "runs/quickstart has no templates" in sclite("export", "--format", "data").error
+    named = sclite("export", "--format", "data", "--run", "runs/default").error
+    assert "runs/default has no templates" in named
 
 
 @pytest.mark.parametrize(("typed", "code", "message", "hint"), ERRORS, ids=[typed for typed, *_ in ERRORS])

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sclite import evaluation, exports, forecast, pipeline, prompts
 from sclite.context import Context
-from sclite.errors import DataError
+from sclite.data.attempts import attempts_inputs
+from sclite.errors import DataError, UsageError
 from sclite.inspect.plan import print_plan
 from sclite.progress import ProgressDisplay
 from sclite.records import Attempt, Drop, Pair, Problem, Review
@@ -252,6 +253,48 @@ def test_train_names_what_stage_2_lacks_before_sft(run, tmp_path, monkeypatch, m
     assert said in error.value.message
     with pytest.raises(InterruptedError):
         pipeline.train(context, "sft")
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        (["sft/adapter/adapter_model.safetensors"], "templates.jsonl"),
+        (["templates.jsonl", "pairs.jsonl"], "reviews.jsonl"),
+    ],
+)
+def test_train_names_what_is_missing_beside_imported_files(run, monkeypatch, given, missing):
+    monkeypatch.setattr(pipeline, "train_stage", None)
+    problems(8)
+    for name in given:
+        run.path(name).parent.mkdir(parents=True, exist_ok=True)
+        template = {"id": "p", "question": "What is 1 + 1?", "answer": "2", "trace": attempt("2")}
+        write_rows(run.path(name), [template])
+    with pytest.raises(DataError, match=rf"{missing} is missing"):
+        pipeline.train(context_of(run, "http://127.0.0.1:9/v1"))
+
+
+def test_other_attempts_are_refused_before_they_are_paid_for(run, monkeypatch):
+    problems(8)
+    run.path("sft/adapter").mkdir(parents=True)
+    run.path("sft/adapter/adapter_model.safetensors").write_bytes(b"trained")
+    context = context_of(run, "http://127.0.0.1:9/v1")
+    kept, _ = pipeline.problems_to_attempt(context)
+    run.sign("attempts", {**attempts_inputs(context.config, run, kept), "unanswered": 2}, Report("attempts"))
+    started = []
+    monkeypatch.setattr(pipeline, "build_corrections", lambda *given: started.append(given))
+    monkeypatch.setattr(pipeline, "train_stage", None)
+    other = context_of(run, "http://127.0.0.1:9/v1", **{"attempts.samples": 7})
+    for fresh, signed in ((False, False), (True, True)):
+        if signed:
+            run.sign("warmup", {}, Report("warmup"))
+        with pytest.raises(TypeError):  # what comes after the corrections
+            pipeline.train(other, "dpo", fresh)
+    with pytest.raises(UsageError, match="stage 2 was trained on other attempts: sampling changed") as error:
+        pipeline.train(other, "dpo")
+    assert "--fresh" in error.value.hint
+    with pytest.raises(TypeError):
+        pipeline.train(context, "dpo")
+    assert len(started) == 3
 
 
 @pytest.mark.parametrize("more", [{}, {"attempts.source": "x"}])

@@ -62,6 +62,13 @@ def test_digest_depends_on_the_text_and_the_names(tmp_path):
     assert before != prompts.digest_prompts("student_system", "student_solve", folder=str(own))
 
 
+def test_empty_system_prompt_is_refused(tmp_path):
+    """Some chat templates would put one of their own in its place."""
+    (tmp_path / "student_system.txt").write_text("{# nothing #}\n")
+    with pytest.raises(DataError, match=r"the prompt student_system.txt is empty"):
+        prompts.solve_messages("How many?", str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [

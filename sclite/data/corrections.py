@@ -72,7 +72,9 @@ def write_corrections(
         refuse_other_basis(run.read_json(begun, dict[str, object]), basis, run.path("reviews.jsonl"))
     with timed(report):
         hint = "run `sclite train`: it trains SFT, then samples attempts"
-        attempts = deduplicate(run.require("attempts.jsonl", Attempt, hint))
+        everything = run.require("attempts.jsonl", Attempt, hint)
+        attempts = deduplicate(everything)
+        report.counts["duplicates"] = len(everything) - len(attempts)
         wrong, drops = split_usable(attempts)
         jobs = correction_jobs(config, run, grader, wrong)
         reviews: list[Review] = []

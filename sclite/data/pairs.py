@@ -232,6 +232,8 @@ def make_pairs(
         )
         return [*pairs, content], None
     reason = Counter(reasons or [_UNREADABLE]).most_common(1)[0][0]
+    if own:  # none of them could be graded
+        reason = "grader_unknown"
     reason = "chosen_equals_rejected" if wrong else _ALREADY_RIGHT if right else reason
     raw = own[0][0] if own else ""
     return pairs, Drop(stage="pairs", id=review.id, sample=review.sample, reason=reason, raw=raw)

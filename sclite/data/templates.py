@@ -35,7 +35,9 @@ _MENTIONS = re.compile(
     rf"\b(?:the|this|that|your)\s+{_GIVEN}\s+(?:(?:written|worked|final)\s+)?(?:answers?\b(?! (?:choice|option))|solutions?\b(?!{_MIXTURE}))"
     r"|\b(?:reference|gold(?:en)?|ground[- ]truth)[- ](?:solution|answer)s?\b"
     r"|\b(?:the|this|your)\s+(?:solution|answer)\s+(?:that\s+)?(?:(?:was|is|has\s+been)\s+(?:given|provided|supplied)"
-    r"|(?:you|I\s+was|we\s+were)\s+(?:gave|given)|(?:given|provided|shown)?\s*above)\b(?!\s+(?:by|in|as)\b)",
+    r"|(?:you|I\s+was|we\s+were)\s+(?:gave|given)|(?:given|provided|shown)?\s*above)\b(?!\s+(?:by|in|as)\b)"
+    r"|\b(?:answer|solution)\s+key\b|\b(?:according\s+to|as\s+(?:stated\s+)?in)\s+the\s+(?:solution|answer)\b"
+    r"|\bthe\s+(?:expected|intended|target)\s+answer\b|\bthe\s+solution\s+(?:says|states)\b",
     re.I,
 )
 

@@ -59,7 +59,7 @@ def export_data(config: Config, run: Run) -> Report:
             if (row.id, row.sample) not in attempts:
                 hint = "restore the attempt, or remove the review"
                 raise DataError(f"reviews.jsonl, {row.id}/{row.sample}: no such row in attempts.jsonl", hint)
-            attempt = render(attempts[row.id, row.sample].parsed.trace)
+            attempt = render(attempts[row.id, row.sample].parsed.work)
             chat = _chat(prompts.review_messages(_problem(row, problems).question, attempt, folder), row)
             files[REVIEWS].append({"id": row.id, "sample": row.sample, "step": row.step, "messages": chat})
         files[PAIRS], files[STEP_DPO] = _pair_rows(config, pairs, reviews, problems)

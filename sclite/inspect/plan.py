@@ -48,10 +48,11 @@ CHECKPOINTS = 4  # on disk at once with held-out rows: three are kept while a fo
 def plan_training(context: "Context") -> dict[str, Any]:
     """The plan of a training on this machine, from the configuration and the run's files; starts and writes nothing."""
     from sclite.data.problems import split_problems, trainable_problems
-    from sclite.doctor import gpu_processes, list_gpus
+    from sclite.doctor import gpu_processes, list_gpus, probe_torch
     from sclite.student.loader import load_tokenizer
 
-    config, gpus = context.config, list_gpus()
+    # the process that starts those of the stages must not hold GPU memory
+    config, gpus = context.config, probe_torch()["gpus"] if context.isolated else list_gpus()
     split = split_problems(config, problems) if (problems := trainable_problems(context.run)) else None
     gpu = {**gpus[0], "processes": gpu_processes()} if gpus else None
     unseen = frozenset(problem.id for problem in split.stage2) if split else None
@@ -89,7 +90,7 @@ def plan(
             if not config.stage(stage).per_device_train_batch_size:
                 wanted = replace(wanted, micro_batch=cpu_micro_batch(model, wanted, batch))
         free = None if gpu is None else round(gpu["free_gb"] * GB)
-        choice = choose(model, wanted, batch, free)
+        choice = choose(model, wanted, batch, free, available_ram())
         setting = choice.setting or wanted
         memory = estimate_on_cpu(model, setting) if gpu is None else estimate(model, setting)
         fits, verdict = choice.fits, choice.verdict

@@ -1,15 +1,36 @@
-"""GPU memory: recognize out-of-memory errors, release what a model leaves behind; and the RAM that is available."""
+"""The GPU: whether CUDA starts, out-of-memory errors, memory that a model leaves behind; and the RAM that is available."""
 
 import ctypes
 from pathlib import Path
 
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
+"""Devices of NVIDIA's driver: Linux, and Linux under Windows."""
 WORDS = (
     "out of memory",
     "cudaErrorMemoryAllocation",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_NOT_INITIALIZED",
     "CUDNN_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator",
 )
+
+
+def has_driver() -> bool:
+    """Whether NVIDIA's driver is there, found without CUDA: asking it would initialize it."""
+    return any(Path(path).exists() for path in DRIVERS)
+
+
+def cuda_failure() -> str:
+    """Why a CUDA build of PyTorch cannot start CUDA; "" if it can, or is a CPU build."""
+    import torch
+
+    if torch.version.cuda is None or torch.cuda.is_available():
+        return ""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"{error}".strip().partition("\n")[0]
+    return "no device is visible"
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -15,7 +15,7 @@ from sclite.config import Config, Student, TrainingStage
 from sclite.errors import DataError, DeviceError, NetworkError, UsageError
 from sclite.student.adapters import check_adapter, load_adapter, lora_targets, meta_model
 from sclite.student.chat_template import renderer
-from sclite.student.cuda_memory import is_out_of_memory
+from sclite.student.cuda_memory import cuda_failure, has_driver, is_out_of_memory
 from sclite.student.tokenization import end_id, prompt_ids, prompt_text
 from sclite.student.tokenizer_file import is_ignored
 from sclite.trace import Step, Trace, render
@@ -51,15 +51,24 @@ def model_name(student: Student) -> str:
 
 
 def fetch_model(name: str) -> Path:
-    """The local folder of a model by path or Hub ID; a Hub model is downloaded into the Hub's own cache."""
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
+    """The local folder of a model by path or Hub ID; a Hub model is downloaded into the Hub's own cache.
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-    copies = ["consolidated*", "original/*"]  # the same weights in their author's format
-    with _model_errors(f"the student {name} cannot be downloaded", OSError):
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=copies))
+    Raises DataError for one without safetensors, before it is trained: it could not be merged.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+        copies = ["consolidated*", "original/*"]  # the same weights in their author's format
+        with _model_errors(f"the student {name} cannot be downloaded", OSError):
+            folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=copies))
+    if not any(folder.glob("*.safetensors")):
+        hint = (
+            "load it with transformers, write it with save_pretrained(), and set student.model to that folder"
+        )
+        raise DataError(f"{name} has no weights as safetensors", hint)
+    return folder
 
 
 @contextmanager
@@ -81,7 +90,8 @@ def _model_errors(what: str, *kinds: type[Exception]) -> Iterator[None]:
                 hint = "check the connection, or set student.model to a folder that holds the model"
                 raise NetworkError(message, hint) from error
             cause = cause.__cause__ or cause.__context__
-        raise DataError(message, "check student.model") from error
+        terms = "accept its terms on the Hub, then run `hf auth login` or set HF_TOKEN"
+        raise DataError(message, terms if "gated" in str(error) else "check student.model") from error
 
 
 def select_gpu(gpu: int | None) -> None:
@@ -102,16 +112,22 @@ def select_gpu(gpu: int | None) -> None:
     import torch
 
     if not torch.cuda.is_available():
-        build = "" if torch.version.cuda else "; this PyTorch is a CPU build"
+        build = f": {cuda_failure()}" if torch.version.cuda else "; this PyTorch is a CPU build"
         hint = "omit --gpu to train on the first GPU, or on the CPU if there is none (small students only); "
         hint += "run `sclite doctor` for details"
         raise DeviceError(f"CUDA GPU {gpu} not found{build}", hint)
 
 
 def select_backend(student: Student) -> str:
-    """unsloth or plain. On a CUDA machine a missing Unsloth is an error, never a silent slow run."""
+    """unsloth or plain. On a CUDA machine a missing Unsloth or an old driver is an error, never a silent slow run."""
     import torch
 
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if student.backend == "auto" and has_driver() and not hidden and (why := cuda_failure()):
+        hint = "update the NVIDIA driver, or install a PyTorch for the CUDA version that `nvidia-smi` shows; "
+        raise DeviceError(
+            f"CUDA does not start: {why}", f"{hint}--set student.backend=plain trains on the CPU"
+        )
     if student.backend == "plain" or (student.backend == "auto" and not torch.cuda.is_available()):
         return "plain"
     if not torch.cuda.is_available():

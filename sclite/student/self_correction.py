@@ -239,11 +239,12 @@ def correct_step(
     yield Writing("continuation")
     pieces = tuple(step_pieces((*before, Step(correction))))
     messages = prompts.solve_messages(question, settings.prompt_folder)
-    text, more = _text_and_tokens((yield Request(messages, pieces, max_tokens=settings.max_tokens)))
+    reply = yield Request(messages, pieces, max_tokens=settings.max_tokens)
+    text, more = _text_and_tokens(reply)
     if text is None:
         return Reviewed(accused=step, tokens=tokens, note=UNREADABLE)
     solved = parse("".join(pieces) + text).trace
-    if solved.answer is None:
+    if solved.answer is None or (isinstance(reply, Reply) and reply.finish == "length"):
         return Reviewed(accused=step, tokens=tokens + more, note="no answer after the correction")
     return Reviewed(solved, (), step, cause, correction, tokens + more)
 

@@ -92,7 +92,7 @@ class Architecture:
     adapted: Counter[Shape]
     query_key_norms: bool
     logit_cap: bool
-    scored_heads: int  # whose attention scores are kept in whole, for their soft cap
+    scored_heads: int  # whose attention scores are kept in whole
     bf16_on_cpu: bool
     rough: str  # why the estimate is rough; empty if it is not
 
@@ -144,10 +144,24 @@ def architecture(config: PretrainedConfig, targets: Sequence[str] = ()) -> Archi
         adapted=adapted,
         query_key_norms=any(name.endswith(".q_norm") for name, _ in model.named_modules()),
         logit_cap=bool(getattr(text, "final_logit_softcapping", None)),
-        scored_heads=text.num_attention_heads if getattr(text, "attn_logit_softcapping", None) else 0,
+        scored_heads=text.num_attention_heads if _keeps_scores(text) else 0,
         bf16_on_cpu=cpu_training_dtype(config).itemsize == 2,
         rough=rough,
     )
+
+
+def _keeps_scores(text: PretrainedConfig) -> bool:
+    """Whether attention scores are kept in whole: for Gemma 2's soft cap, and for Gemma 3 on a GeForce.
+
+    There, flex attention at a head size of 256, which Unsloth uses, does not fit in shared memory and is not fused.
+    """
+    import torch
+
+    if getattr(text, "attn_logit_softcapping", None):
+        return True
+    if not text.model_type.startswith("gemma3") or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_properties(0).shared_memory_per_block_optin < 152_000
 
 
 def _layer_widths(layer: PretrainedConfig) -> tuple[int, int, int]:

@@ -21,14 +21,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FLAT, FALLING, EXPLODING, NOT_A_NUMBER = "margin_flat", "chosen_falling", "gradient_exploding", "not_a_number"
+OTHER_REFERENCE = "other_reference"
 ADVICE = {
     FLAT: "the margin stays at 0 and dpo_loss at 0.693: the model learns nothing; raise dpo.learning_rate, or check "
     "`sclite show pairs` for pairs with similar sides",
     FALLING: "chosen texts become less likely, not only rejected ones: raise dpo.nll_weight or lower dpo.learning_rate",
     EXPLODING: "the gradient norm is more than ten times its median: lower the learning rate, or raise warmup_ratio",
+    OTHER_REFERENCE: "dpo_loss does not begin at 0.693, so the reference is not the adapter that is trained: restart with "
+    "--fresh; if it stays so, report the model's name",
     NOT_A_NUMBER: "the loss or the gradient is NaN or infinite: lower the learning rate and restart this stage with --fresh",
 }
 PATIENCE = 20  # steps before the first warning
+LN2 = math.log(2)
+"""Where DPO's loss starts: the policy is its reference (METHOD, section 4)."""
 ON_THE_LINE = {
     "loss": "loss {:.3f}",
     "margin": "margin {:.2f}",
@@ -151,6 +156,8 @@ def diagnose(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     found, last = [], steps[-1]
     if not all(math.isfinite(last.get(name, 0.0)) for name in ("loss", "grad_norm")):
         found.append(NOT_A_NUMBER)
+    if steps[0]["step"] == 1 and abs(steps[0].get("dpo_loss", LN2) - LN2) > 0.02:
+        found.append(OTHER_REFERENCE)
     if len(steps) <= PATIENCE:
         return found
     norms = [row["grad_norm"] for row in steps if "grad_norm" in row]
@@ -158,7 +165,7 @@ def diagnose(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         found.append(EXPLODING)
     recent = steps[-PATIENCE:]
     if "margin" in last:
-        if all(abs(row["margin"]) < 1e-3 and abs(row["dpo_loss"] - math.log(2)) < 1e-3 for row in recent):
+        if all(abs(row["margin"]) < 1e-3 and abs(row["dpo_loss"] - LN2) < 1e-3 for row in recent):
             found.append(FLAT)
         if statistics.fmean(row["chosen_shift"] for row in recent) < -2.0:
             found.append(FALLING)

@@ -54,16 +54,20 @@ def largest_length(model: Architecture, setting: Setting, free: int) -> int | No
     return lengths[fitting - 1] if fitting else None
 
 
-def choose(model: Architecture, wanted: Setting, batch: int, free: int | None) -> Choice:
+def choose(
+    model: Architecture, wanted: Setting, batch: int, free: int | None, ram: int | None = None
+) -> Choice:
     """The largest micro-batch, up to the wanted one, that fits into `free` bytes and divides the batch.
 
+    Its host memory must fit into `ram`, with half as much again: blocks of pinned memory are rounded up to powers of two.
     If one row does not fit, it is one row of the largest length that does.
     """
     sizes = [size for size in range(wanted.micro_batch, 0, -1) if batch % size == 0]
     if free is None:
         return Choice(None, replace(wanted, micro_batch=sizes[0]), "no GPU found")
     for size in sizes:
-        if estimate(model, setting := replace(wanted, micro_batch=size)).total <= free:
+        found = estimate(model, setting := replace(wanted, micro_batch=size))
+        if found.total <= free and (ram is None or size == sizes[-1] or 1.5 * found.host <= ram):
             return Choice(True, setting, "fits")
     one = replace(wanted, micro_batch=1)
     if length := largest_length(model, one, free):
@@ -94,7 +98,7 @@ def choose_on_gpu(config: Config, stage: str) -> Choice | None:
     if free is None or model is None:
         return None
     wanted = wanted_setting(config, stage, select_backend(config.student))
-    return choose(model, wanted, config.stage(stage).batch_size, free)
+    return choose(model, wanted, config.stage(stage).batch_size, free, available_ram())
 
 
 def cpu_micro_batch(model: Architecture, wanted: Setting, batch: int) -> int:

@@ -172,6 +172,8 @@ class TrainingJob:
                 if warning := checkpoints.prepare(inputs, "cuda" if torch.cuda.is_available() else "cpu"):
                     self.warn(warning)
                 name = model_name(config.student)
+                if not Path(name).is_dir():
+                    self.progress(0, 0, note=f"loading {name}, downloaded if it is not cached")
                 tokenizer = load_tokenizer(name)
                 check_tokenizer(tokenizer, read_config(name), name)
                 build_task = prepare(self, tokenizer)

@@ -226,7 +226,7 @@ def test_unusable_and_identical_attempts_are_counted_and_not_sent(run, grader):
     fill(run, others=(unknown, torn, ATTEMPT.model_copy(update={"id": "w0", "sample": 1})))
     report, asked = build(run, grader)
     assert report.dropped == {"outcome_unknown": 1, "attempt_not_readable": 1}
-    assert len(asked) == report.counts["wrong"] == 1
+    assert len(asked) == report.counts["wrong"] == report.counts["duplicates"] == 1
     found = {d.id: (d.raw, d.detail) for d in run.read("dropped.jsonl", Drop)}
     assert (found["t"][0], "no answer at the end" in found["t"][1]) == (torn.trace, True)
 

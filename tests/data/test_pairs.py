@@ -61,7 +61,7 @@ def test_students_right_correction_else_the_teachers_is_chosen_over_a_wrong_one(
         ([(RIGHT, True)], "student_review_already_right"),
         ([(RIGHT, True), (RIGHT, None)], "student_review_already_right"),
         ([], "student_review_not_readable"),
-        ([(WRONG, None)], "student_review_not_readable"),
+        ([(WRONG, None)], "grader_unknown"),
         ([(TEACHERS, False)], "chosen_equals_rejected"),
         ([(RIGHT, True), (RIGHT, False)], "chosen_equals_rejected"),
     ],

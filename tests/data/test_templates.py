@@ -65,13 +65,14 @@ def test_unknown_grade_is_not_a_wrong_template(unsure):
 LEAKS = [
     "As the reference solution shows", "Following the given solution, add", "this is the gold answer", "the Ground-Truth answer",
     "matches the provided answer", "as in the solution given above", "The answer was provided, so", "the given solution of 5.",
-    "according to the given solution of the equation", "the given answer of 5 apples",
+    "according to the given solution of the equation", "the given answer of 5 apples", "The answer key says 72:",
+    "the expected answer is 72, but", "According to the solution,", "The solution states that",
 ]  # fmt: skip
 NO_LEAKS = [
     "The solution is 5.", "The answer is given by 3x.", "Mix it into the solution: it has 5 litres of acid", "the given numbers",
     "the solution set is {1, 2}", "So the correct answer is 7", "The given solution of 2 litres is 20% acid",
     "the provided solution of $0.5$ L of salt water", "the given solution contains 20% salt", "the golden ratio answers it",
-    "Given the equation, its solutions are", "Of the given answer choices,", "The answer is given in dollars:",
+    "The key to the answer is", "the expected value is", "Given the equation, its solutions are", "Of the given answer choices,", "The answer is given in dollars:",
 ]  # fmt: skip
 
 

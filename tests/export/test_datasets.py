@@ -72,6 +72,22 @@ def test_chats_and_pair_prompts_are_what_the_student_is_trained_on(run, student)
         assert row["prefix"] == list(pair.prefix)
 
 
+def test_attempts_are_exported_without_corrections_of_their_own(student, tmp_path):
+    """As the warm-up shows them to the student."""
+    run = make_run(tmp_path / "run")
+    (review, *_), rows = run.read("reviews.jsonl", Review), []
+    for row in run.read("attempts.jsonl", Attempt):
+        noted = row.trace.replace(
+            "\n</Step1>", "\n<Cause>Hm.</Cause>\n<Correction>2 + 2 = 4</Correction>\n</Step1>", 1
+        )
+        rows.append(Attempt(**row.model_dump() | ({"trace": noted} if row.id == review.id else {})))
+    run.replace("attempts.jsonl", rows)
+    export_data(export_config(student), run)
+    shown = rows_of(run, "reviews")[0]["messages"][1]["content"]
+    assert "2 + 2 = 4" in shown
+    assert "Hm." not in shown
+
+
 def test_custom_prompts_are_exported(student, tmp_path):
     run, own = make_run(tmp_path / "run"), tmp_path / "own"
     own.mkdir()

@@ -32,6 +32,7 @@ class Scripted:
     corrections: list[str] = field(default_factory=list)
     rest: str = REST
     finish: str = "stop"
+    last: str = "stop"  # of replies that are not a correction
     requests: list[Request] = field(default_factory=list)
     scored: list = field(default_factory=list)
 
@@ -51,7 +52,8 @@ class Scripted:
         replies = []
         for index, request in enumerate(requests):
             text = self.corrections.pop(0) if request.pieces and request.pieces[-1] == CAUSE else self.rest
-            replies.append(Reply(index, text, 10, 20, self.finish))
+            finish = self.finish if request.stop or self.finish == "error" else self.last
+            replies.append(Reply(index, text, 10, 20, finish))
         yield from reversed(replies)
 
 
@@ -217,11 +219,13 @@ NO_CORRECTION = ("no tags at all", "only a cause</Cause>", "</Cause>\n<Correctio
         *((text, REST, "stop", UNREADABLE) for text in NO_CORRECTION),
         (CORRECTION, "<Step3>36 + 5 = 41\n</Step3>\n", "stop", "no answer after the correction"),
         (CORRECTION, REST, "error", UNREADABLE),
+        (CORRECTION, REST.removesuffix("</Answer>"), "cut", "no answer after the correction"),
         ("72 is not twice 38.</Cause>\n<Correction>72 / 2 = 3", REST, "length", UNREADABLE),
     ],
 )
 def test_unreadable_review_keeps_the_first_answer(correction, rest, finish, note):
-    student = Scripted(odds=accuse_38, corrections=[correction], rest=rest, finish=finish)
+    last = "length" if finish == "cut" else "stop"
+    student = Scripted(odds=accuse_38, corrections=[correction], rest=rest, finish=finish, last=last)
     (got,) = review(student, WRONG)
     assert (got.trace, got.accused, got.note, got.scores) == (None, 2, note, (-4.0, 3.0, -4.0))
     assert got.tokens > 0

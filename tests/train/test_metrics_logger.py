@@ -17,7 +17,8 @@ from tests.toy import Said, toy_config, write_toy
 
 def steps(count: int, **figures) -> list[dict]:
     healthy = {"loss": 1.0, "grad_norm": 1.0, "dpo_loss": 0.5, "margin": 0.4, "chosen_shift": 0.1}
-    return [{"step": i, **healthy, **figures} for i in range(1, count + 1)]
+    rows = [{"step": i, **healthy, **figures} for i in range(1, count + 1)]
+    return [rows[0] | {"dpo_loss": figures.get("dpo_loss", math.log(2))}, *rows[1:]]
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,7 @@ def test_healthy_training_gives_no_warning(rows):
         (steps(25, margin=0.0, dpo_loss=math.log(2)), metrics.FLAT),
         (steps(25, chosen_shift=-3.0), metrics.FALLING),
         ([*steps(30), *steps(1, grad_norm=25.0)], metrics.EXPLODING),
+        (steps(2, dpo_loss=0.66), metrics.OTHER_REFERENCE),
         (steps(1, loss=math.nan), metrics.NOT_A_NUMBER),
         (steps(1, grad_norm=math.inf), metrics.NOT_A_NUMBER),
     ],

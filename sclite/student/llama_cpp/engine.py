@@ -3,10 +3,11 @@
 import codecs
 import ctypes
 import functools
+import importlib.util
 import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from itertools import chain
 from pathlib import Path
 from threading import Event
@@ -37,11 +38,30 @@ SMALL = 20_000_000
 """Parameters below which the weights stay in a CPU's cache: more threads or sequences then cost more than they gain."""
 
 
+def load_cuda_libraries() -> None:
+    """Load torch's CUDA libraries for a CUDA build of llama.cpp: its wheels contain none."""
+    package, nvidia = importlib.util.find_spec("llama_cpp"), importlib.util.find_spec("nvidia")
+    if package is None or nvidia is None or package.origin is None:
+        return
+    if not Path(package.origin).with_name("lib").joinpath("libggml-cuda.so").is_file():
+        return
+    for name in ("libcudart.so.*", "libcublasLt.so.*", "libcublas.so.*"):
+        for folder in nvidia.submodule_search_locations or ():
+            for path in Path(folder).glob(f"*/lib/{name}"):
+                with suppress(OSError):
+                    ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+
+
 @functools.cache
 def llama() -> ModuleType:
-    """llama.cpp's C functions, with logging silenced."""
+    """llama.cpp's C functions, with logging silenced. Raises DeviceError if its library cannot be loaded."""
     wait_briefly()
-    import llama_cpp.llama_cpp as api
+    load_cuda_libraries()
+    try:
+        import llama_cpp.llama_cpp as api
+    except (RuntimeError, OSError) as error:
+        hint = "run `sclite doctor`: it shows how to install a build for this machine"
+        raise DeviceError(f"llama-cpp-python cannot be loaded: {error}", hint) from error
 
     @api.llama_log_callback
     def keep(level: int, text: bytes, _: object) -> None:
