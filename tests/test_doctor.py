@@ -12,6 +12,7 @@ import pytest
 from sclite import doctor, options
 from sclite.config import Config
 from sclite.errors import DeviceError
+from sclite.student import cuda_memory
 from sclite.student.loader import select_gpu
 from tests.replay import TeacherServer, say
 
@@ -73,6 +74,43 @@ def test_gpus_are_numbered_by_the_pci_bus_within_cuda_visible_devices(torch_with
     assert "unset CUDA_VISIBLE_DEVICES" in error.value.hint
 
 
+def test_a_driver_without_cuda_is_shown_with_the_reason(monkeypatch):
+    why = "The NVIDIA driver on your system is too old (found version 12040)."
+    found = {"version": "2.13.0", "cuda": "13.0", "why": why, "gpus": []}
+    monkeypatch.setattr(doctor, "probe_torch", lambda: found)
+    monkeypatch.setattr(doctor, "llama_offloads", lambda: True)
+    monkeypatch.setattr(cuda_memory, "has_driver", lambda: True)
+    checks = {check.name: check for check in doctor.run_checks(Config())}
+    assert checks["CUDA GPU"].found == f"CUDA does not start: {why}"
+    assert "/whl/cu126" in checks["CUDA GPU"].fix
+
+
+def test_headers_that_triton_compiles_with_are_checked(monkeypatch, tmp_path):
+    gpu = {"name": "RTX 4090", "total_gb": 24.0, "free_gb": 20.0}
+    monkeypatch.setattr(doctor, "probe_torch", lambda: {"version": "2.13.0", "cuda": "13.0", "gpus": [gpu]})
+    monkeypatch.setattr(doctor, "llama_offloads", lambda: True)
+    for there in (False, True):
+        monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+        checks = {check.name: check for check in doctor.run_checks(Config())}
+        assert checks["Python headers"].works is there
+        assert "-dev" in checks["Python headers"].fix
+        (tmp_path / "Python.h").touch()
+
+
+def test_the_reason_why_cuda_does_not_start_is_pytorchs(monkeypatch):
+    import torch
+
+    assert cuda_memory.cuda_failure() == "" or torch.version.cuda
+
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old.\nPlease update")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert cuda_memory.cuda_failure() == "The NVIDIA driver on your system is too old."
+
+
 @pytest.mark.parametrize(("visible", "physical"), [("", 0), ("3", 3), ("5, 2", 5)])
 def test_nvidia_smi_gets_the_physical_gpu_number(nvidia_smi, monkeypatch, visible, physical):
     nvidia_smi("{gpu}, python, 1000")
@@ -83,7 +121,7 @@ def test_nvidia_smi_gets_the_physical_gpu_number(nvidia_smi, monkeypatch, visibl
 def test_the_nvidia_driver_is_found_without_nvidia_smi(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(options, "DRIVERS", (str(tmp_path / "nvidiactl"), str(tmp_path / "dxg")))
+    monkeypatch.setattr(cuda_memory, "DRIVERS", (str(tmp_path / "nvidiactl"), str(tmp_path / "dxg")))
     assert options.Common().context().isolated is False
     (tmp_path / "dxg").touch()
     assert options.Common().context().isolated is True
@@ -213,7 +251,7 @@ def test_any_answer_but_a_gateways_error_is_an_answer():
 def test_doctor_names_the_wheels_of_llama_cpp_that_fit_the_cuda_version(monkeypatch, cuda, wheel):
     gpu = {"name": "RTX 4090", "total_gb": 24.0, "free_gb": 20.0}
     monkeypatch.setattr(doctor, "probe_torch", lambda: {"version": "2.13.0", "cuda": cuda, "gpus": [gpu]})
-    monkeypatch.setattr(doctor, "_run_python", lambda *_: False)  # built for the CPU
+    monkeypatch.setattr(doctor, "llama_offloads", lambda: False)  # built for the CPU
     checks = {check.name: check for check in doctor.run_checks(Config())}
     found = checks["llama.cpp"]
     assert (found.works, found.required) == (False, False)

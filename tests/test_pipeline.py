@@ -273,6 +273,20 @@ def test_train_names_what_is_missing_beside_imported_files(run, monkeypatch, giv
         pipeline.train(context_of(run, "http://127.0.0.1:9/v1"))
 
 
+@pytest.mark.parametrize(("offloads", "warned"), [(False, True), (True, False), ("broken", False)])
+def test_train_warns_of_a_cpu_build_of_llama_cpp_on_a_gpu(run, monkeypatch, capsys, offloads, warned):
+    monkeypatch.setattr(pipeline, "llama_offloads", lambda: offloads)
+    monkeypatch.setattr(exports, "check_chat_template", None)
+    problems(8)
+    template = {"id": "p", "question": "What is 1 + 1?", "answer": "2", "trace": attempt("2")}
+    write_rows(run.path("templates.jsonl"), [template])
+    context = context_of(run, "http://127.0.0.1:9/v1")
+    context.isolated, context.display = True, ProgressDisplay()
+    with pytest.raises(TypeError):
+        pipeline.train(context)
+    assert ("llama-cpp-python runs on the CPU" in capsys.readouterr().err.replace("\n", " ")) == warned
+
+
 def test_other_attempts_are_refused_before_they_are_paid_for(run, monkeypatch):
     problems(8)
     run.path("sft/adapter").mkdir(parents=True)

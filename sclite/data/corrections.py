@@ -74,7 +74,8 @@ def write_corrections(
         hint = "run `sclite train`: it trains SFT, then samples attempts"
         everything = run.require("attempts.jsonl", Attempt, hint)
         attempts = deduplicate(everything)
-        report.counts["duplicates"] = len(everything) - len(attempts)
+        if same := len(everything) - len(attempts):
+            report.counts["duplicates"] = same
         wrong, drops = split_usable(attempts)
         jobs = correction_jobs(config, run, grader, wrong)
         reviews: list[Review] = []

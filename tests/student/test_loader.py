@@ -12,9 +12,17 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoTokenizer
 
-from sclite.config import Sft
-from sclite.errors import DataError, NetworkError
-from sclite.student.loader import fetch_model, is_padding_free, load_student, load_tokenizer, select_gpu
+from sclite.config import Sft, Student
+from sclite.errors import DataError, DeviceError, NetworkError
+from sclite.student import loader
+from sclite.student.loader import (
+    fetch_model,
+    is_padding_free,
+    load_student,
+    load_tokenizer,
+    select_backend,
+    select_gpu,
+)
 from tests.toy import tiny_llama, toy_config
 
 
@@ -125,10 +133,48 @@ def test_failing_download_is_an_error_of_the_network_or_of_the_name(monkeypatch,
     assert "student.model" in error.value.hint
 
 
-def test_weights_in_other_formats_are_not_downloaded(monkeypatch):
+def test_a_gated_model_is_named_with_what_opens_it(monkeypatch):
+    def snapshot_download(*_, **__):
+        raise OSError("You are trying to access a gated repo.")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(DataError, match="gated repo") as error:
+        fetch_model("me/model")
+    assert "hf auth login" in error.value.hint
+
+
+def test_a_model_without_safetensors_is_refused_before_it_is_trained(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(DataError, match="has no weights as safetensors") as error:
+        fetch_model(str(tmp_path))
+    assert "save_pretrained" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("backend", "visible", "trained"),
+    [("auto", None, None), ("auto", "", "plain"), ("plain", None, "plain")],
+    ids=["asked for a GPU", "hidden", "plain"],
+)
+def test_an_old_driver_is_an_error_not_a_training_on_the_cpu(monkeypatch, backend, visible, trained):
+    monkeypatch.setattr(loader, "has_driver", lambda: True)
+    monkeypatch.setattr(loader, "cuda_failure", lambda: "The NVIDIA driver on your system is too old")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    student = Student(backend=backend)
+    if trained:
+        assert select_backend(student) == trained
+        return
+    with pytest.raises(DeviceError, match="CUDA does not start: The NVIDIA driver on your system is too old"):
+        select_backend(student)
+
+
+def test_weights_in_other_formats_are_not_downloaded(monkeypatch, tmp_path):
+    (tmp_path / "model-1-of-1.safetensors").touch()
     files = ["config.json", "model-1-of-1.safetensors", "consolidated.safetensors", "original/params.json"]
     found = []
-    listed = lambda _, **patterns: found.extend(filter_repo_objects(files, **patterns)) or "."  # noqa: E731
+    listed = lambda _, **patterns: found.extend(filter_repo_objects(files, **patterns)) or tmp_path  # noqa: E731
     monkeypatch.setattr(huggingface_hub, "snapshot_download", listed)
     fetch_model("me/model")
     assert found == files[:2]

@@ -2,6 +2,7 @@
 
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from bitsandbytes.optim import AdamW8bit
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sclite.errors import DataError
 from sclite.student.adapters import lora_targets
@@ -304,6 +305,25 @@ def test_the_largest_micro_batch_that_fits_is_chosen():
             assert estimate(found, replace(wanted, micro_batch=2 * size)).total > free * GB
         before = size
     assert before == 16
+
+
+def test_the_micro_batch_also_fits_into_the_host_memory_that_offloading_takes():
+    """By hand: 3,584 values of 2 bytes for each of 28 layers and 2,048 tokens are 0.41 GB a row, with a reserve 0.62."""
+    found, wanted = recipe_architecture(QWEN), Setting("sft", 16, 2048, 32)
+    rows = [choose(found, wanted, 16, 80 * GB, ram).setting.micro_batch for ram in (11 * GB, 6 * GB, GB // 2)]
+    assert rows == [16, 8, 1]
+
+
+@pytest.mark.parametrize(("shared", "heads"), [(101_376, 8), (232_448, 0)], ids=["RTX 4090", "H100"])
+def test_scores_of_gemma_3_are_kept_where_its_attention_cannot_be_fused(monkeypatch, shared, heads):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    device = SimpleNamespace(shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    shape = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64, "head_dim": 8}
+    config = AutoConfig.for_model(
+        "gemma3_text", num_hidden_layers=1, intermediate_size=64, vocab_size=64, **shape
+    )
+    assert architecture(config).scored_heads == heads
 
 
 def test_if_no_row_fits_the_largest_length_within_the_positions_is_suggested():
