@@ -146,7 +146,7 @@ def evaluate(
     run.write_json(f"{folder}/{SUMMARY}", summary)
     examples: list[tuple[str, Outcome]] = []
     for name in names:
-        corrected = [row for row in run.rows(f"{folder}/{name}.jsonl", Outcome, whole=False) if row.second]
+        corrected = [row for row in run.rows(figures[name]["rows"], Outcome, whole=False) if row.second]
         examples += [(name, row) for row in corrected[:3]]
     curves = {stage: read_metrics(run.path(f"{stage}/metrics.jsonl")) for stage in ("sft", "warmup", "dpo")}
     write_report(run.path(f"{folder}/{REPORT}"), summary, examples, curves)
@@ -169,7 +169,7 @@ def compare_results(
     compared = {}
     for name in [name for name in summary["models"] if name in theirs["models"]]:
         here, there = (
-            list(each.rows(f"{found['folder']}/{name}.jsonl", Outcome, whole=False))
+            list(each.rows(found["models"][name]["rows"], Outcome, whole=False))
             for each, found in ((run, summary), (other, theirs))
         )
         compared[f"{name}, first answer"] = compare(here, there, "correct1")

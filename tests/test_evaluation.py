@@ -156,7 +156,11 @@ def two_runs(tmp_path, monkeypatch):
             "eval/mine/dpo.jsonl",
             [Outcome(**n, **same, correct2=c) for n, c in zip(named, right, strict=True)],
         )
-        summary = {"models": {"dpo": {}}, "dataset": "/mine.jsonl", "folder": "eval/mine"}
+        summary = {
+            "models": {"dpo": {"rows": "eval/mine/dpo.jsonl"}},
+            "dataset": "/mine.jsonl",
+            "folder": "eval/mine",
+        }
         run.write_json("eval/mine/summary.json", summary)
     held_out = HeldOut((), (), "mine.jsonl", "/mine.jsonl", "eval/mine")
     monkeypatch.setattr(pipeline, "untrained_problems", lambda _: ())

@@ -44,7 +44,7 @@ def quickstart(
     from sclite.inspect import summaries
 
     summaries.print_results(run, summary)
-    summaries.print_example(run.rows(f"{summary['folder']}/dpo.jsonl", Outcome, whole=False))
+    summaries.print_example(run.rows(summary["models"]["dpo"]["rows"], Outcome, whole=False))
     console.print("\nNext steps:")
     chat = console.escape(f"sclite chat --self-correct --run {quote(str(loaded.run))}")
     console.print(f"  [bold cyan]{chat}[/]  talk to the student", wrap=False)

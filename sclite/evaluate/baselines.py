@@ -74,7 +74,7 @@ def measure_baselines(
             f"best of {votes}": [max(ballot, key=_trust) for ballot in ballots],
         }
         used |= {label: list(zip(samples, ballots, strict=True)) for label, samples in chosen.items()}
-        outcomes = run.read(f"{file}.jsonl", Outcome)
+        outcomes = run.read(figures["rows"], Outcome)
         used["second attempt"] = [(b[0], (o, b[0])) for o, b in zip(outcomes, ballots, strict=True)]
         used["flagged resampled"] = [
             (b[0], (o, b[0])) if o.accused else (o, (o,)) for o, b in zip(outcomes, ballots, strict=True)

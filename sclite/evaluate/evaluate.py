@@ -120,10 +120,12 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Evaluate one student with and without review; writes <name>.jsonl and <name>.json into the folder of results.
 
-    The threshold is fitted, unless one is set or stored for the `gguf`. Returns stored figures if nothing has changed.
-    A model behind an API has a `version` and no `gguf`; its figures are not reused if a call has failed.
+    Free reviews have files of their own, <name>-free. The threshold is fitted, unless one is set or stored for the `gguf`.
+    Returns stored figures if nothing has changed. A model behind an API has a `version` and no `gguf`; its figures are not
+    reused if a call has failed.
     """
-    problems, folder = held_out.problems, held_out.folder
+    problems, free = held_out.problems, config.review.mode == "free" and not version
+    file = f"{held_out.folder}/{name}{'-free' * free}"
     fits = config.review.needs_fit
     chosen = config.eval.model_dump(exclude={"baselines", "votes"})
     settings = [chosen, config.review.model_dump(), prompts_digest(config)]
@@ -131,7 +133,7 @@ def evaluate_model(
     identity = version or run.file_digest(str(gguf.resolve()))
     signature = digest([identity, settings, given, judge is not None])
     stored = load_threshold(config, run, gguf) if fits else None
-    kept = run.read_json(f"{folder}/{name}.json", dict[str, Any]) or {}
+    kept = run.read_json(f"{file}.json", dict[str, Any]) or {}
     same_fit = kept.get("off") == NO_STEPS or kept.get("fitted") == (stored and stored.model_dump())
     if kept.get("signature") == signature and same_fit:
         return kept
@@ -156,6 +158,7 @@ def evaluate_model(
     figures |= {
         "signature": "" if version and failed else signature,
         "gguf": identity,
+        "rows": f"{file}.jsonl",
         "threshold": config.review.threshold if fitted is None else fitted.threshold,
         "fitted": fitted and fitted.model_dump(),
         "off": off,
@@ -166,8 +169,8 @@ def evaluate_model(
         "seconds": round((between - began + ended - reviewing) / len(rows), 4),
         "seconds_first": round((between - began) / len(rows), 4),
     }
-    run.replace(f"{folder}/{name}.jsonl", rows)
-    run.write_json(f"{folder}/{name}.json", figures)
+    run.replace(f"{file}.jsonl", rows)
+    run.write_json(f"{file}.json", figures)
     return figures
 
 

@@ -161,7 +161,7 @@ def _keeps_scores(text: PretrainedConfig) -> bool:
         return True
     if not text.model_type.startswith("gemma3") or not torch.cuda.is_available():
         return False
-    return torch.cuda.get_device_properties(0).shared_memory_per_block_optin < 152_000
+    return getattr(torch.cuda.get_device_properties(0), "shared_memory_per_block_optin", 0) < 152_000
 
 
 def _layer_widths(layer: PretrainedConfig) -> tuple[int, int, int]:

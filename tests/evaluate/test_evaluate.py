@@ -79,6 +79,16 @@ def test_a_flagged_step_counts_though_its_correction_cannot_be_read(run, gguf):
         assert evaluate_model(*given, lambda *_, judged=judged: judged)[figure] == value
 
 
+def test_free_and_guided_reviews_have_files_of_their_own(run, gguf):
+    student, held_out = ScriptedStudent(STEP, odds=1.0), HeldOut(PROBLEMS[:2], [], "", "", "eval/a")
+    modes = [Config.model_validate(tree) for tree in (ALWAYS, {"review": {"mode": "free"}})]
+    first, free = (evaluate_model(m, run, "dpo", student, gguf, held_out, SameVerdict(False)) for m in modes)
+    assert (first["rows"], free["rows"]) == ("eval/a/dpo.jsonl", "eval/a/dpo-free.jsonl")
+    asked = len(student.requests)
+    assert evaluate_model(modes[0], run, "dpo", student, gguf, held_out, SameVerdict(False)) == first
+    assert len(student.requests) == asked
+
+
 def test_an_answer_that_was_cut_off_is_not_reviewed_as_in_chat(run, gguf):
     held_out, config = HeldOut(PROBLEMS[:4], [], "", "", "eval/a"), Config.model_validate(ALWAYS)
     student = ScriptedStudent(STEP, odds=1.0, finishes=("length", "stop"))
