@@ -21,24 +21,25 @@ class Manifest(BaseModel):
 
     stage: str
     sclite: str
+    versions: dict[str, str] = {}
     inputs: dict[str, Any]
     counts: dict[str, int]
     dropped: dict[str, int]
     seconds: float
-    cost_usd: float
+    cost_usd: float | None
     figures: dict[str, Any]
     outputs: dict[str, Output] = {}
 
 
 @dataclass
 class Report:
-    """The result of a stage: counts, drops by reason, seconds, cost; `figures` holds stage-specific values."""
+    """The result of a stage: counts, drops by reason, seconds, cost (None: unknown); `figures` holds stage-specific values."""
 
     stage: str
     counts: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
-    cost_usd: float = 0.0
+    cost_usd: float | None = 0.0
     figures: dict[str, Any] = field(default_factory=dict)
     skipped: bool = False
 

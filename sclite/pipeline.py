@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 # -- problems ------------------------------------------------------------------------------------------------------
 
+FIRST_PASS = 100
+"""Problems that the student solves before and after the warm-up."""
+
 
 def divided_problems(context: Context, reread: bool = False, fresh: bool = False) -> "Split":
     """The run's problems by their use; their source is read if the run has none of it yet, or with `reread`.
@@ -149,9 +152,10 @@ def build_corrections(context: Context, fresh: bool = False, alone: bool = False
             ready = imported or run.done("attempts", inputs, "attempts.jsonl")
             if not ready and config.attempts.kind == "trained":
                 require_sft(context)
-            report = context.on_gpu(sample_student, "attempts", kept, not ready, progress=progress)
+            held_out = first_pass_problems(context)
+            report = context.on_gpu(sample_student, "attempts", kept, held_out, not ready, progress=progress)
         right, wrong, unknown = (report.counts.get(name, 0) for name in ("right", "wrong", "unknown"))
-        text = f"{right} right, {wrong} wrong{f', {unknown} unknown' if unknown else ''}{drops(report)}"
+        text = f"{right} right, {wrong} wrong{f', {unknown} unknown' if unknown else ''}{drops(report)}{first_pass(report)}"
         context.add(report, f"attempts: {text}")
         if alone and judged:
             text = "feedback: the teacher solves questions without a gold answer"
@@ -178,12 +182,17 @@ def sample_student(
     run: Run,
     stage: str,
     problems: Sequence[Problem],
+    held_out: Sequence[Problem],
     with_student: bool,
     progress: Progress,
     context: Context | None = None,
 ) -> Report:
-    """The attempts or pairs stage, with its student if one is needed; it may run in another process."""
+    """The attempts or pairs stage, with its student if one is needed; it may run in another process.
+
+    A student that was sampled also solves the `held_out` problems, to see whether the warm-up harms solving.
+    """
     from sclite.data import attempts, pairs
+    from sclite.evaluate.answers import check_first_pass
     from sclite.grading.grader import Grader
 
     context = context or Context(config, run, ProgressDisplay(quiet=True))
@@ -192,8 +201,25 @@ def sample_student(
     with Grader() as grader, made as student:
         given: dict[str, Any] = {"student": student, "grader": grader, "progress": progress}
         if stage == "pairs":
-            return pairs.write_pairs(config, run, **given)
-        return attempts.write_attempts(config, run, problems=problems, **given)
+            report = pairs.write_pairs(config, run, **given)
+        else:
+            report = attempts.write_attempts(config, run, problems=problems, **given)
+        if student is not None and held_out:
+            progress(0, 0, note=f"solving {len(held_out)} held-out problems")
+            if warning := check_first_pass(config, run, stage, student, held_out, grader, report):
+                report.warn(progress, warning)
+    return report
+
+
+def first_pass_problems(context: Context) -> list[Problem]:
+    """The problems that the student solves before and after the warm-up."""
+    return untrained_problems(context)[:FIRST_PASS] if context.config.attempts.kind == "trained" else []
+
+
+def first_pass(report: Report) -> str:
+    """The share of right first answers for a stage's line."""
+    share = report.figures.get("first_pass")
+    return "" if share is None else f"; {100 * share:.0f} % of held-out problems right"
 
 
 def build_pairs(context: Context) -> Report:
@@ -206,9 +232,13 @@ def build_pairs(context: Context) -> Report:
     ready = imported or run.done("pairs", pairs.pairs_inputs(config, run), "pairs.jsonl")
     text = "pairs: the student's own corrections against right ones"
     with context.display.stage("pairs", text) as progress:
-        report = context.on_gpu(sample_student, "pairs", (), not (untrained or ready), progress=progress)
+        held_out = first_pass_problems(context)
+        sampled = not (untrained or ready)
+        report = context.on_gpu(sample_student, "pairs", (), held_out, sampled, progress=progress)
     decisions, contents = (report.counts.get(name, 0) for name in ("decision", "content"))
-    return context.add(report, f"pairs: {decisions} decisions, {contents} contents{drops(report)}")
+    return context.add(
+        report, f"pairs: {decisions} decisions, {contents} contents{drops(report)}{first_pass(report)}"
+    )
 
 
 # -- training ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,8 @@ from sclite.records import FEEDBACK, ROWS, Drop, Problem, Row, Template
 from sclite.settings import NOT_SAVED, RUN_FILE, load
 
 R = TypeVar("R", bound=Row)
+PACKAGES = ("torch", "transformers", "peft", "llama-cpp-python", "litellm")
+"""Whose versions a manifest records."""
 LOCK = ".lock"
 LEDGER = frozenset(f"ledger.sqlite{end}" for end in ("", "-wal", "-shm", "-journal"))
 NOT_OUTPUTS = LEDGER | {
@@ -304,7 +307,13 @@ class Run:
             sync(path)
             sync(path.parent)
             signed[name] = {"digest": self.file_digest(name), "rows": rows}
-        manifest: dict[str, Any] = {"stage": stage, "sclite": __version__, "inputs": inputs}
+        versions = {name: version(name) for name in PACKAGES}
+        manifest: dict[str, Any] = {
+            "stage": stage,
+            "sclite": __version__,
+            "versions": versions,
+            "inputs": inputs,
+        }
         manifest |= {**report.as_dict(), "outputs": signed}
         self.write_json(f"done/.{stage}.json", manifest)
         self.write_json(f"done/{stage}.json", manifest)

@@ -48,12 +48,12 @@ def external_student_digest(config: Config) -> str:
     return file_digest(Path(settings.student)) if settings.kind == "gguf" else ""
 
 
-def endpoint_cost_usd(run: Run, stage: str) -> float:
-    """Cost of the endpoint student's replies in this stage; 0 for a local student."""
+def endpoint_cost_usd(run: Run, stage: str) -> float | None:
+    """Cost of the endpoint student's replies in this stage, None if it is unknown; 0 for a local student."""
     if not run.path(LEDGER).is_file():
         return 0.0
     with Ledger.reading(run.path(LEDGER)) as ledger:
-        return ledger.totals(stage)["cost_usd"]
+        return ledger.cost_usd(stage)
 
 
 def write_attempts(

@@ -95,7 +95,7 @@ def write_corrections(
                 parts = {"cause": noted.cause, "correction": noted.correction, "trace": render(made)}
                 reviews.append(Review(**given, step=step, **parts))
             progress(done, len(wrong), teacher.ledger.spent_usd)
-        report.cost_usd = teacher.ledger.totals("corrections")["cost_usd"]
+        report.cost_usd = teacher.ledger.cost_usd("corrections")
         run.replace_drops("corrections", drops)
         report.dropped = dict(Counter(drop.reason for drop in drops))
         if not reviews:

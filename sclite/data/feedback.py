@@ -78,7 +78,7 @@ def write_feedback(
             run.sign("problems", now, Report.of(signed))
     report.counts = {"good": verdicts[True], "bad": verdicts[False]}
     report.dropped = dict(Counter(drop.reason for drop in drops))
-    report.cost_usd = teacher.ledger.totals("feedback")["cost_usd"]
+    report.cost_usd = teacher.ledger.cost_usd("feedback")
     inputs["rows"] = digest([row.model_dump() for row in (*asked, *added)])
     run.sign("feedback", with_unanswered(inputs, count_unanswered(report.dropped)), report)
     return report

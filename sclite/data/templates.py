@@ -91,7 +91,8 @@ def write_templates(
         totals = teacher.ledger.totals("templates")
         report.counts = {"problems": len(problems), "templates": len(requests)}
         report.dropped = dict(Counter(drop.reason for drop in drops.values()).most_common())
-        report.cost_usd = round(totals.pop("cost_usd"), 6)
+        report.cost_usd = teacher.ledger.cost_usd("templates")
+        del totals["cost_usd"]
         report.figures = {**totals, "repaired": sum(number > 1 for number in requests)}
         if not requests:
             why = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items()) or "no problems"

@@ -27,11 +27,12 @@ def print_build_data(context: "Context", only: str | None, json: bool) -> None:
     dropped = sum((Counter(report.dropped) for report in reports.values()), Counter[str]())
     counts = {name: value for report in reports.values() for name, value in report.counts.items()}
     paired, judged = "pairs" in reports, reports.get("feedback")
+    costs = [report.cost_usd for report in reports.values()]
     totals: dict[str, Any] = {
         "templates": counts.get("templates", 0),
         "pairs": sum(counts.get(kind, 0) for kind in (("decision", "content") if paired else ("corrected",))),
         "dropped": dict(dropped),
-        "cost_usd": round(sum(report.cost_usd for report in reports.values()), 6),
+        "cost_usd": None if None in costs else round(sum(filter(None, costs)), 6),
         "seconds": round(sum(report.seconds for report in reports.values()), 3),
     }
     if judged is not None:
@@ -45,7 +46,9 @@ def print_build_data(context: "Context", only: str | None, json: bool) -> None:
         console.print(f"{totals['templates']} templates in {escape(str(run.path('templates.jsonl')))}")
     if paired:
         console.print(f"{totals['pairs']} pairs in {escape(str(run.path('pairs.jsonl')))}")
-    if totals["cost_usd"]:
+    if totals["cost_usd"] is None:
+        console.print("Cost: unknown; teacher.price sets the price of the tokens")
+    elif totals["cost_usd"]:
         console.print(f"Cost: ${totals['cost_usd']:.4f}")
     for reason, count in sorted(dropped.items()):
         console.print(f"  {count} dropped: {escape(reason.replace('_', ' '))}")

@@ -166,6 +166,11 @@ class Ledger(AbstractContextManager["Ledger"]):
         row = self._row(query, (key, REPLIED, REFUSED))
         return Entry(*row) if row else None
 
+    def cost_usd(self, stage: str) -> float | None:
+        """The cost of a stage's replies; None if that of one is unknown."""
+        totals = self.totals(stage)
+        return None if totals["unpriced"] else totals["cost_usd"]
+
     def totals(self, stage: str | None = None) -> dict[str, float]:
         """Totals of one stage or of all: `requests` with a reply, times `sent`, `given_up` after sending, tokens, cost.
 

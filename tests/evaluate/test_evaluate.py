@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from sclite.config import Config
-from sclite.evaluate.answers import solve_problems
+from sclite.evaluate.answers import check_first_pass, solve_problems
 from sclite.evaluate.evaluate import HeldOut, evaluate_model
 from sclite.evaluate.metrics import Outcome, compute_metrics
 from sclite.evaluate.threshold import FittedThreshold, store_threshold
 from sclite.inspect.summaries import print_example, print_results
 from sclite.records import Problem
-from sclite.run import Run
+from sclite.run import Report, Run
 from sclite.student.work_counter import WorkCounter
 from sclite.trace import Step, Trace, render
 from tests.toy import SameVerdict, ScriptedStudent
@@ -87,6 +87,22 @@ def test_free_and_guided_reviews_have_files_of_their_own(run, gguf):
     asked = len(student.requests)
     assert evaluate_model(modes[0], run, "dpo", student, gguf, held_out, SameVerdict(False)) == first
     assert len(student.requests) == asked
+
+
+@pytest.mark.parametrize(("right", "warned"), [(50, True), (51, False)])
+def test_a_warm_up_that_harms_solving_is_reported(run, right, warned):
+    """By hand: of 100 problems 60 right before, with a standard error of 4.9 points, are at least 50.4."""
+
+    class Grader:
+        def equal_many(self, pairs):
+            return [n < self.right for n, _ in enumerate(pairs)]
+
+    grader, report = Grader(), Report("pairs")
+    for stage, grader.right in (("attempts", 60), ("pairs", right)):
+        given = Config(), run, stage, ScriptedStudent(PLAIN), PROBLEMS[:100], grader, report
+        warning = check_first_pass(*given)
+    assert report.figures["first_pass"] == right / 100
+    assert ("first answers worse: 50 % of 100 held-out problems right, 60 % before" in warning) == warned
 
 
 def test_an_answer_that_was_cut_off_is_not_reviewed_as_in_chat(run, gguf):

@@ -42,6 +42,7 @@ def test_unknown_cost_is_counted_and_not_zero(ledger):
         "cost_usd": 0.25, "lost_usd": 0.0, "unpriced": 1,
     }  # fmt: skip
     assert ledger.get("b").cost_usd is None
+    assert (ledger.cost_usd("nothing"), ledger.cost_usd("templates")) == (0.0, None)
     assert (ledger.totals()["cost_usd"], ledger.totals("nothing")["cost_usd"]) == (0.5, 0.0)
 
 
