@@ -316,6 +316,9 @@ class Eval(Source):
     baselines: bool = setting(
         False, "compare with other uses of the same model: its native prompt, votes, best of several samples"
     )
+    labelled: Place = setting(
+        "", "work with a known first wrong step, as attempts.source: measures what the guided review finds"
+    )
     votes: int = setting(3, "samples per problem for the votes", ge=2)
     fit_share: float = setting(0.3, "share of problems for the threshold if training kept fewer", gt=0, lt=1)
 

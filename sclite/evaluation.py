@@ -11,7 +11,8 @@ from sclite.config import Eval
 from sclite.context import Context
 from sclite.errors import DataError, UsageError
 from sclite.evaluate.baselines import measure_baselines
-from sclite.evaluate.evaluate import HeldOut, Judge, evaluate_model, summary_notes
+from sclite.evaluate.evaluate import HeldOut, Judge, cutoff_of, evaluate_model, summary_notes
+from sclite.evaluate.labelled import measure_labelled
 from sclite.evaluate.metrics import Outcome, compare
 from sclite.evaluate.report import write_report
 from sclite.evaluate.results import REPORT, SUMMARY, result_folder, summaries
@@ -88,19 +89,27 @@ def evaluate(
 
     Another name is that of a model behind an API, which reviews freely.
     """
+    from sclite.data.imported import read_labelled
+
     config, run, folder = context.config, context.run, held_out.folder
     figures: dict[str, Any] = {}
     baselines: dict[str, Any] = {}
+    labelled: dict[str, Any] = {}
+    works = read_labelled(Path(config.eval.labelled)) if config.eval.labelled else []
     number = len(held_out.problems)
     last = [name for name in names if name in STUDENTS][-1:]
     compared = [name for name in names if config.eval.baselines and name in ("base", *last)]
-    total, parts = len(names) * number, len(names) + len(compared)
+    students = sum(name in STUDENTS for name in names)
+    total, parts = len(names) * number, len(names) + len(compared) + (students if works else 0)
     text = f"eval: {number} held-out problems, solved and reviewed"
     with context.display.stage("eval", text) as progress, Grader() as grader:
 
         def advance(label: str, rows: int, written: int, share: float, note: str = "") -> None:
             """Report on the part that runs, which solves `rows` problems: a model, or (0) the baselines of one."""
-            done, part = len(figures) * number + min(written, rows), len(figures) + len(baselines)
+            done, part = (
+                len(figures) * number + min(written, rows),
+                sum(map(len, (figures, baselines, labelled))),
+            )
             progress(done, total, share=(part + share) / parts, note=f"{label}: {note}" if note else label)
 
         for name in names:
@@ -121,6 +130,13 @@ def evaluate(
                         student = WorkCounter(engine, number + samples, samples, report)
                         given = (config, run, name, student, held_out, figures[name], grader)
                         baselines[name] = measure_baselines(*given)
+                    if works:
+                        student = WorkCounter(
+                            engine, 0, len(works), partial(advance, f"labelled work, {name}", 0)
+                        )
+                        labelled[name] = measure_labelled(
+                            config, student, works, cutoff_of(config, figures[name])
+                        )
                 made_from = source_digest(config, run, name)
                 figures[name] |= {"file": path.name, "bytes": path.stat().st_size, "made_from": made_from}
             else:
@@ -136,6 +152,7 @@ def evaluate(
     summary = {
         "models": figures,
         "baselines": {label: each for found in baselines.values() for label, each in found.items()},
+        "labelled": labelled,
         "n": number,
         "dropped": dict(held_out.dropped),
         "notes": summary_notes(figures, held_out, config.eval.max_tokens),

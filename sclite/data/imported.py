@@ -5,7 +5,8 @@ Unusable rows of a foreign file are skipped, with a reason. The first invalid ro
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -39,6 +40,11 @@ class LabelledWork(BaseModel):
         given = extract(str(self.steps[-1])) if self.answer is None else str(self.answer)
         return clean(given or "") or None
 
+    @property
+    def trace(self) -> Trace:
+        """Its steps, without an answer."""
+        return Trace(tuple(Step(clean(str(step))) for step in self.steps))
+
     @model_validator(mode="after")
     def _check_steps_and_label(self) -> "LabelledWork":
         why, label = "", self.first_error_step
@@ -53,6 +59,44 @@ class LabelledWork(BaseModel):
         return self
 
 
+def _read_work(path: Path, key: str, stage: str) -> Iterator[tuple[LabelledWork | None, Drop]]:
+    """Each row of the file that the setting `key` names, None if it cannot be read, with what it becomes if it is skipped."""
+    for place, row in read_rows(Source(source=str(path)), key):
+        raw = row.raw if isinstance(row, BadRow) else json.dumps(row, default=str)
+        work = None
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            work, why = LabelledWork.model_validate_json(raw), ""
+        except BadRow as error:
+            why = error.message
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"][:2])
+            why = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
+        detail = f"{path}, {place}: {why}" if why else ""
+        yield work, Drop(stage=stage, id=place, reason="row_not_readable", raw=raw, detail=detail)
+
+
+def read_labelled(path: Path) -> list[tuple[str, Trace, int]]:
+    """(question, work, first wrong step or 0) of each row of `eval.labelled` that has a label.
+
+    Raises DataError for a row that cannot be read, or if none has a label.
+    """
+    found = []
+    for work, drop in _read_work(path, "eval.labelled", "eval"):
+        if work is None:
+            raise DataError(drop.detail, "fix or remove this row of eval.labelled")
+        if work.first_error_step is not None:
+            found.append((work.question, work.trace, max(0, work.first_error_step)))
+    if not found:
+        raise DataError(
+            f"eval.labelled: {path} has no labels",
+            "each row needs `question`, `steps` and `first_error_step`",
+        )
+    return found
+
+
 def import_attempts(
     path: Path, problems: Sequence[Problem], grader: Grader, drops: list[Drop]
 ) -> list[Attempt]:
@@ -62,26 +106,14 @@ def import_attempts(
     """
     by_question = {normalize_question(problem.question): problem for problem in problems}
     found: list[tuple[Problem, LabelledWork, Drop]] = []  # with the drop that a row becomes if it is skipped
-    for place, row in read_rows(Source(source=str(path)), "attempts.source"):
-        raw = row.raw if isinstance(row, BadRow) else json.dumps(row, default=str)
-        drop = Drop(stage="attempts", id=place, reason="row_not_readable", raw=raw)
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            work = LabelledWork.model_validate_json(raw)
-        except BadRow as error:
-            why = error.message
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"][:2])
-            why = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
+    for work, drop in _read_work(path, "attempts.source", "attempts"):
+        if work is None:
+            drops.append(drop)
+        elif problem := by_question.get(normalize_question(work.question)):
+            found.append((problem, work, drop))
         else:
-            if problem := by_question.get(normalize_question(work.question)):
-                found.append((problem, work, drop))
-                continue
-            drop = drop.model_copy(update={"reason": "question_unknown"})
-            why = "its question is not among the run's problems"
-        drops.append(drop.model_copy(update={"detail": f"{path}, {place}: {why}"}))
+            detail = f"{path}, {drop.id}: its question is not among the run's problems"
+            drops.append(drop.model_copy(update={"reason": "question_unknown", "detail": detail}))
     verdicts = grader.equal_many((work.final_answer, problem.answer) for problem, work, _ in found)
     rows: list[Attempt] = []
     samples: Counter[str] = Counter()
@@ -94,7 +126,7 @@ def import_attempts(
                 continue
             answer, verdict = answer or problem.answer, True  # right work ends in the right answer
         wrong = label if label is not None and label > 0 else None
-        trace = render(Trace(tuple(Step(clean(str(step))) for step in work.steps), None, answer))
+        trace = render(replace(work.trace, answer=answer))
         of = {"id": problem.id, "sample": samples[problem.id]}
         correct = False if wrong else verdict
         rows.append(Attempt(**of, trace=trace, answer=answer, correct=correct, first_error=wrong))

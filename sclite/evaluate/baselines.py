@@ -7,7 +7,7 @@ from typing import Any
 from sclite import prompts
 from sclite.config import Config
 from sclite.evaluate.answers import grade
-from sclite.evaluate.evaluate import HeldOut
+from sclite.evaluate.evaluate import HeldOut, cutoff_of
 from sclite.evaluate.metrics import Outcome, compute_metrics
 from sclite.grading.extract import answer_of
 from sclite.grading.grader import Grader
@@ -64,7 +64,7 @@ def measure_baselines(
             )
             for number, problem in enumerate(problems)
         ]
-        weight = (figures["fitted"] or config.review.model_dump())["confidence_weight"] or 0.0
+        weight = cutoff_of(config, figures).confidence_weight
         rows = _answer(config, run, f"{file}-samples", student, problems, requests, identity, grader, weight)
         ballots = [rows[start : start + votes] for start in range(0, len(rows), votes)]
         groups = [_equal_answers(ballot, grader) for ballot in ballots]

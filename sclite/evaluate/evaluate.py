@@ -174,6 +174,12 @@ def evaluate_model(
     return figures
 
 
+def cutoff_of(config: Config, figures: Mapping[str, Any]) -> Cutoff:
+    """The cutoff that an evaluation with these figures has reviewed with."""
+    weight = (figures["fitted"] or config.review.model_dump())["confidence_weight"]
+    return Cutoff(NEVER if figures["threshold"] is None else figures["threshold"], weight or 0.0)
+
+
 def summary_notes(figures: Mapping[str, Any], held_out: HeldOut, max_tokens: int) -> list[str]:
     """What a reader of the figures of all students must know."""
     notes = [f"skipped ({reason.replace('_', ' ')}): {n:,}" for reason, n in held_out.dropped.items()]

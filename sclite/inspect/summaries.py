@@ -156,9 +156,22 @@ def print_results(run: Run, summary: Mapping[str, Any]) -> None:
         second = format_percent(figures["acc_t2"], figures["acc_t2_interval"])
         changes = [format_percent(figures[each]) for each in ("wrong_to_right", "right_to_wrong")]
         located = [format_percent(figures[each]) for each in ("location", "correction_rate_given_location")]
-        auc = "–" if figures["auc"] is None else f"{figures['auc']:.3f}"
-        rows.append((name, accuracy, second, *changes, auc, *located, tokens))
+        rows.append((name, accuracy, second, *changes, format_auc(figures), *located, tokens))
     console.print_table(f"{summary['n']} held-out problems", HEADER, rows)
+    if summary.get("labelled"):
+        keys = ("location", "acceptance", "location_f1")
+        rows = [
+            (
+                name,
+                str(each["n"]),
+                *(format_percent(each[key], each[f"{key}_interval"]) for key in keys),
+                format_auc(each),
+            )
+            for name, each in summary["labelled"].items()
+        ]
+        console.print_table(
+            "Labelled work", ("student", "works", "located %", "accepted %", "F1 %", "AUC"), rows
+        )
     for name, figures in summary["models"].items():
         if figures["tokens"]:
             cost = "{:.0f} tokens generated, {:.0f} prompt tokens, {:.2f} s"
@@ -173,6 +186,10 @@ def print_results(run: Run, summary: Mapping[str, Any]) -> None:
     for note in summary["notes"]:
         console.print(escape(note))
     console.print(f"Report: {escape(str(run.path(summary['folder']) / REPORT))}", wrap=False)
+
+
+def format_auc(figures: Mapping[str, Any]) -> str:
+    return "–" if figures["auc"] is None else f"{figures['auc']:.3f}"
 
 
 def print_comparison(other: Path, compared: Mapping[str, Mapping[str, Any]]) -> None:

@@ -27,7 +27,7 @@ def measure(run, grader):
         held_out = HeldOut(PROBLEMS[:count], [], "mine.jsonl", "mine.jsonl", "eval/mine")
         run.replace(f"eval/mine/{name}.jsonl", reviewed or [outcome(p, True) for p in PROBLEMS[:count]])
         config = Config.model_validate({"eval": settings, "review": {"confidence_weight": weight}})
-        figures = {"gguf": identity, "fitted": None, "rows": f"eval/mine/{name}.jsonl"}
+        figures = {"gguf": identity, "fitted": None, "threshold": None, "rows": f"eval/mine/{name}.jsonl"}
         return measure_baselines(config, run, name, student, held_out, figures, grader)
 
     return measure
