@@ -1,4 +1,4 @@
-"""The options that commands share, and the configuration, run and context that they lead to."""
+"""The options that all commands share, and the configuration, run and context made from them."""
 
 import functools
 import inspect
@@ -20,7 +20,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 FreshOption = Annotated[
     bool, typer.Option("--fresh", help="Redo stages whose inputs have changed, and pay again.")
 ]
-DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # of NVIDIA: Linux, and Linux under Windows
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # NVIDIA's devices on Linux and on WSL
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Common:
     def load(
         self, chosen: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | None = None
     ) -> "Config":
-        """The configuration. `chosen` holds the keys that the command's own options set, None where it is not given.
+        """Load the configuration. `chosen` maps keys to the values of the command's own options (None: not given).
 
-        A command with `defaults` of its own does not read ./sclite.toml, only what --config names.
+        With `defaults`, ./sclite.toml is not read, only the file given by --config.
         """
         from sclite.settings import load  # pydantic takes longer to import than --help takes
 
@@ -50,7 +50,7 @@ class Common:
         for key, value in {**(chosen or {}), "run": self.run}.items():
             if value is not None:
                 settings.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
-        # --set comes last, so that the advice to add one works with any command
+        # --set comes last, so that a hint to add one works with any command
         return load(
             self.config, [*settings, *(self.settings or [])], defaults=defaults, own_file=defaults is None
         )
@@ -71,7 +71,7 @@ class Common:
         from sclite.run import Run
 
         config = self.load(chosen)
-        driver = any(Path(path).exists() for path in DRIVERS)  # asking CUDA would initialize it
+        driver = any(Path(path).exists() for path in DRIVERS)  # querying CUDA would initialize it
         context = Context(config, Run(config.run), ProgressDisplay(), isolated=driver)
         if config.teacher.embedded:
             from sclite.quickstart.tutor_provider import register

@@ -96,15 +96,15 @@ ERRORS = [
     ("export --format data", 3, "runs/default has no templates or pairs to export", "sclite build-data"),
     ("eval", 2, "error: eval.source is not set", "`sclite eval test.jsonl`"),
     ("eval mine.jsonl", 3, "mine.jsonl: too few problems, 3 of 3 were not trained on", ""),
-    ("chat ?", 3, "runs/default/export holds no GGUF", "sclite train"),
+    ("chat ?", 3, "runs/default/export contains no GGUF", "sclite train"),
     ("chat --model none.gguf ?", 3, "none.gguf does not exist", ""),
     ("chat none.gguf", 3, "none.gguf does not exist", ""),
     ("chat ''", 2, "error: the question is empty", ""),
     ("show --run none", 3, "the run none does not exist", "sclite build-data"),
     ("status --run runs/none", 3, "the run runs/none does not exist", "sclite build-data"),
-    ("serve", 3, "runs/default/export holds no GGUF", "sclite train"),
+    ("serve", 3, "runs/default/export contains no GGUF", "sclite train"),
     ("report", 3, "runs/default", "sclite eval"),
-    ("runs none", 3, "none holds no run", "sclite runs FOLDER"),
+    ("runs none", 3, "none contains no run", "sclite runs FOLDER"),
     ("init --config none/sclite.toml", 2, "none/sclite.toml cannot be written: No such file", "--config"),
     ("build-data --run mine.jsonl --set teacher.model=a/b", 2, "mine.jsonl cannot be written", "--run"),
     (f"build-data mine.jsonl {shlex.join(TEACHER)} --set teacher.api_base=http://127.0.0.1:9/v1", 6,
@@ -274,7 +274,7 @@ def test_a_dry_run_names_the_corrections_that_would_follow(sclite):
     write_rows(run / "templates.jsonl", [{**json.loads(TEMPLATE), "id": "p0"}])
     price = ("--set", "teacher.price=[1000, 1000]")
     shown = sclite("build-data", "--dry-run", *TEACHER, *price).out
-    assert shown.startswith("No requests for templates are left to send.")
+    assert shown.startswith("No requests for templates left to send.")
     assert "corrections" not in shown
     shown = sclite("build-data", "--dry-run", *TEACHER, *price, "--set", "attempts.student=openai/other").out
     assert re.search(r"^corrections: 1 by .*, about \$\d", shown, re.M)
@@ -429,6 +429,6 @@ def test_the_quickstart_does_not_replace_the_problems_of_another_run(sclite):
     with run.recording(load(None, ["problems.source=mine.jsonl"], {}, own_file=False)):
         run.replace("problems.jsonl", [Problem(id="a", question="1 + 1?", answer="2")])
     ended = sclite("quickstart", "--run", "runs/default")
-    assert (ended.code, ended.error) == (2, "error: the run runs/default has the problems of mine.jsonl")
+    assert (ended.code, ended.error) == (2, "error: the run runs/default has problems from mine.jsonl")
     assert "--run" in ended.hint
     assert [row.id for row in run.read("problems.jsonl", Problem)] == ["a"]

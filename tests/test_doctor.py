@@ -150,7 +150,7 @@ def test_doctor_reports_a_student_that_cannot_be_loaded(tmp_path):
     for model in ("models/qwen/7b", "/nowhere/7b", "qwen 7b"):
         check = next(doctor.check_network(Config.model_validate({"student": {"model": model}}), {}))
         assert (check.name, check.works, check.required) == ("student", False, True)
-        assert check.found == f"{model} is neither the folder of a Hugging Face model nor a Hub ID"
+        assert check.found == f"{model} is neither a Hugging Face model folder nor a Hub ID"
     assert not list(doctor.check_network(Config.model_validate({"student": {"model": str(tmp_path)}}), {}))
 
 

@@ -69,7 +69,7 @@ def test_chat_uses_the_configured_the_newest_or_the_given_gguf(tmp_path):
     assert exports.for_chat(context, path, False)[0] == path
     # unfinished files do not count
     write_gguf(context, "unfinished/sft-q4_k_m")
-    with pytest.raises(DataError, match="holds no GGUF"):
+    with pytest.raises(DataError, match="contains no GGUF"):
         exports.for_chat(context, None, None)
     for second, name in enumerate(("dpo-q8_0", "dpo-f16", "sft-q4_k_m", "dpo-lora")):
         os.utime(write_gguf(context, name), (second, second))
@@ -211,7 +211,7 @@ def test_a_file_of_unknown_origin_is_used_with_a_warning(tmp_path, exported, cap
     path = write_gguf(context, "sft-q4_k_m")
     train(context.run, "sft", b"weights")
     assert exports.for_chat(context, None, False)[0] == path
-    assert "may be made from an earlier adapter" in capsys.readouterr().err.replace("\n", " ")
+    assert "may have been made from an earlier adapter" in capsys.readouterr().err.replace("\n", " ")
     assert exported == []
 
 

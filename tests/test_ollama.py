@@ -76,7 +76,7 @@ def test_chat_through_the_ledger_of_a_busy_run_is_refused(sclite, ollama):
 @pytest.mark.parametrize("question", ["What is 3/4 of 8?", "1/2", "and/or x", "x/y=3"])
 def test_question_with_a_slash_is_no_model(sclite, question):
     ended = sclite("chat", question)
-    assert "holds no GGUF" in ended.error
+    assert "contains no GGUF" in ended.error
 
 
 def test_evaluation_of_a_model_in_ollama(sclite, ollama):

@@ -38,7 +38,7 @@ def test_a_full_stdout_is_an_error_in_one_line_and_a_closed_pipe_is_none(shown, 
     with open("/dev/full", "w") as full:
         done = process(*words, stdout=full)
     assert done.returncode == 1
-    assert "the output: No space left on device" in done.stderr
+    assert "standard output: No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
     reading, writing = os.pipe()
     os.close(reading)
