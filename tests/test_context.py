@@ -61,7 +61,7 @@ def test_without_a_converter_transformers_samples(trained, expected, monkeypatch
     with trained.sampler("sft/adapter", lambda *_, warning: warnings.append(warning)) as student:
         assert type(student) is HFModel
         assert answers(student) == expected
-    assert warnings == ["cannot download llama.cpp's converter: sampling in transformers, which is slower"]
+    assert warnings == ["cannot download llama.cpp's converter: sampling with transformers, which is slower"]
     assert not trained.run.path("export/sampling").exists()
 
 

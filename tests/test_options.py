@@ -159,7 +159,7 @@ def test_a_run_continues_without_its_problem_file(build, teacher_of_sums):
     for arguments in ((), ("mine.jsonl",), ("mine.jsonl", "--limit", "6")):
         ended = build(*arguments)
         assert ended.code == 0, ended.err
-        assert "6 in the run (mine.jsonl does not exist any more)" in ended.err
+        assert "6 in the run (mine.jsonl no longer exists)" in ended.err
     assert len(teacher_of_sums.requests) == asked
     assert build("mine.jsonl", "--limit", "3").code == 2
     assert build("other.jsonl").code == 3
