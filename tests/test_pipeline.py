@@ -168,7 +168,7 @@ def test_plan_of_a_run_has_the_cost_of_templates_and_corrections(run, folder, ca
     context.display = ProgressDisplay()
     print_plan(forecast.plan_run(context))
     planned = re.search(
-        r"Templates by the teacher: (\d+), about \$(\S+)\nCorrections by the teacher: at most (\d+), about \$(\S+)\n",
+        r"Templates from the teacher: (\d+), about \$(\S+)\nCorrections from the teacher: at most (\d+), about \$(\S+)\n",
         capsys.readouterr().out,
     )
     split = pipeline.divided_problems(context)
@@ -186,7 +186,7 @@ def test_the_plan_of_a_run_counts_the_wrong_attempts_at_any_price(run, folder, c
     write_rows(run.path("attempts.jsonl"), [{"id": problem.id, **wrong} for problem in attempted])
     context.display = ProgressDisplay()
     print_plan(forecast.plan_run(context))
-    assert "Corrections by the teacher: 2, cost unknown\n" in capsys.readouterr().out
+    assert "Corrections from the teacher: 2, cost unknown\n" in capsys.readouterr().out
 
 
 def test_the_plan_of_a_run_does_not_guess_the_number_of_imported_attempts(run, folder, capsys):
@@ -196,8 +196,8 @@ def test_the_plan_of_a_run_does_not_guess_the_number_of_imported_attempts(run, f
     context.display = ProgressDisplay()
     print_plan(forecast.plan_run(context))
     shown = capsys.readouterr().out
-    assert "Templates by the teacher: 20, about $" in shown
-    assert "Corrections by the teacher: unknown" in shown
+    assert "Templates from the teacher: 20, about $" in shown
+    assert "Corrections from the teacher: unknown" in shown
 
 
 def test_run_with_plan_shows_it_and_starts_nothing(run, folder, sclite):
@@ -212,8 +212,8 @@ def test_run_with_plan_shows_it_and_starts_nothing(run, folder, sclite):
     assert plan["templates"]["cost_usd"] > 0
     assert 0 < plan["teacher"]["requests"] < trained
     assert (shown.code, plan["teacher"]["at_most"]) == (0, True)
-    assert f"Templates by the teacher: {trained}, about $" in shown.out
-    assert f"Corrections by the teacher: at most {plan['teacher']['requests']}, about $" in shown.out
+    assert f"Templates from the teacher: {trained}, about $" in shown.out
+    assert f"Corrections from the teacher: at most {plan['teacher']['requests']}, about $" in shown.out
     assert set(plan["stages"]) == {"sft", "warmup", "dpo"}
     assert not run.folder.exists()
 
@@ -300,7 +300,7 @@ def test_too_few_problems_for_a_threshold_load_no_model(tmp_path, run):
         run.path(name).write_bytes(b"no model")
     context = Context(load(None, [f"run={run.folder}"], {}), run, ProgressDisplay(quiet=True))
     exports.fit_review_threshold(context, pipeline.untrained_problems(context))
-    assert "too few to fit its threshold" in context.reports[-1].figures["off"]
+    assert "too few to fit the threshold" in context.reports[-1].figures["off"]
 
 
 def test_adapter_as_a_gguf_is_no_model_to_chat_with(run, monkeypatch):

@@ -221,7 +221,7 @@ MOST = "corrections: at most 10 by openai/teacher, about $"
     ("teacher", "paid", "line"),
     [
         ({**SUMS, "max_cost": 0.5}, 12, f"{MOST}0.20"),
-        ({**SUMS, "max_cost": 0.4}, 12, f"{MOST}0.20; teacher.max_cost is $0.4, $0.24 is spent"),
+        ({**SUMS, "max_cost": 0.4}, 12, f"{MOST}0.20; teacher.max_cost is $0.4, of which $0.24 is spent"),
         (PRICED, 0, MOST),
         (SUMS, 0, ""),
     ],

@@ -1,4 +1,4 @@
-"""What the server does for a request: its limits, its choices in threads, and what they write as it comes."""
+"""Handles the server's requests: limits, choices in threads, and what they write, as it arrives."""
 
 import asyncio
 import random
@@ -24,17 +24,17 @@ RAW = ":raw"
 MOST_CHOICES, MOST_SECONDS = 8, 600.0
 """Limits of one request: choices, and time for all of them."""
 QUEUE = 16
-"""Choices that may wait, for each one that the engine decodes at once."""
+"""Choices that may wait per choice that the engine decodes in parallel."""
 
 
 class TextPart(BaseModel):
-    """A part of a message; only text is understood, where it is read."""
+    """A part of a message; only text parts are supported."""
 
     type: str
     text: str = ""
 
 
-# text is taken for a list of one part: an error in a union names each of its types
+# text becomes a list of one part: an error in a union would list each of its types
 Parts = Annotated[
     list[TextPart], BeforeValidator(lambda v: [TextPart(type="text", text=v)] if isinstance(v, str) else v)
 ]
@@ -75,7 +75,7 @@ class Completion(BaseModel):
 
     @property
     def question(self) -> Message | None:
-        """The last message of the user that has any content."""
+        """The last user message with any content."""
         asked = (m for m in reversed(self.messages) if m.role == "user")
         return next(
             (m for m in asked if any(p.type != "text" or p.text.strip() for p in m.content or ())), None
@@ -131,7 +131,7 @@ def plain_text(trace: str, complete: bool) -> str:
         name = tag_name(tag[2])
         return "" if tag[1] else f"{tag[3]}. " if name == "step" else NAMES[name]
 
-    begun = r"</?[A-Z]\w*\Z" if complete else r"<[^<>]{0,30}\Z"  # also where a reply was cut off
+    begun = r"</?[A-Z]\w*\Z" if complete else r"<[^<>]{0,30}\Z"  # also if a reply was cut off
     return re.sub(r"\n{2,}", "\n", re.sub(begun, "", TAG.sub(plain, trace))).removeprefix("\n")
 
 
@@ -152,21 +152,21 @@ class Service:
         self.began = int(time.time())
 
     async def run(self, asked: Completion) -> AsyncGenerator[Piece | End, None]:
-        """What the choices write, as it comes. Closing it frees the engine. Raises ApiError."""
+        """Yield what the choices write, as it arrives. Closing it frees the engine. Raises ApiError."""
         if asked.model not in self.names:
             raise ApiError(404, f"the model {asked.model!r} does not exist", "model_not_found", "model")
         if asked.question is None:
-            raise ApiError(400, "there is no message of the user", None, "messages")
+            raise ApiError(400, "there is no user message", None, "messages")
         for message in [asked.question] if asked.model == self.name else asked.messages:
             if other := next((part.type for part in message.content or () if part.type != "text"), ""):
-                why = f"a message has a part of type {other!r}; only text is understood"
+                why = f"a message has a part of type {other!r}; only text is supported"
                 raise ApiError(400, why, None, "messages")
         tokens = asked.max_completion_tokens or asked.max_tokens or self.settings.max_tokens
-        warmth = asked.temperature or 0.0
+        temperature = asked.temperature or 0.0
         settings = replace(
             self.settings,
             max_tokens=min(tokens, self.settings.max_tokens),
-            temperature=warmth if warmth > 0.001 else 0.0,
+            temperature=temperature if temperature > 0.001 else 0.0,
             top_p=asked.top_p or 1.0,
             seed=random.randrange(2**31) if asked.seed is None else abs(asked.seed),
         )
@@ -187,7 +187,7 @@ class Service:
 
         def check(done: Future[None]) -> None:
             if not done.cancelled() and isinstance(error := done.exception(), Exception):
-                # the chat template may refuse the messages
+                # the chat template may reject the messages
                 status = 400 if isinstance(error, DataError) else 500
                 put(ApiError(status, error.message) if isinstance(error, ScliteError) else error)
 
@@ -228,7 +228,7 @@ class Service:
             put(ApiError(503, "the server is shutting down", "shutting_down"))
 
     def _raw(self, asked: Completion, settings: Settings, index: int, cancel: Event) -> Iterator[Piece | End]:
-        """The model's reply to the messages as they are."""
+        """The model's reply to the unchanged messages."""
         roles = {"developer": "system"}
         messages = tuple({"role": roles.get(m.role, m.role), "content": m.text} for m in asked.messages)
         request = settings.request(messages, asked.stops)
@@ -254,7 +254,7 @@ class Service:
         """The last question solved and reviewed: students are trained on single problems."""
         assert asked.question is not None  # `run` has checked it
         question, accused, written, sent = asked.question.text, None, "", ""
-        # without a review, what is written is the content at once, unless a stop string may end it
+        # without a review, the text is streamed as content, unless a stop string may end it
         field, shown = "reasoning_content" if settings.mode else "content", settings.mode or not asked.stops
         for event in stream(self.student, solve_and_review(question, settings), cancel, asked.stream):
             written += event if isinstance(event, str) else ""
@@ -287,6 +287,6 @@ class Service:
 
 
 def check_reply(reply: Reply) -> None:
-    """Raises ApiError if the student could not reply, which means that the prompt is too long."""
+    """Raises ApiError if the student could not reply because the prompt is too long."""
     if reply.finish == "error":
         raise ApiError(400, reply.error or "no reply", "context_length_exceeded", "messages")

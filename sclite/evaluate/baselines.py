@@ -1,4 +1,4 @@
-"""What self-correction is compared with: the base model under its own prompt, and a majority vote of the tuned student."""
+"""Baselines for self-correction: the base model with its own prompt, and a majority vote of the tuned student."""
 
 from itertools import product
 from typing import Any
@@ -22,9 +22,9 @@ def measure_baseline(
     """{label: figures} of the baseline of one student; `identity` is the digest of its GGUF.
 
     The base model answers greedily, without a system prompt. A tuned student answers `eval.votes` times at the
-    temperature of the attempts, and the answer that most of the samples give counts, in a tie the earliest of them. The
-    figures are those of `compute_metrics` without a review: acc_t1 with its interval, and tokens per problem (of all
-    samples). They and the outcomes are kept in the folder of results, and returned from there if nothing has changed.
+    temperature of the attempts, and the most common answer counts, in a tie the earliest one. The figures are those of
+    `compute_metrics` without a review: acc_t1 with its interval, and tokens per problem (of all samples). They and the
+    outcomes are stored in the results folder, and reused if nothing has changed.
     """
     if name == "base":
         votes, prompt, temperature, top_p = 1, "baseline_solve", 0.0, 1.0
@@ -39,14 +39,14 @@ def measure_baseline(
         seed = int(digest([config.seed, "vote", problem.id, sample]), 16) % 2**31
         sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
         requests.append(Request(messages, max_tokens=config.eval.max_tokens, seed=seed, **sampling))
-    given = [p.model_dump() for p in held_out.problems]
-    signature = digest([identity, config.seed, config.eval.context, requests, given])
-    kept = run.read_json(f"{file}.json", dict[str, Any])
-    if kept and kept.get("signature") == signature:
-        return {label: kept}
+    problem_rows = [p.model_dump() for p in held_out.problems]
+    signature = digest([identity, config.seed, config.eval.context, requests, problem_rows])
+    stored = run.read_json(f"{file}.json", dict[str, Any])
+    if stored and stored.get("signature") == signature:
+        return {label: stored}
     replies = sorted(student.generate(requests), key=lambda reply: reply.index)
     ballots = [replies[start : start + votes] for start in range(0, len(replies), votes)]
-    elected: list[tuple[Reply, str | None]] = []  # the answer that most replies give, and the first of them
+    elected: list[tuple[Reply, str | None]] = []  # the most common answer, and the first reply that gives it
     for ballot in ballots:
         groups: dict[str, list[Reply]] = {}  # replies without an answer do not vote
         for reply in ballot:

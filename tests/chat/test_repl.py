@@ -65,7 +65,7 @@ def test_a_pipe_gets_one_answer_per_question_or_the_whole_reply_without_one(monk
     assert out == "It is nine.\nIt is nine.\n"
     notes = [" ".join(part.split()) for part in err.split("note: ")[1:]]
     assert [note.partition(":")[0] for note in notes] == ["line 1", "line 3"]
-    assert "no answer can be read" in notes[0]
+    assert "no answer can be read from the reply" in notes[0]
 
 
 def test_json_gives_one_object_per_question(monkeypatch, capsys, run):
@@ -130,7 +130,7 @@ def test_a_session_with_an_endpoint_never_asks_for_scores(terminal):
     for typed, shown in (
         ("", "openai/large"), ("/set mode guided", "/set mode free"), ("/correct on", "review is on"),
         ("How many?", "4 + 1 = 5"), ("/why", "only the steps of a GGUF"), ("/set temperature 3", "from 0 to 2"),
-        ("/load ~nobody-here/x", "not the name of a file"), ("?", "settings of /set"),
+        ("/load ~nobody-here/x", "is not a file name"), ("?", "settings of /set"),
     ):  # fmt: skip
         terminal.send(typed and f"{typed}\r")
         terminal.wait(shown)
@@ -350,7 +350,7 @@ def test_saved_conversations_can_be_loaded(chat, tmp_path):
     with pytest.raises(DataError, match="cannot be written"):
         chat.command(f"/save {tmp_path}")
     for named in ("~nobody-here/x", "", "'x", "x y"):
-        with pytest.raises(UsageError, match="the name of a file"):
+        with pytest.raises(UsageError, match="a file name"):
             chat.command(f"/load {named}")
 
 
@@ -489,7 +489,7 @@ def test_a_session_takes_pastes_and_survives_errors_and_ctrl_c(terminal, leave, 
     terminal.send("/hlep\r")
     terminal.wait("/help")
     terminal.send("slow\r")
-    for shown in ("solving", "Ctrl-C stops", "begun"):
+    for shown in ("solving", "Ctrl-C to stop", "begun"):
         terminal.wait(shown)
     terminal.send("ahead")
     time.sleep(0.3)
@@ -571,6 +571,6 @@ def test_answer_judged_bad_in_a_terminal_becomes_a_pair(sclite, tmp_path):
     assert "31 - 12 = 19" in review.correction
     before = {path: path.read_bytes() for path in run.folder.glob("*.jsonl")}
     again = sclite(*command)
-    assert "Judged in the chat: 0 good, 1 bad" in again.out
+    assert "Chat feedback: 0 good, 1 bad" in again.out
     assert {path: path.read_bytes() for path in before} == before
     assert json.loads(run.path("done/feedback.json").read_text())["counts"] == {"good": 0, "bad": 1}

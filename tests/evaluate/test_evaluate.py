@@ -45,7 +45,7 @@ def evaluate_student(run, gguf):
             None,
             "on the 60 problems used for the fit, no threshold corrects more answers than it spoils",
         ),
-        (STEP, 40, 20, "40 problems are too few to fit its threshold, 50 are needed"),
+        (STEP, 40, 20, "40 problems are too few to fit the threshold (50 needed)"),
     ],
 )
 def test_disabled_review_has_a_reason(evaluate_student, text, fitting, asked, off):

@@ -319,7 +319,7 @@ def test_too_few_problems_or_verdicts_fit_no_threshold(known_with):
     known = known_with(3.0)
     few = known.fit(problems=MANY[: MIN_PROBLEMS - 1])
     assert (few.threshold, few.problems, known.solved) == (None, 49, 0)
-    assert few.off == "49 problems are too few to fit its threshold, 50 are needed"
+    assert few.off == "49 problems are too few to fit the threshold (50 needed)"
     assert known.fit(problems=MANY[:MIN_PROBLEMS]).n == 50
     known.correct[:50] = [None] * 49 + [True]
     assert known.fit(problems=MANY[:60]).off == "only 11 of 60 answers to fitting problems could be graded"

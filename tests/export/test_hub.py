@@ -189,7 +189,7 @@ def test_pushed_adapter_has_a_card_that_names_its_base(sclite, student, hub, con
     ended = sclite("export", "--format", "lora", *options)
     assert (ended.code, ended.error) == (DONE, "")
     assert re.search(
-        r"^Checked .*: beside its base in 16 bits; same next token: (99|100)\.\d% .KL 0.000", ended.out, re.M
+        r"^Checked .*: on its 16-bit base; same next token: (99|100)\.\d% .KL 0.000", ended.out, re.M
     )
     files, command = (
         hub.repos["models/me/adder"]["files"],

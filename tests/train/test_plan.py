@@ -216,7 +216,7 @@ def test_finished_or_imported_corrections_cost_nothing(toy, capsys):
     found = planned(toy)
     assert (found["teacher"]["requests"], found["teacher"]["cost_usd"]) == (0, 0.0)
     print_plan(found)
-    assert "none left to request; the run has cost $0.12" in capsys.readouterr().out
+    assert "none left to request; the run has cost $0.12 so far" in capsys.readouterr().out
 
 
 def test_short_times_and_small_sizes_are_not_shown_as_zero(run, capsys):
@@ -258,7 +258,7 @@ def test_the_terminal_shows_fit_memory_holders_and_unknowns(toy, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "12.4 GB used by python [serve] (PID 4242)" in said
     assert "sft does not fit" in said
-    assert "unknown until every stage of this run has run a step" in said
+    assert "unknown until every stage has run a step" in said
     print_plan(planned(toy, None))
     said = capsys.readouterr().out
     assert "No CUDA GPU" in said
