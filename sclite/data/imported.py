@@ -31,7 +31,7 @@ class LabelledWork(BaseModel):
     steps: Annotated[list[str | int | float], Field(min_length=1)]
     answer: str | int | float | None = None
     first_error_step: int | None = None
-    label: object = None  # of another benchmark, may count from 0
+    label: object = None  # from another benchmark, may count from 0
 
     @property
     def final_answer(self) -> str | None:
@@ -61,7 +61,7 @@ def import_attempts(
     Skipped rows go to `drops`. Raises DataError if no row is usable.
     """
     by_question = {normalize_question(problem.question): problem for problem in problems}
-    found: list[tuple[Problem, LabelledWork, Drop]] = []  # with the drop that a row becomes if it is skipped
+    found: list[tuple[Problem, LabelledWork, Drop]] = []  # with the drop to record if the row is skipped
     for place, row in read_rows(Source(source=str(path)), "attempts.source"):
         raw = row.raw if isinstance(row, BadRow) else json.dumps(row, default=str)
         drop = Drop(stage="attempts", id=place, reason="row_not_readable", raw=raw)

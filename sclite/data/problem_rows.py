@@ -1,4 +1,4 @@
-"""Converts a row in any of the usual formats (GSM8K, MATH, MetaMath, plain ..) to a problem.
+"""Converts a row in any of the usual formats (GSM8K, MATH, MetaMath, plain, ...) to a problem.
 
 The columns are found by name (`USUAL`), the answer in a solution by `#### 72`, the last box or "The answer is 72".
 """
@@ -22,7 +22,7 @@ USUAL = {
     "solution": ("solution", "response", "r1_solution_1", "generated_solution"),
     "id": ("id", "unique_id"),
 }
-"""The columns that are read by default; the first one that a row has filled in counts. Case is ignored."""
+"""The columns that are read by default; the first non-empty one counts. Case is ignored."""
 _FIELDS = set(Problem.model_fields)
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 _SAID = re.compile(r"\bthe (?:final |correct )?answer is:?[ \t]+", re.I)
@@ -43,7 +43,7 @@ def read_problem(row: Cells | BadRow, columns: Mapping[str, str]) -> Problem:
     except BadRow as error:  # the solution may still have it
         bad_answer = error
     gold, worked = _extract_gold(given) if "####" in given or _is_worked(given) else (given, "")
-    # the thoughts of a reasoning model are no worked solution, and ten times as long
+    # the thoughts of a reasoning model are not a worked solution, and ten times as long
     solution_gold, stripped = _extract_gold(without_thoughts(to_text(solution, "the solution")))
     if not gold and not solution_gold:
         if bad_answer:
@@ -63,14 +63,14 @@ def read_problem(row: Cells | BadRow, columns: Mapping[str, str]) -> Problem:
 
 
 def read_question(row: Cells | BadRow, columns: Mapping[str, str]) -> tuple[str, str]:
-    """(id, question) of a row, which needs no answer; without an id of its own, a hash of the question. Raises BadRow."""
+    """(id, question) of a row, which needs no answer; the default id is a hash of the question. Raises BadRow."""
     cell, named = _cells(row, columns, "question", "id")
     question = to_text(cell, "the question")
     if not question:
         raise BadRow("no_question", "the question is empty", "fill it in or remove the row")
-    own = to_text(named, "the id") if isinstance(named, str | int | float) else ""
-    if own and not own.startswith(FROM_FEEDBACK):
-        return own, question
+    id_ = to_text(named, "the id") if isinstance(named, str | int | float) else ""
+    if id_ and not id_.startswith(FROM_FEEDBACK):
+        return id_, question
     return hashlib.sha256(question.encode()).hexdigest()[:12], question
 
 

@@ -1,6 +1,6 @@
 """A client for OpenAI-compatible endpoints through OpenAI's SDK, which takes a fraction of LiteLLM's CPU per call.
 
-Requests, replies and errors are the same as through LiteLLM; tests compare the two. The HTTP clients of both do not trust
+Requests, replies and errors are the same as through LiteLLM; tests compare the two. Neither HTTP client trusts
 the server: replies are bounded and uncompressed, and redirects are not followed.
 """
 

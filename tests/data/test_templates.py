@@ -212,7 +212,7 @@ def test_next_run_requests_unanswered_templates_again(run, grader):
 
 
 def test_error_with_reasons_if_no_template_is_valid(run, grader):
-    expected = pytest.raises(DataError, match="none of the 8 problems gave a template: 8 no_steps")
+    expected = pytest.raises(DataError, match="none of the 8 problems yielded a template: 8 no_steps")
     with TeacherServer(lambda request, nth: say("Sure!")) as server, expected:
         build(run, server.url, grader)
     assert len(run.read("dropped.jsonl", Drop)) == 8

@@ -179,7 +179,7 @@ def test_problems_of_the_user_are_not_replaced(tmp_path):
     config = load(None, [f"run={tmp_path}"], {}, flow.DEFAULTS, own_file=False)
     rows = [Problem(id=f"arithmetic-103-{n}", question=f"What is {n} + 1?", answer="1") for n in range(300)]
     run.replace("problems.jsonl", rows)
-    with pytest.raises(UsageError, match="has problems of its own"):
+    with pytest.raises(UsageError, match="already contains other problems"):
         flow.quickstart(config, quiet=True)
     assert run.read("problems.jsonl", Problem) == rows
 
