@@ -1,4 +1,4 @@
-"""GPU memory: recognize out-of-memory errors, release what a model leaves behind; and the RAM that is available."""
+"""GPU memory: recognize out-of-memory errors, release what a model leaves behind; and the available RAM."""
 
 import ctypes
 from pathlib import Path
@@ -33,7 +33,7 @@ def free_memory() -> None:
 def return_freed_memory() -> None:
     """Return freed heap memory to the system; does nothing without glibc.
 
-    After each optimizer step on a CPU, or the heap grows with every new row length. A lower mmap threshold keeps it
+    Call it after each optimizer step on a CPU, or the heap grows with every new row length. A lower mmap threshold keeps it
     smaller still, but costs 10 % more CPU time in page faults.
     """
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):

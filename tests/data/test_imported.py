@@ -243,7 +243,7 @@ def test_imported_adapter_replaces_sft_if_it_is_a_lora(run):
     assert (report.skipped, report.counts) == (True, {"imported": 1})
     assert run.path("sft/adapter/adapter_model.safetensors").read_bytes() == WEIGHTS
     run.path("sft/adapter/adapter_config.json").write_text('{"peft_type": "IA3"}')
-    with pytest.raises(DataError, match="describes no LoRA"):
+    with pytest.raises(DataError, match="does not describe a LoRA"):
         train_sft(config.Config(), run)
     run.path("sft/adapter/adapter_config.json").unlink()
     with pytest.raises(DataError, match=r"adapter_config\.json") as error:

@@ -101,7 +101,7 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path):
     checkpoints.prepare(inputs)
     assert not (tmp_path / "checkpoint-6").exists()
     assert checkpoints.step() == 3
-    with pytest.raises(DeviceError, match="are of a training on cpu, not on cuda"):
+    with pytest.raises(DeviceError, match="are from training on cpu, not on cuda"):
         checkpoints.prepare(inputs, "cuda")
     assert checkpoints.step() == 3
     checkpoints.prepare({"seed": 1})
