@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROWS = 1024
-"""Rows of a merged tensor that are compared, spread over it: a merge that goes wrong changes all rows, or many in a row."""
+"""Rows of a merged tensor to compare, spread over it: a faulty merge changes all rows, or many consecutive ones."""
 
 
 class TrainedWeights:
-    """`model`: base and adapter in transformers, without weights; and its parameters by name, read when they are accessed."""
+    """`model`: base and adapter in transformers, without weights; and its parameters by name, read on access."""
 
     def __init__(self, base: Path, adapter: Path | None):
         import torch
@@ -63,9 +63,9 @@ class TrainedWeights:
 
 
 def load_layered(base: Path, adapter: Path | None) -> PreTrainedModel | PeftModel:
-    """Base and adapter in float32, of which each layer, the embedding and the head have weights only while they run.
+    """Base and adapter in float32, where each layer, the embedding and the head have weights only while they run.
 
-    Each forward pass reads all files, so it should have all sequences. The peak is about 1.5 times the largest layer,
+    Each forward pass reads all files, so it should get all sequences. The peak is about 1.5 times the largest layer,
     embedding or head in float32, and the activations. Raises DataError if transformers names the weights differently.
     """
     import torch
@@ -86,7 +86,7 @@ def load_layered(base: Path, adapter: Path | None) -> PreTrainedModel | PeftMode
         if block in list(layers):
             for name in empty:
                 if not re.search("lora_|modules_to_save", name):
-                    weights.base_name(prefix + name)  # now, not after minutes
+                    weights.base_name(prefix + name)  # fail now, not after minutes
 
         def attach(module: torch.nn.Module, _: object, prefix: str = prefix) -> None:
             state = {name: weights[prefix + name] for name, _ in module.named_parameters()}
@@ -103,9 +103,9 @@ def load_layered(base: Path, adapter: Path | None) -> PreTrainedModel | PeftMode
 def check_merge(base: Path, adapter: Path, merged: Path) -> None:
     """Compare a merged folder with base + scale * B @ A as PEFT computes it, one tensor at a time.
 
-    Of a tensor of more than ROWS rows, every n-th row is compared, at most ROWS in all. Each value must be within rounding;
-    and of the adapter's update, which can be smaller than the rounding of float16, the rows must contain 99 to 101 % by least
-    squares. Raises ScliteError with the name of a tensor that differs.
+    Of a tensor with more than ROWS rows, every n-th row is compared, at most ROWS in total. Each value must be within
+    rounding; and since the adapter's update can be smaller than the rounding of float16, the rows must contain 99 to 101 % of
+    it by least squares. Raises ScliteError with the name of a tensor that differs.
     """
     import torch
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SHARD_BYTES = 500_000_000
 COPIED = (".json", ".model", ".jinja", ".txt", ".tiktoken")
 SAMPLING = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p", "do_sample")
-"""Settings of the base that would apply to the trained student, which was checked without them."""
+"""Settings of the base that would affect the trained student, which was checked without them."""
 KEEPS_BASE_WEIGHTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that do not change the base weights; PiSSA, OLoRA, CorDA and others do."""
 
@@ -33,9 +33,9 @@ def merge(base_folder: Path, adapter_folder: Path | None, out_folder: Path, *, o
 
     W + scale * B @ A is computed in float32 and stored as float32, matrices as float16 if the GGUF will be 16-bit anyway
     (`outtype`): rounding to bfloat16 would lose most of a small adapter. Tensors without an adapter keep their type, but
-    bfloat16 matrices become float16, too, if the others do: the converter would make float32 of them, 0.9 GB of memory for
-    an embedding of 152k tokens and 1,536 values. Code and `auto_map` are not copied. `out_folder` is new or empty. Raises
-    DataError for adapters that PEFT would load differently, adapters of another base, and damaged files.
+    bfloat16 matrices become float16, too, if the others do: the converter would turn them into float32, 0.9 GB of memory
+    for an embedding of 152k tokens and 1,536 values. Code and `auto_map` are not copied. `out_folder` is new or empty.
+    Raises DataError for adapters that PEFT would load differently, adapters of another base, and damaged files.
     """
     weights = BaseWeights(base_folder, adapter_folder)
     adapter = Adapter(adapter_folder, weights) if adapter_folder else None
@@ -127,7 +127,7 @@ class BaseWeights:
         return bnb.dequantize_4bit(self._tensors[name], state)
 
     def count_parameters(self) -> int:
-        """The number of values of all tensors; a byte of packed weights holds two."""
+        """The number of values of all tensors; a byte of packed weights contains two."""
         return sum(self._tensors.size(name) * (2 if name in self._states else 1) for name in self)
 
     def find(self, name: str, who: str) -> str:
@@ -136,8 +136,8 @@ class BaseWeights:
             return name
         tail = re.sub(r"^(model\.|language_model\.)+", "", name)
         # Qwen3.5's layers for multi-token prediction have names like the first ones
-        own = (other for other in self if "vision" not in other and not other.startswith("mtp."))
-        alike = [other for other in own if other.endswith("." + tail)]
+        candidates = (other for other in self if "vision" not in other and not other.startswith("mtp."))
+        alike = [other for other in candidates if other.endswith("." + tail)]
         if len(alike) == 1:
             return alike[0]
         hint = "set student.model to the base model of the adapter"
@@ -204,7 +204,7 @@ class Adapter:
         if odd := min([*patterns, *self._replaced], default=None):
             hint = "use `sclite export --format gguf`, which merges it"
             raise DataError(
-                f"the adapter {self.folder} has its own {odd}, which a LoRA file cannot hold", hint
+                f"the adapter {self.folder} has its own {odd}, which a LoRA file cannot store", hint
             )
         if settings.get("use_rslora"):  # see `apply`
             alpha *= math.sqrt(settings["r"])
@@ -229,8 +229,8 @@ class Adapter:
             key_a, key_b, embedding, module = self._pairs[name]
             a, b = (self._tensors.get_tensor(key).to(torch.float32) for key in (key_a, key_b))
             patterns = (settings.get("alpha_pattern") or {}).items()
-            own = (value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", module))
-            alpha, rank = next(own, settings.get("lora_alpha")), a.shape[0]
+            overrides = (value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", module))
+            alpha, rank = next(overrides, settings.get("lora_alpha")), a.shape[0]
             if not isinstance(alpha, (int, float)):
                 path = self.folder / "adapter_config.json"
                 hint = f"restore {path}, or train the adapter again"

@@ -144,7 +144,7 @@ def test_adapter_gguf_that_is_another_model_is_not_exported(student, converter, 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"modules_to_save": ["norm"]}, r"its own model\..*norm\.weight, which a LoRA file cannot hold"),
+        ({"modules_to_save": ["norm"]}, r"its own model\..*norm\.weight, which a LoRA file cannot store"),
         ({"alpha_pattern": {"q_proj": 40}}, "its own alpha_pattern"),
         ({"rank_pattern": {"q_proj": 4}, "use_rslora": True}, "its own rank_pattern"),
     ],

@@ -206,10 +206,10 @@ def test_pushed_adapter_has_a_card_that_names_its_base(sclite, student, hub, con
 @pytest.mark.parametrize(
     ("name", "token", "code", "message", "hint"),
     [
-        ("adder", TOKEN, USAGE, "'adder' is not the name of a repository", "--push OWNER/NAME"),
-        ("me/a b", TOKEN, USAGE, "'me/a b' is not the name of a repository", "--push OWNER/NAME"),
-        ("me/adder", "", USAGE, "there is no token for the Hub", "export HF_TOKEN=.."),
-        ("me/adder", "hf_refused_refused", NETWORK, "the Hub refuses the token", "export HF_TOKEN=.."),
+        ("adder", TOKEN, USAGE, "'adder' is not a repository name", "--push OWNER/NAME"),
+        ("me/a b", TOKEN, USAGE, "'me/a b' is not a repository name", "--push OWNER/NAME"),
+        ("me/adder", "", USAGE, "no Hugging Face Hub token found", "export HF_TOKEN=.."),
+        ("me/adder", "hf_refused_refused", NETWORK, "the Hub rejects the token", "export HF_TOKEN=.."),
         ("me/public", TOKEN, USAGE, "me/public on the Hub is public", "export.private=false"),
         ("other/adder", TOKEN, NETWORK, "does not let this token write to other/adder", "OWNER/NAME"),
     ],
@@ -256,5 +256,5 @@ def test_refusal_never_shows_a_token_from_a_file(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
     with Hub() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        with pytest.raises(NetworkError, match=r"refuses the token: .*Bearer \*\*\*"):
+        with pytest.raises(NetworkError, match=r"rejects the token: .*Bearer \*\*\*"):
             open_repository(Export(push="me/x"))

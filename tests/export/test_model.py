@@ -264,7 +264,7 @@ def test_fault_in_a_finished_gguf_fails_the_export(base, run, instead, fault, me
 def test_next_tokens_alone_can_fail_the_export(base, run, instead):
     """A file of fewer bits than its name says, whose KL divergence is within the bound of its name."""
     instead("quantize", lambda quantize, source, out, _, *given: quantize(source, out, "q3_k_m", *given))
-    message = r"trained model: sft-q4_0.gguf has another next token at \d\d\.\d% of positions, beside near ties \(at most"
+    message = r"trained model: sft-q4_0.gguf has another next token at \d\d\.\d% of positions, near ties aside \(at most"
     with pytest.raises(ScliteError, match=message) as error:
         export.export_model(config_of(base, "q4_0"), run, "sft")
     assert "KL" not in error.value.message
@@ -453,7 +453,7 @@ def test_type_below_five_bits_gets_an_importance_matrix_from_the_run(base, run):
     assert report.figures["parity"]["importance"] == []
     named = [each for each in report.figures["warnings"] if "importance matrix" in each]
     assert named == [
-        "sft-q3_k_m.gguf: made without an importance matrix, since the run has too few rows to measure one"
+        "sft-q3_k_m.gguf: written without an importance matrix: the run has too few rows to measure one"
     ]
     assert with_it["files"]["sft-q3_k_m.gguf"]["kl"] < without["files"]["sft-q3_k_m.gguf"]["kl"]
 
@@ -479,7 +479,7 @@ def test_disk_that_is_too_small_or_full_is_an_error_and_leaves_no_files(
     with monkeypatch.context() as small:
         small.setattr(export.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
         small.setattr(export, "merge", None)
-        with pytest.raises(ScliteError, match=rf"needs about {size} of disk space .* 1 MB are free"):
+        with pytest.raises(ScliteError, match=rf"needs about {size} of disk space .* but only 1 MB are free"):
             write(config_of(base), run, "sft")
     monkeypatch.setattr(export, "converter", lambda: None)
     monkeypatch.setattr(export, "run_script", lambda *given: None)
@@ -730,7 +730,7 @@ def test_model_card_has_base_files_and_evaluation_and_another_base_a_warning(bas
     text = run.path("export/README.md").read_text()
     assert "Not evaluated" in text
     assert "\nsclite serve --model sft-q8_0.gguf\n" in text
-    assert "The chat template is the one of training" in text
+    assert "The chat template is the one used in training" in text
     keeping = Config.model_validate(config.model_dump() | {"export": {"keep_template": True}})
     own = build_model_card(keeping, run, "sft", "gguf", report.figures)
     assert f"The chat template is that of {base.name}, unchanged" in own

@@ -36,7 +36,7 @@ def test_modelfile_has_template_system_prompt_stop_and_context():
 
 @pytest.mark.parametrize("given", [{"system": 'say """'}, {"system": 'say "stop"'}, {"stop": '"'}])
 def test_text_that_a_modelfile_cannot_hold_is_an_error(given):
-    with pytest.raises(DataError, match="cannot hold"):
+    with pytest.raises(DataError, match="cannot contain"):
         build_modelfile("m.gguf", "", **given)
 
 
