@@ -239,7 +239,7 @@ def check_network(config: Config, teacher: Any) -> Iterator[Check]:
     elif teacher:
         missing = teacher["missing"]
         unset = f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} not set"
-        fix = f"export {' '.join(f'{variable}=..' for variable in missing)}"
+        fix = f"export {' '.join(f'{variable}=...' for variable in missing)}"
         yield Check("teacher's key", not missing, unset if missing else teacher["found"], fix, required=True)
     if address:
         fix = "check teacher.api_base, the network, HTTPS_PROXY and ALL_PROXY"

@@ -165,7 +165,7 @@ def test_a_rejected_key_stops_the_command_and_is_never_printed(sclite, monkeypat
         ended = sclite("build-data", "mine.jsonl", *TEACHER, "--set", f"teacher.api_base={server.url}")
     assert ended.code == 6
     assert f"teacher openai/replay at {server.url} rejects the key (HTTP 401)" in ended.error
-    assert "export OPENAI_API_KEY=.." in ended.hint
+    assert "export OPENAI_API_KEY=..." in ended.hint
     assert "sk-secret" not in ended.out + ended.err
 
 

@@ -112,7 +112,7 @@ def test_doctor_requires_the_teachers_key_and_only_mentions_the_network(sclite, 
     assert code == 1
     key, address, hub = (checks[name] for name in ("teacher's key", "teacher's address", "Hugging Face Hub"))
     found = {"works": False, "required": True, "found": "OPENAI_API_KEY is not set"}
-    assert key == {"name": "teacher's key", "fix": "export OPENAI_API_KEY=..", **found}
+    assert key == {"name": "teacher's key", "fix": "export OPENAI_API_KEY=...", **found}
     assert (address["works"], address["required"]) == (False, False)
     assert address["found"] == "https://api.openai.com: no route to host"
     assert (hub["works"], hub["required"]) == (False, False)
@@ -128,9 +128,9 @@ def test_doctor_requires_the_teachers_key_and_only_mentions_the_network(sclite, 
 @pytest.mark.parametrize(
     ("model", "found", "fix"),
     [
-        ("gemini/gemini-2.5-flash", "GEMINI_API_KEY is not set", "export GEMINI_API_KEY=.."),
+        ("gemini/gemini-2.5-flash", "GEMINI_API_KEY is not set", "export GEMINI_API_KEY=..."),
         ("azure/gpt-5", "AZURE_API_BASE and AZURE_API_VERSION and AZURE_API_KEY are not set",
-         "export AZURE_API_BASE=.. AZURE_API_VERSION=.. AZURE_API_KEY=.."),
+         "export AZURE_API_BASE=... AZURE_API_VERSION=... AZURE_API_KEY=..."),
         ("sambanova/some-model", "sambanova/some-model, key not checked", None),
         ("ollama/qwen3", "ollama/qwen3", None),  # needs none
     ],

@@ -53,7 +53,7 @@ def evaluate(
 @common_options
 def export(
     quant: Annotated[
-        str | None, typer.Option(metavar="TYPES", help="q4_k_m (default), q8_0 .., or several: q4_k_m,q8_0.")
+        str | None, typer.Option(metavar="TYPES", help="Such as q8_0, or q4_k_m,q8_0 (default: q4_k_m).")
     ] = None,
     ollama: Annotated[
         str | None, typer.Option(metavar="NAME", help="Also create this model in Ollama (gguf only).")

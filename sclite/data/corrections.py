@@ -97,7 +97,7 @@ def write_corrections(
         report.dropped = dict(Counter(drop.reason for drop in drops))
         if not reviews:
             reasons = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in report.dropped.items())
-            other = "use an attempts.student that writes <Step1> .."
+            other = "use an attempts.student that writes <Step1> ..., <Step2> ..."
             if not reasons:
                 other = "use harder problems"
             elif config.attempts.kind == "trained":

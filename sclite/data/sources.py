@@ -172,7 +172,7 @@ def _dataset_rows(source: Source, key: str, path: Path | None) -> NumberedRows:
             raise DataError(why, "it must be a Parquet file") from error
         if isinstance(error, datasets.exceptions.DatasetNotFoundError):
             if "is a gated dataset" in str(error):
-                login = "accept its terms on the Hub, then log in (`hf auth login`) or export HF_TOKEN=.."
+                login = "accept its terms on the Hub, then log in (`hf auth login`) or export HF_TOKEN=..."
                 raise DataError(f"the dataset {name} is gated: {_shorten(error)}", login) from error
             why = f"{name} is neither a local file nor a dataset on the Hub"
             raise DataError(why, f"check {key}") from error

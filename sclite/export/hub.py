@@ -9,7 +9,7 @@ from sclite.errors import DataError, NetworkError, UsageError
 from sclite.teacher.failures import redact
 
 CREATE_TOKEN = (
-    "create one with write access at https://huggingface.co/settings/tokens, then: export HF_TOKEN=.."
+    "create one with write access at https://huggingface.co/settings/tokens, then: export HF_TOKEN=..."
 )
 
 

@@ -28,7 +28,7 @@ REFERENCE_BYTES = 400_000_000  # maximum for the probabilities of the trained mo
 
 @dataclass
 class Reference:
-    """The trained model's output on `ids`, where it predicts ids[start], ids[start + 1] .. and the token after the last.
+    """The trained model's output on `ids`, where it predicts ids[start], ids[start + 1], ... and the token after the last.
 
     `trained`: log-probabilities [predictions, vocabulary] in float32; `top`: the TOP tokens of each; `base`: their
     log-probabilities without the adapter.

@@ -199,7 +199,7 @@ def _read_stage(
 def _read_model_stages(config: Config, run: Run, fitting: int) -> dict[str, Stage]:
     """The exports of the students, the fits of their review thresholds, and the evaluation.
 
-    "export" is present if the newest student has none. "threshold" is the newest student's, "threshold-sft", .. are those
+    "export" is present if the newest student has none. "threshold" is the newest student's, "threshold-sft", ... are those
     of others; there are none if no threshold is needed, and a missing fit is only reported for the DPO student. The
     evaluation is done if it includes the newest student and no GGUF has changed, judged by its size and origin.
     """
@@ -301,7 +301,7 @@ def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
         corrected = stages["corrections"].state == DONE or stages["pairs"].state == DONE
         needed = [*([] if config.student.model else ["student.model"]), *([] if corrected else teacher)]
     if needed == ["student.model"] and not Path(SETTINGS).is_file():
-        words, needed = [*words, "--set", "student.model=.."], []
+        words, needed = [*words, "--set", "student.model=MODEL"], []
     if needed:
         return f"set {' and '.join(needed)} in {SETTINGS}" if Path(SETTINGS).is_file() else "sclite init"
     named = ["--run", config.run] if config.run != Config.model_fields["run"].default else []

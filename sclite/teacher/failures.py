@@ -150,7 +150,7 @@ def teacher_error(
         problem = f"does not answer after {attempts} attempt{'s' * (attempts != 1)}: {failure.message}"
     elif failure.no_key or status == 401:
         problem = "has no key" if failure.no_key else "rejects the key (HTTP 401)"
-        hint = f"the key comes from {key_variable}: export {key_variable}=.."
+        hint = f"the key comes from {key_variable}: export {key_variable}=..."
     elif failure.no_credit or status in (402, 429):
         problem, hint = f"has no credit left: {failure.message}", "add credit, then re-run to resume"
     elif status is not None and 300 <= status < 400:

@@ -28,7 +28,7 @@ MAX_BODY_BYTES = 4 * 2**20
 """128,000 tokens as JSON take less than 1 MiB, 3 MiB with every character escaped."""
 _KEEP_ALIVE_SECONDS = 4.0  # uvicorn, and so vLLM, closes idle connections after 5
 _PLAIN = ("OpenAIGPTConfig", "OpenAIUnknownModelConfig", "HostedVLLMChatConfig")
-"""LiteLLM's configurations that pass requests on unchanged (those of gpt-5, o3 .. rewrite them)."""
+"""LiteLLM's configurations that pass requests on unchanged (those of gpt-5, o3, ... rewrite them)."""
 
 
 def bound_client(client: "httpx.AsyncClient") -> "httpx.AsyncClient":

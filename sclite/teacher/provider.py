@@ -219,7 +219,7 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
     key_variable = missing[0] if missing else f"{name.removesuffix('_chat').upper()}_API_KEY"
     if not re.fullmatch("[!-~]*", os.environ.get(key_variable, "")):
         message = f"the key in {key_variable} contains a space, a line break or a non-ASCII character"
-        hint = f"copy the whole key and run: export {key_variable}=.."
+        hint = f"copy the whole key and run: export {key_variable}=..."
         raise UsageError(message, hint)
     prices = litellm.model_cost
     listed = prices.get(settings.model) or prices.get(settings.model.partition("/")[2]) or {}

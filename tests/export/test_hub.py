@@ -208,8 +208,8 @@ def test_pushed_adapter_has_a_card_that_names_its_base(sclite, student, hub, con
     [
         ("adder", TOKEN, USAGE, "'adder' is not a repository name", "--push OWNER/NAME"),
         ("me/a b", TOKEN, USAGE, "'me/a b' is not a repository name", "--push OWNER/NAME"),
-        ("me/adder", "", USAGE, "no Hugging Face Hub token found", "export HF_TOKEN=.."),
-        ("me/adder", "hf_refused_refused", NETWORK, "the Hub rejects the token", "export HF_TOKEN=.."),
+        ("me/adder", "", USAGE, "no Hugging Face Hub token found", "export HF_TOKEN=..."),
+        ("me/adder", "hf_refused_refused", NETWORK, "the Hub rejects the token", "export HF_TOKEN=..."),
         ("me/public", TOKEN, USAGE, "me/public on the Hub is public", "export.private=false"),
         ("other/adder", TOKEN, NETWORK, "does not let this token write to other/adder", "OWNER/NAME"),
     ],

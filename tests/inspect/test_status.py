@@ -347,7 +347,7 @@ def test_the_next_command_runs_the_first_unfinished_stage(trained):
         following(trained, "attempts.temperature=0.1") == "sclite train --fresh"
     )  # the warm-up would be refused
     trained.path("done/sft.json").unlink()
-    unnamed = "sclite train --fresh --set student.model=.."
+    unnamed = "sclite train --fresh --set student.model=MODEL"
     assert following(trained, "student.model=") == unnamed
     assert following(trained, "student.model=", "teacher.model=") != unnamed
     Path("sclite.toml").write_text("")
