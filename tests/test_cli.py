@@ -112,7 +112,7 @@ ERRORS = [
 ]  # fmt: skip
 
 
-def test_export_works_on_the_quickstarts_run_where_there_is_no_other(sclite):
+def test_export_uses_the_quickstart_run_if_there_is_no_other(sclite):
     Path("runs/quickstart").mkdir(parents=True)
     Path("runs/quickstart/run.toml").write_text("")
     assert "runs/quickstart has no templates" in sclite("export", "--format", "data").error
@@ -180,7 +180,7 @@ def test_training_on_a_missing_gpu_suggests_the_cpu(sclite):
     assert "omit --gpu to train on the first GPU, or on the CPU if there is none" in ended.hint
 
 
-def test_a_damaged_row_of_the_run_is_named(sclite):
+def test_a_damaged_row_of_the_run_is_reported(sclite):
     write_rows("runs/default/templates.jsonl", [TEMPLATE, TEMPLATE.replace('"trace"', '"trce"'), TEMPLATE])
     ended = sclite("train", "--only", "sft", *TOY)
     assert ended.code == 3
@@ -198,14 +198,14 @@ def test_a_second_process_on_one_run_is_refused(tmp_path):
     assert hint == "try: wait for it, or choose another folder with --run"
 
 
-def test_ctrl_c_exits_with_130_and_suggests_to_resume(sclite, monkeypatch):
+def test_ctrl_c_exits_with_130_and_suggests_resuming(sclite, monkeypatch):
     monkeypatch.setattr(doctor, "run_checks", lambda *_: signal.raise_signal(signal.SIGINT))
     ended = sclite("doctor")
     assert (ended.code, ended.err) == (130, "interrupted; re-run to resume\n")
 
 
 @pytest.mark.parametrize("form", [(), ("--json",)])
-def test_an_answer_of_no_is_not_an_error(sclite, monkeypatch, form):
+def test_declining_is_not_an_error(sclite, monkeypatch, form):
     monkeypatch.setattr(console, "is_interactive", lambda: True)
     monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
     write_rows("mine.jsonl", [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(40)])
@@ -266,7 +266,7 @@ def test_a_dry_run_of_corrections_needs_attempts(sclite):
     assert json.loads(sclite(*asked, "--json").out)["requests"] == 0  # imported reviews: no requests
 
 
-def test_a_dry_run_names_the_corrections_that_would_follow(sclite):
+def test_a_dry_run_lists_the_corrections_that_would_follow(sclite):
     run = Path("runs/default")
     write_rows(run / "problems.jsonl", [{"id": "p0", "question": "What is 2 + 2?", "answer": "4"}])
     work = {"id": "p0", "sample": 0, "trace": "<Step1>2 + 2 = 5\n</Step1>\n<Answer>5</Answer>"}
@@ -327,7 +327,7 @@ def test_show_prints_plain_text_to_a_pipe_or_one_object_with_unchanged_rows(scli
         ("drops --from 3", "--from 3: only 2 drops match", "1 to 2"),
     ],
 )
-def test_what_cannot_be_shown_names_what_can(sclite, dropped, typed, message, hint):
+def test_an_unknown_argument_of_show_lists_the_known_ones(sclite, dropped, typed, message, hint):
     ended = sclite("show", *typed.split())
     assert (ended.code, ended.out) == (2, "")
     assert message in ended.error
@@ -374,7 +374,7 @@ def test_show_is_colored_and_paged_in_a_terminal(dropped, tmp_path):
     assert "Which is 1 + 1?" in sent
 
 
-def test_quitting_the_pager_or_a_pipe_early_is_no_error(dropped, tmp_path):
+def test_quitting_the_pager_or_a_pipe_early_is_not_an_error(dropped, tmp_path):
     drops = (Drop(stage="s", id=str(n), reason="r", raw="x" * 99) for n in range(5000))
     dropped.append("dropped.jsonl", drops)
     code, sent = in_a_terminal(tmp_path, "head -1")
@@ -387,7 +387,7 @@ def test_quitting_the_pager_or_a_pipe_early_is_no_error(dropped, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["status", "show"])
-def test_commands_that_read_a_run_find_the_quickstarts(sclite, command):
+def test_commands_that_read_a_run_fall_back_to_the_quickstarts(sclite, command):
     assert sclite(command).code == 3
     for folder in ("runs/quickstart", "runs/default"):
         Run(folder).append("problems.jsonl", [Problem(id="p", question="1 + 1?", answer="2")])
@@ -412,7 +412,7 @@ def test_no_command_replaces_the_problems_of_a_quickstart_with_those_of_sclite_t
     assert not run.path("run.toml").exists()
 
 
-def test_only_the_quickstart_continues_its_run_beside_another_configuration(sclite):
+def test_only_quickstart_continues_its_run_despite_another_configuration(sclite):
     """With another teacher its problems are split in another way, and what was trained is stale."""
     with Run("runs/quickstart").recording(load(None, [], {}, flow.DEFAULTS, own_file=False)):
         Run("runs/quickstart").replace("problems.jsonl", problem_set("train", 60))

@@ -95,7 +95,7 @@ def checks_of(sclite, *arguments):
     return ended.code, {check["name"]: check for check in json.loads(ended.out)["checks"]}
 
 
-def test_doctor_without_a_teacher_asks_for_no_key_and_no_network(sclite, monkeypatch):
+def test_doctor_without_a_teacher_requires_no_key_and_no_network(sclite, monkeypatch):
     monkeypatch.setattr(doctor, "find_failures", lambda addresses: dict.fromkeys(addresses, "asked"))
     code, checks = checks_of(sclite, "--set", "student.model=embedded")
     assert code == 0
@@ -135,7 +135,7 @@ def test_doctor_requires_the_teachers_key_and_only_mentions_the_network(sclite, 
         ("ollama/qwen3", "ollama/qwen3", None),  # needs none
     ],
 )  # fmt: skip
-def test_doctor_names_the_variables_of_the_teachers_key(monkeypatch, model, found, fix):
+def test_doctor_lists_the_variables_of_the_teachers_key(monkeypatch, model, found, fix):
     for name in [name for name in os.environ if name.startswith(("AZURE_", "GEMINI_", "GOOGLE_", "OLLAMA_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(doctor, "find_failures", lambda urls: dict.fromkeys(urls, ""))
@@ -185,14 +185,14 @@ def test_addresses_that_do_not_answer_take_no_longer_than_the_limit(monkeypatch)
 
 
 @pytest.mark.parametrize("proxy", ["socks://127.0.0.1:1080", "socks5://127.0.0.1:1080"])
-def test_an_unusable_proxy_is_what_is_wrong_with_an_address(monkeypatch, proxy):
+def test_an_unusable_proxy_is_reported_as_the_failure(monkeypatch, proxy):
     monkeypatch.setenv("ALL_PROXY", proxy)
     monkeypatch.setitem(sys.modules, "socksio", None)  # not installed
     found = doctor.find_failures(["http://host.example/v1"])["http://host.example/v1"]
     assert ("Unknown scheme for proxy" if proxy.startswith("socks:") else "'socksio' package") in found
 
 
-def test_any_answer_but_a_gateways_error_is_an_answer():
+def test_any_response_but_a_gateway_error_counts_as_reachable():
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self):
             self.send_response(int(self.path[1:]))
@@ -210,7 +210,7 @@ def test_any_answer_but_a_gateways_error_is_an_answer():
     ("cuda", "wheel"),
     [("11.8", "cu118"), ("12.1", "cu121"), ("12.8", "cu125"), ("13.0", "cu130"), ("13.1", "cu130"), ("13.2", "cu132")],
 )  # fmt: skip
-def test_doctor_names_the_wheels_of_llama_cpp_that_fit_the_cuda_version(monkeypatch, cuda, wheel):
+def test_doctor_suggests_llama_cpp_wheels_for_the_cuda_version(monkeypatch, cuda, wheel):
     gpu = {"name": "RTX 4090", "total_gb": 24.0, "free_gb": 20.0}
     monkeypatch.setattr(doctor, "probe_torch", lambda: {"version": "2.13.0", "cuda": cuda, "gpus": [gpu]})
     monkeypatch.setattr(doctor, "_run_python", lambda *_: False)  # built for the CPU

@@ -78,7 +78,7 @@ def test_chat_uses_the_configured_the_newest_or_the_given_gguf(tmp_path):
     assert exports.for_chat(context, None, False)[0].name == "dpo-q4_k_m.gguf"
 
 
-def test_the_largest_measured_file_stands_in_for_one_without_threshold(tmp_path):
+def test_the_largest_measured_file_replaces_one_without_threshold(tmp_path):
     home = context_of(tmp_path)
     folder = home.run.path("export")
     for name, size in (("dpo-q2_k", 9), ("dpo-q4_k_m", 12), ("dpo-q8_0", 20), ("sft-q8_0", 30)):
@@ -192,7 +192,7 @@ def test_chat_says_if_the_threshold_allows_more_harm_than_the_configuration(tmp_
         ) is noted
 
 
-def test_no_fitted_file_of_an_earlier_adapter_stands_in_for_one_without_threshold(tmp_path, exported):
+def test_no_fitted_file_of_an_earlier_adapter_replaces_one_without_threshold(tmp_path, exported):
     context = context_of(tmp_path)
     context.display = ProgressDisplay(quiet=True)
     train(context.run, "dpo", b"first")

@@ -137,7 +137,7 @@ def test_dead_process_is_an_error_with_its_exit_code(tmp_path, function, argumen
         run_isolated(function, *arguments, progress=no_progress, log=log)
 
 
-def test_dead_process_is_noticed_though_a_grandchild_holds_the_pipe(tmp_path):
+def test_dead_process_is_noticed_even_if_a_grandchild_keeps_the_pipe(tmp_path):
     with pytest.raises(DeviceError, match=r"code -9"):
         run_isolated(dies_and_leaves_a_child, tmp_path / "pid", progress=no_progress, log=tmp_path / "log")
     os.kill(int(read(tmp_path / "pid")), signal.SIGKILL)  # it is still there

@@ -237,7 +237,7 @@ def test_a_setting_after_an_option_of_the_same_meaning_wins(build):
     assert tomllib.loads(Path("runs/default/run.toml").read_text())["teacher"]["max_cost"] == 2
 
 
-def test_no_corrections_are_bought_for_a_student_that_new_templates_make_stale(build, teacher_of_sums):
+def test_no_corrections_are_requested_for_a_student_that_new_templates_make_stale(build, teacher_of_sums):
     problems(6)
     assert build("mine.jsonl", "--limit", "4").code == 0
     run = Run("runs/default")

@@ -156,7 +156,7 @@ def test_notes_and_warnings_are_printed_to_a_log(hurried, capsys):
 
 
 @pytest.mark.parametrize("note", ["", "reference of 8 of 16 reviews"])
-def test_a_log_goes_on_before_the_first_row(hurried, capsys, note):
+def test_a_log_continues_before_the_first_row(hurried, capsys, note):
     """A stage that loads a model for a minute is not silent, and a note of it has no count."""
     with progress.ProgressDisplay().stage("dpo", "dpo: the student learns") as report:
         if note:
@@ -167,7 +167,7 @@ def test_a_log_goes_on_before_the_first_row(hurried, capsys, note):
     assert first == second == f"  0 s so far, {note}".rstrip(", ")
 
 
-def test_a_stage_that_comes_back_has_no_number_again(hurried, capsys):
+def test_a_repeated_stage_is_not_numbered_again(hurried, capsys):
     """eval exports the students that training has not."""
     display = progress.ProgressDisplay({"export": 1, "eval": 2})
     for name in ("export", "eval", "export"):

@@ -48,7 +48,7 @@ def command(sclite, monkeypatch, trained):
     return call
 
 
-def test_afterwards_all_is_done_and_train_repairs_what_is_missing(trained, command):
+def test_afterwards_all_is_done_and_train_restores_what_is_missing(trained, command):
     status = json.loads(command("status", "--json"))
     assert {name for name, stage in status["stages"].items() if stage["state"] != "done"} == {"eval"}
     assert status["next"].startswith("sclite chat")

@@ -148,7 +148,7 @@ def test_in_its_own_process_a_stage_trains_the_same_and_reports_each_step(folder
     assert one == other
 
 
-def test_long_rows_are_named_before_the_first_step_and_in_the_final_line(folder, tmp_path):
+def test_long_rows_are_reported_before_the_first_step_and_in_the_final_line(folder, tmp_path):
     context = context_of(folder, tmp_path)
     tokenizer, unseen = load_tokenizer(context.config.student.model), pipeline.unseen(context)
     templates = [row for row in context.run.read("templates.jsonl", Template) if row.id not in unseen]
@@ -194,7 +194,7 @@ def test_the_plan_has_the_steps_rows_and_micro_batch_of_the_training(folder, tmp
         assert planned["micro_batch"] == sizes.pop(0)
 
 
-def test_the_plan_leaves_out_what_the_threshold_is_fitted_on(folder, tmp_path):
+def test_the_plan_omits_the_problems_for_the_threshold(folder, tmp_path):
     context = context_of(folder, tmp_path)
     write_toy(context.run, 200)
     trained = 200 - len(pipeline.unseen(context, "sft"))
@@ -227,7 +227,7 @@ MOST = "corrections: at most 10 by openai/teacher, about $"
     ],
     ids=["from the templates", "beyond the limit", "from the price", "unknown"],
 )
-def test_train_names_the_cost_of_the_corrections_first(
+def test_train_shows_the_cost_of_the_corrections_first(
     folder, tmp_path, monkeypatch, capsys, teacher, paid, line
 ):
     def start(*_):

@@ -184,7 +184,7 @@ def test_questions_are_solved_alone_unless_history_is_on(chat):
     assert chat.answers[-1].question == "And then?"
 
 
-def test_oldest_questions_are_left_out_of_a_history_that_is_too_long(chat):
+def test_oldest_questions_are_dropped_from_a_history_that_is_too_long(chat):
     chat.command("/set history on")
     chat.ask("old " + "word " * 60)
     chat.ask("new " + "word " * 60)
@@ -288,7 +288,7 @@ def test_retry_after_a_failed_question_asks_that_one_again(chat):
     assert [answer.question for answer in chat.answers] == ["How many?"]
 
 
-def test_what_came_before_ctrl_c_stands_for_the_answer(chat, run):
+def test_text_before_ctrl_c_is_kept_as_the_answer(chat, run):
     class Interrupted(Scripted):
         def stream(self, ask, cancel=None, pieces=True):
             yield "<Step1>2 + 2 = 4</Step1><Ste"

@@ -152,7 +152,7 @@ def test_llm_holds_a_conversation(scripted, tmp_path, monkeypatch, options):
     assert asked == ["How many?", WRONG, "And now?"]
 
 
-def test_conversation_is_held_by_the_last_question_and_raw_gets_all_of_it(scripted):
+def test_only_the_last_question_is_answered_and_raw_gets_all_messages(scripted):
     url, service = scripted
     talk = [*ASK, {"role": "assistant", "content": "7"}, {"role": "user", "content": "And with 9?"}]
     client(url).chat.completions.create(model="tom", messages=talk)
@@ -204,7 +204,7 @@ def test_stop_strings_end_the_content_without_appearing_in_it(scripted, raw):
         assert text == whole[: whole.index(stop)]
 
 
-def test_choices_have_seeds_of_their_own_and_a_limit_of_tokens(raw):
+def test_choices_have_their_own_seeds_and_a_token_limit(raw):
     ask = {"model": "base:raw", "messages": ASK, "n": 3, "temperature": 1.5, "seed": 7, "max_tokens": 24}
     first = client(raw[0]).chat.completions.create(**ask)
     texts = [choice.message.content for choice in first.choices]
@@ -267,7 +267,7 @@ def test_page_needs_no_network_and_other_host_names_are_refused(scripted):
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="needs node")
-def test_page_shows_the_correction_that_a_step_has_of_its_own():
+def test_page_shows_a_step_that_was_corrected_while_solving():
     page = (ROOT / "sclite/chat/page.html").read_text()
     code = page[page.index("function steps(") : page.index("function row(")]
     steps = Step("2 + 2 = 5", "Count.", "Four.", "2 + 2 = 4"), Step("4 + 1 = 5")
@@ -324,7 +324,7 @@ def test_pictures_in_earlier_turns_are_not_read_for_a_reviewed_answer(scripted):
         ask(model="tom:raw", messages=[*earlier, *ASK])
 
 
-def test_messages_that_the_chat_template_refuses_are_a_mistake_of_the_request():
+def test_messages_that_the_chat_template_rejects_are_a_bad_request():
     class Strict(Scripted):
         def stream(self, ask, cancel=None, pieces=True):
             raise DataError("the chat template cannot render the messages: roles must alternate", "")
@@ -399,7 +399,7 @@ FIELDS = sorted(Completion.model_fields)
 
 
 @pytest.mark.parametrize("examples", [150, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_no_body_is_an_internal_error(scripted, examples):
+def test_no_body_causes_an_internal_error(scripted, examples):
     with httpx.Client(timeout=60) as http:
 
         @settings(max_examples=examples, deadline=None, database=None)
@@ -413,7 +413,7 @@ def test_no_body_is_an_internal_error(scripted, examples):
 
 
 @pytest.mark.parametrize("examples", [150, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_no_request_to_any_address_is_an_internal_error(scripted, examples):
+def test_no_request_to_any_address_causes_an_internal_error(scripted, examples):
     known = st.sampled_from(["", "v1/models", "v1/chat/completions", "health", "metrics", "v1/models/tom"])
     header = st.sampled_from(
         ["authorization", "content-type", "accept", "origin", "range", "content-encoding"]
@@ -484,7 +484,7 @@ class Blocked(Scripted):
         yield Reply(0, f"begun {text}", 3, 5, "stop")
 
 
-def test_too_many_requests_are_turned_away_and_a_slow_answer_is_ended():
+def test_too_many_requests_are_rejected_and_a_slow_answer_is_ended():
     service = Service(Blocked(), "tom", Settings(mode=""), 1)
     service.most = 2
     with serving(service) as url, ThreadPoolExecutor(2) as pool:
@@ -505,7 +505,7 @@ def test_too_many_requests_are_turned_away_and_a_slow_answer_is_ended():
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_client_that_leaves_frees_the_engine(raw, engine, streamed):
+def test_client_that_disconnects_frees_the_engine(raw, engine, streamed):
     url, service = raw
     body = {"model": "base:raw", "messages": ASK, "temperature": 2, "max_tokens": 400, "n": 8}
     body["stream"] = streamed
@@ -519,7 +519,7 @@ def test_client_that_leaves_frees_the_engine(raw, engine, streamed):
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_client_that_leaves_before_the_first_text_frees_its_slot(streamed):
+def test_client_that_disconnects_before_the_first_text_frees_its_slot(streamed):
     student = Blocked()
     service = Service(student, "tom", Settings(mode=""), 1)
     with serving(service) as url:
@@ -538,7 +538,7 @@ def test_client_that_leaves_before_the_first_text_frees_its_slot(streamed):
             student.release.set()
 
 
-def test_client_that_leaves_while_it_sends_its_question_is_no_failure(scripted):
+def test_client_that_disconnects_while_sending_is_not_a_failure(scripted):
     url, service = scripted
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
@@ -586,7 +586,7 @@ def test_500_requests_of_16_clients_to_a_real_model(raw, engine):
     wait_until(lambda: service.active == 0 and not engine.scheduler.active)
 
 
-def test_a_second_signal_ends_what_is_in_flight_with_an_error():
+def test_a_second_signal_ends_requests_in_flight_with_an_error():
     service = Service(Blocked(), "tom", Settings(mode=""), 1)
     with serving(service) as url, ThreadPoolExecutor(2) as pool:
         body = {"model": "tom:raw", "messages": ASK}
@@ -605,7 +605,7 @@ def test_a_second_signal_ends_what_is_in_flight_with_an_error():
 
 
 @pytest.mark.parametrize("clients", [1, pytest.param(16, marks=pytest.mark.slow)])
-def test_sigterm_finishes_what_is_in_flight(gguf, clients):
+def test_sigterm_finishes_requests_in_flight(gguf, clients):
     options = ("--model", gguf, "--port", "0", "--parallel", "2", "--json")
     command = [sys.executable, "-m", "sclite", "serve", *options]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -174,7 +174,7 @@ def test_run_keeps_its_problems_if_others_are_to_be_avoided(write, run, capsys, 
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_what_was_left_out_leaves_out_no_other_problem(write, run, own):
+def test_a_dropped_problem_drops_no_other_problem(write, run, own):
     rows = [plain(f"Why? {LONG}", id="left"), plain("Other?", id="other"), plain(f"{LONG}. Who?", id="new")]
     source = "" if own else f"problems.source={write('p.jsonl', *rows[:2])}"
     if own:

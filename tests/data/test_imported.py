@@ -173,7 +173,7 @@ def test_imported_attempts_are_corrected_and_unsigned_rows_are_not_imported(fill
     assert not filled.is_imported("pairs", "pairs.jsonl")
 
 
-def test_reviews_and_attempts_of_no_problem_are_reported(filled):
+def test_reviews_and_attempts_without_a_problem_are_reported(filled):
     filled.replace("attempts.jsonl", [ATTEMPT.model_copy(update={"id": "p9"})])
     filled.replace("reviews.jsonl", [REVIEW.model_copy(update={"id": "p9"})])
     with pytest.raises(DataError, match=r"reviews\.jsonl, row 1 \(p9\): no problem has this id"):

@@ -76,7 +76,7 @@ NO_LEAKS = [
 
 
 @pytest.mark.parametrize("text", [*LEAKS, *NO_LEAKS])
-def test_mention_of_the_given_solution_is_a_leak_and_other_solutions_are_none(text):
+def test_mention_of_the_given_solution_is_a_leak_and_other_solutions_are_not(text):
     assert (find_leak(f"Well. {text} it is 3.") is not None) == (text in LEAKS)
 
 

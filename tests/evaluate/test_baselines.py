@@ -35,7 +35,7 @@ def measure(run, grader):
         (["hm", "well", "so"], 0),
     ],
 )
-def test_most_frequent_answer_is_elected(texts, elected, run, measure):
+def test_majority_vote_chooses_the_most_common_answer(texts, elected, run, measure):
     measure("dpo", ScriptedStudent(*texts), count=1)
     (row,) = run.read("eval/mine/dpo-majority.jsonl", Outcome)
     assert row.first == texts[elected]

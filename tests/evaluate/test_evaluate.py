@@ -71,7 +71,7 @@ def test_steps_are_labelled_as_they_are_judged(run, gguf, judged, labels):
         )
 
 
-def test_a_flagged_step_counts_though_its_correction_cannot_be_read(run, gguf):
+def test_a_flagged_step_counts_even_if_its_correction_is_unreadable(run, gguf):
     config = Config.model_validate(ALWAYS)
     for right, judged, figure, value in ((True, 0, "acceptance", 0.0), (False, 1, "location", 1.0)):
         held_out = HeldOut(PROBLEMS[:2], [], "", "", f"eval/{figure}")
@@ -90,7 +90,7 @@ def test_an_answer_that_was_cut_off_is_not_reviewed_as_in_chat(run, gguf):
     ] * 2
 
 
-def test_a_review_without_a_reply_is_unknown_and_a_judged_endpoint_is_given_no_beginning(run, grader):
+def test_a_review_without_a_reply_is_unknown_and_a_judged_endpoint_gets_no_prefix(run, grader):
     class Failing(ScriptedStudent):
         def generate(self, requests):
             assert not any(request.pieces for request in requests)
@@ -105,7 +105,7 @@ def test_a_review_without_a_reply_is_unknown_and_a_judged_endpoint_is_given_no_b
     assert (figures["n"], figures["unknown"], figures["correction_rate_given_location"]) == (2, 2, None)
 
 
-def test_failed_calls_of_a_model_behind_an_api_are_made_again(run, grader):
+def test_failed_calls_of_a_model_behind_an_api_are_retried(run, grader):
     config = Config.model_validate({"review": {"mode": "free"}})
     student = ScriptedStudent(STEP, finishes=("error",))
 

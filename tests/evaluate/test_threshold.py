@@ -52,7 +52,7 @@ def rows_of(**counts):
     return [scored(right, (score,), (result,), k) for k, (right, score, result) in enumerate(rows)]
 
 
-def test_what_the_bound_gives_up_is_shown_and_too_much_harm_turns_review_off():
+def test_the_cost_of_the_bound_is_shown_and_too_much_harm_turns_review_off():
     surest = [scored(False, (3.0,), (True,), k) for k in range(1000, 1010)]
     fitted = fit_threshold([*surest, *rows_of(spoiled=6, fixed=40, right=344)], 0.005)  # 6 of 400: p = 0.017
     assert (fitted.threshold, fitted.acc_t2, fitted.right_to_wrong) == (2.5, 0.9, 0.0)
@@ -71,7 +71,7 @@ def test_what_the_bound_gives_up_is_shown_and_too_much_harm_turns_review_off():
     assert fitted.off == f"{text}, with at most 0.5 % spoiled (review.max_harm)"
 
 
-def test_what_is_unknown_counts_as_the_worse_outcome_or_not_at_all():
+def test_unknown_results_count_as_the_worse_outcome_or_not_at_all():
     spoils = [scored(True, (9.0,), (None,)), scored(False, (5.0,), (True,)), scored(False, (5.0,), (True,))]
     fitted = fit_threshold(spoils, 1.0)
     assert (fitted.right_to_wrong, fitted.assumed) == (pytest.approx(1 / 3), 1)
@@ -368,7 +368,7 @@ def test_a_fit_with_other_settings_does_not_replace_the_one_of_the_configuration
         assert threshold.load_threshold(unknown, run, gguf).threshold == expected
 
 
-def test_no_problem_is_tested_that_a_threshold_was_fitted_on(run, gguf, tmp_path):
+def test_problems_that_a_threshold_was_fitted_on_are_not_tested(run, gguf, tmp_path):
     """A later evaluation that could test all problems leaves out those that an earlier one has fitted the threshold on."""
     rows = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(300)]
     config = Config.model_validate({"eval": {"source": str(write_rows(tmp_path / "e.jsonl", rows))}})
@@ -384,7 +384,7 @@ def test_no_problem_is_tested_that_a_threshold_was_fitted_on(run, gguf, tmp_path
     assert len(earlier.fitting) > 50
 
 
-def test_a_stored_fit_holds_for_one_file_and_one_set_of_prompts(run, gguf, tmp_path):
+def test_a_stored_fit_applies_to_one_file_and_one_set_of_prompts(run, gguf, tmp_path):
     threshold.store_threshold(Config(), run, gguf, fitted_on(60))
     other = gguf.with_name("dpo-q2_k.gguf")
     other.write_bytes(b"GGUF2")

@@ -219,7 +219,7 @@ def test_date_does_not_depend_on_the_day_and_open_thinking_is_closed(formats):
         ("'<|im_end|>\n'", "('' if '{' in message['content'] else '<|im_end|>\n')", "'quotes and"),
     ],
 )
-def test_template_that_looks_at_more_is_refused_with_the_reason(part, instead, reason):
+def test_template_that_uses_more_is_rejected_with_the_reason(part, instead, reason):
     with pytest.raises(DataError, match="cannot be reduced") as error:
         derive(CHATML.replace(part, instead))
     assert reason in error.value.message
@@ -249,9 +249,7 @@ def test_folder_gets_the_template_the_end_of_turn_and_no_second_bos(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["train", "run"])
-def test_training_is_refused_before_it_begins_if_the_template_cannot_be_exported(
-    sclite, run, folder, tmp_path, command
-):
+def test_training_does_not_start_if_the_template_cannot_be_exported(sclite, run, folder, tmp_path, command):
     """With `run`, also before the teacher is paid."""
     shutil.copytree(folder, tmp_path / "student")
     path = tmp_path / "student/chat_template.jinja"

@@ -97,7 +97,7 @@ def test_small_llama_needs_no_converter(student, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [{"r": 4}, {"r": 16, "use_rslora": True}], ids=["plain", "rslora"])
-def test_adapter_gguf_beside_its_base_is_what_peft_computes(student, gguf, converter, run, settings):
+def test_adapter_gguf_on_its_base_matches_peft(student, gguf, converter, run, settings):
     settings = {"lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]} | settings
     folder = run.path("sft/adapter")
     trained = random_adapter(student, folder, std=0.05, **settings).eval()
@@ -150,7 +150,7 @@ def test_adapter_gguf_that_is_another_model_is_not_exported(student, converter, 
     ],
     ids=["saved", "alpha", "rank"],
 )
-def test_adapter_that_a_lora_file_cannot_hold_is_refused(student, run, settings, reason):
+def test_adapter_that_a_lora_file_cannot_store_is_rejected(student, run, settings, reason):
     random_adapter(student, run.path("sft/adapter"), r=2, target_modules=["q_proj"], **settings)
     with pytest.raises(DataError, match=reason) as error:
         export_lora(Config.model_validate({"student": {"model": str(student)}}), run, "sft")
@@ -176,7 +176,7 @@ def test_missing_converter_is_a_network_error_with_instructions(student, tmp_pat
         conversion.convert_model(other, tmp_path / "other.gguf")
 
 
-def test_environment_without_pip_gets_its_own_remedy(tmp_path, monkeypatch):
+def test_environment_without_pip_gets_its_own_hint(tmp_path, monkeypatch):
     monkeypatch.delenv("SCLITE_LLAMA_CPP", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(conversion.importlib.util, "find_spec", lambda name: None)
@@ -253,7 +253,7 @@ sys.exit("\\rWriting:  64%|######3   | 4.61M/7.23M [00:00<00:00, 211Mbyte/s]")
 
 
 @pytest.mark.parametrize("real", [False, True])
-def test_disk_that_fills_up_during_the_conversion_is_named(request, student, tmp_path, real):
+def test_disk_that_fills_up_during_the_conversion_is_reported(request, student, tmp_path, real):
     """The converter's progress bar ends after the error."""
     (tmp_path / conversion.SCRIPT).write_text(FULL_DISK)
     source = request.getfixturevalue("converter") if real else tmp_path
@@ -327,7 +327,7 @@ def test_every_type_that_is_offered_can_be_written_and_compared(gguf, tmp_path):
     [("iq2_xxs", None, "choose another type (export.quant)"), ("q8_0", 100_000, "free some disk space")],
     ids=["no-importance", "full-disk"],
 )
-def test_quantization_that_fails_names_the_remedy_for_its_cause(gguf, tmp_path, name, limit, remedy):
+def test_failed_quantization_suggests_a_fix_for_its_cause(gguf, tmp_path, name, limit, remedy):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     # a write beyond the limit fails, as on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit or before[0], before[1]))
@@ -340,7 +340,7 @@ def test_quantization_that_fails_names_the_remedy_for_its_cause(gguf, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_measured_or_compared_is_computed_on_the_cpu_alone(gguf, monkeypatch):
+def test_measurements_and_comparisons_run_on_the_cpu_only(gguf, monkeypatch):
     """CUDA builds compute large products on a GPU, also of weights in RAM: inexactly, and with copies of other names."""
     api, opened = llama(), []
     init = api.llama_init_from_model

@@ -103,7 +103,7 @@ def test_parity_describes_the_exported_file(base, run):
     assert name == f"{base.name}-sft"
 
 
-def test_answers_are_counted_that_end_and_can_be_read(tmp_path, monkeypatch):
+def test_complete_and_readable_answers_are_counted(tmp_path, monkeypatch):
     """A student that knows two answers by heart, one of them without tags."""
     folder = tiny_llama(tmp_path / "student")
     tokenizer, model = load_tokenizer(str(folder)), AutoModelForCausalLM.from_pretrained(folder)
@@ -296,7 +296,7 @@ def test_fault_in_the_second_file_fails_the_export_of_both(base, run, instead, f
     "figure",
     ["mean_abs_logprob_diff", "top1_agreement", "adapter_share", "largest_gap", "kl", "top1_up_to_ties"],
 )
-def test_figure_that_is_no_number_is_a_violation(figure):
+def test_nan_is_a_violation(figure):
     full = {"mean_abs_logprob_diff": 0.0, "top1_agreement": 1.0, "adapter_share": 1.0, "adapter_effect": 1.0}
     file = {"quantization": "q8_0", "kl": 0.0, "top1_agreement": 1.0, "top1_up_to_ties": 1.0, "changed": None}
     result = {"tokens_equal": 9, "tokens_compared": 9, "end_of_turn": "</s>", "skipped": None}
@@ -318,7 +318,7 @@ def probe():
     """GGUFs are first opened in another process."""
 
 
-def test_several_types_are_made_from_one_merge_and_again_if_one_is_damaged(base, run, instead):
+def test_several_types_share_one_merge_and_are_rewritten_if_one_is_damaged(base, run, instead):
     calls = []
     instead("merge", lambda merge, *given, **named: calls.append(given) or merge(*given, **named))
     config = config_of(base, "q4_k_m, Q8_0,bf16,q8_0")
@@ -418,7 +418,7 @@ def test_killed_export_keeps_what_it_has_finished(base, run, monkeypatch, functi
 
 
 @pytest.mark.parametrize("change", ["file", "adapter"])
-def test_kept_file_that_is_damaged_or_of_another_adapter_is_made_again(base, run, instead, change):
+def test_kept_file_that_is_damaged_or_of_another_adapter_is_rewritten(base, run, instead, change):
     config, calls = config_of(base, "q8_0,q4_0"), []
 
     def quantize_and_count(quantize, source, out, quant, importance):
@@ -495,7 +495,7 @@ def test_disk_that_is_too_small_or_full_is_an_error_and_leaves_no_files(
     assert list(run.path("export").iterdir()) == []
 
 
-def test_bounds_come_from_the_configuration_also_after_the_export(base, run):
+def test_bounds_come_from_the_configuration_even_after_the_export(base, run):
     config = config_of(base, max_kl='{"q8_0": 1e-9}')
     assert config.export.max_kl["q4"] == Config().export.max_kl["q4"]
     export.export_model(config_of(base), run, "sft")
@@ -529,7 +529,7 @@ def test_modelfile_and_card_stay_those_of_the_student_that_was_trained_last(base
         assert {name: run.path(f"export/{name}").read_text() for name in described} == described
 
 
-def test_chat_takes_a_gguf_of_the_newest_adapter_in_any_quantization(base, run):
+def test_chat_uses_a_gguf_of_the_newest_adapter_in_any_quantization(base, run):
     """A retrained student is exported first; files of the earlier one are no substitute."""
     context = {
         quant: Context(config_of(base, quant), run, ProgressDisplay(quiet=True)) for quant in ("q8_0", "f16")
@@ -566,7 +566,7 @@ def test_gguf_for_sampling_has_the_name_of_the_student(base, run, tmp_path):
     assert name.lower().replace(" ", "-") == f"{base.name}-sft".lower()
 
 
-def test_finished_export_is_described_where_it_is_now(base, run, tmp_path):
+def test_moved_export_is_described_at_its_new_path(base, run, tmp_path):
     shutil.copytree(run.path("sft/adapter"), run.path("dpo/adapter"))
     for name in ("sft", "dpo"):
         export.export_model(config_of(base), run, name)
@@ -701,7 +701,7 @@ def test_model_card_has_the_settings_and_figures_of_the_model_that_it_describes(
     assert "Not evaluated" in build_model_card(config, run, "sft", "gguf", figures)
 
 
-def test_model_card_of_dpo_leaves_out_a_stage_that_was_trained_again_since(base, run):
+def test_model_card_of_dpo_omits_a_stage_that_was_retrained_since(base, run):
     config, wanted = config_of(base), ("sft", "warmup", "dpo")
     for stage in wanted:
         run.path(f"{stage}/adapter").mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def test_modelfile_has_template_system_prompt_stop_and_context():
 
 
 @pytest.mark.parametrize("given", [{"system": 'say """'}, {"system": 'say "stop"'}, {"stop": '"'}])
-def test_text_that_a_modelfile_cannot_hold_is_an_error(given):
+def test_text_that_a_modelfile_cannot_contain_is_an_error(given):
     with pytest.raises(DataError, match="cannot contain"):
         build_modelfile("m.gguf", "", **given)
 
@@ -66,7 +66,7 @@ def test_invalid_model_name_is_a_usage_error(name, tmp_path):
         ("mine", FAILED, "ollama is not installed", "ollama.com/install"),
     ],
 )
-def test_ollama_that_cannot_create_the_model_is_named_before_the_export(
+def test_ollama_that_cannot_create_the_model_is_reported_before_the_export(
     sclite, student, tmp_path, monkeypatch, name, code, message, hint
 ):
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -166,7 +166,7 @@ def test_question_is_one_that_nothing_was_trained_on(sclite, student, program, m
     assert sum(question in asked["messages"][0]["content"] for question in kept) == 1
 
 
-def test_stopped_ollama_is_named_after_the_export(sclite, student, program, monkeypatch):
+def test_stopped_ollama_is_reported_after_the_export(sclite, student, program, monkeypatch):
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
     ended = sclite("export", "--ollama", "mine", "--quant", "f16", "--set", f"student.model={student}")
     assert (ended.code, "ollama serve" in ended.hint) == (NETWORK, True)

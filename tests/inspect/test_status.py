@@ -130,7 +130,7 @@ def test_a_run_must_exist_and_needs_a_configuration_problems_and_a_teacher(run):
     assert following(run, "problems.source=p.jsonl") == "sclite build-data"
 
 
-def test_problems_left_out_for_the_evaluation_make_nothing_stale(built):
+def test_problems_dropped_for_the_evaluation_make_nothing_stale(built):
     built.append("problems.jsonl", [Problem(id="e1", question="Asked?", answer="1")])
     assert state(built, "templates")[0] == "stale"
     left_out = Drop(stage="problems", id="e1", reason="overlaps_evaluation", raw="Asked?")

@@ -51,7 +51,7 @@ def quickstarted(tmp_path_factory):
     return folder, folder / "runs/quickstart", json.loads(done.stdout)
 
 
-def test_json_output_holds_the_table_of_problems_that_were_never_trained_on(quickstarted):
+def test_json_output_contains_the_table_of_problems_that_were_never_trained_on(quickstarted):
     _, run, summary = quickstarted
     trained = {row["question"] for row in rows_of(run / "problems.jsonl")}
     tested = {row["question"] for row in rows_of(run / summary["folder"] / "dpo.jsonl")}
@@ -121,7 +121,7 @@ def test_status_and_export_suggest_the_command_that_follows(quickstarted, tmp_pa
         assert done.out.splitlines()[-1] == f"Next: {following}"
 
 
-def test_other_commands_split_the_problems_alike(quickstarted, command):
+def test_other_commands_split_the_problems_identically(quickstarted, command):
     folder, run, _ = quickstarted
     names = ("problems.jsonl", "attempts.jsonl", "reviews.jsonl")
     before = [(run / name).read_bytes() for name in names]

@@ -29,7 +29,7 @@ def test_address_is_read_as_ollama_does(monkeypatch, given, url):
     assert ollama_url() == url
 
 
-def test_what_ollama_lacks_or_refuses_is_named_with_what_to_type(monkeypatch):
+def test_ollama_errors_say_what_is_missing_and_what_to_type(monkeypatch):
     monkeypatch.setenv("OLLAMA_HOST", "box:port")
     with pytest.raises(UsageError, match="OLLAMA_HOST=box:port"):
         ollama_url()

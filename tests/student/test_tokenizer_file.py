@@ -38,7 +38,7 @@ def encoded(tokenizer):
     return [tokenizer.encode(text, add_special_tokens=False) for text in TRICKY]
 
 
-def test_all_of_the_file_is_read_also_from_an_export(split_digits, tmp_path):
+def test_the_whole_file_is_read_even_from_an_export(split_digits, tmp_path):
     folder, file = split_digits
     expected = [file.encode(text, add_special_tokens=False).ids for text in TRICKY]
     assert encoded(AutoTokenizer.from_pretrained(folder)) != expected  # the class that the model names

@@ -133,7 +133,7 @@ def test_a_damaged_adapter_is_refused_and_fresh_retrains_it(whole, stage, harm):
     assert TRAIN[stage](config, run).skipped
 
 
-def test_files_are_synced_before_the_mark_that_vouches_for_them(whole, tmp_path, monkeypatch):
+def test_files_are_synced_before_their_mark_is_written(whole, tmp_path, monkeypatch):
     config, unbroken = whole
     run = part_of(unbroken, tmp_path, "sft")
     synced, sync, replace = [], os.fsync, os.replace

@@ -176,7 +176,7 @@ def test_bundle_ids_are_the_ids_of_prompt_and_pieces(run, tokenizer, bundles, qu
             assert side.weights == [0.0] * len(before) + [1.0] * len(after)
 
 
-def test_partial_completions_carry_no_end_token_and_show_canonical_work(tokenizer, bundles, attempts):
+def test_partial_completions_have_no_end_token_and_show_canonical_work(tokenizer, bundles, attempts):
     end = tokenization.end_id(tokenizer)
     for bundle in bundles:
         for side in filter(None, (bundle.review, bundle.rejected)):

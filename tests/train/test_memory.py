@@ -128,7 +128,7 @@ class PeakTracker(TorchDispatchMode):
         self.alive -= size
 
 
-def test_bytes_per_logit_match_what_torch_holds():
+def test_bytes_per_logit_match_what_torch_keeps():
     """The backward pass through our own loss, on a head of which all else is small."""
     shape = {**SMALL, "num_hidden_layers": 1, "vocab_size": 32768}
     model = LlamaForCausalLM(LlamaConfig(**shape)).bfloat16().requires_grad_(False)

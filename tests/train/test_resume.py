@@ -108,7 +108,7 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path):
     assert checkpoints.step() == 0
 
 
-def test_the_checkpoint_before_stays_until_the_next_is_complete(folder, run, monkeypatch):
+def test_the_previous_checkpoint_is_kept_until_the_next_is_complete(folder, run, monkeypatch):
     """Beside that of the best step, here the first: the evaluation loss rises as that of the training falls."""
     write_toy(run, 12)
     mark, before, whole = Checkpoints.mark, {}, trainer.weighted_loss

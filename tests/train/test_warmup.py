@@ -99,7 +99,7 @@ def test_reviews_end_in_the_right_answer_and_continued_rows_show_no_cause(folder
         assert "The tens slip." not in given
 
 
-def test_closed_rows_have_loss_on_closing_tags_and_the_end_alone(folder, tmp_path):
+def test_closed_rows_have_loss_only_on_closing_tags_and_the_end(folder, tmp_path):
     tokenizer, rows = rows_of(folder, tmp_path, decision_weight=8.0)
     _, close = decision_ids(tokenizer)
     for number, step in ((1, 1), (2, 2), (4, 1), (5, 2)):
