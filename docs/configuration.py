@@ -1,4 +1,4 @@
-"""Writes configuration.md from sclite.config: python docs/configuration.py"""
+"""Write configuration.md from sclite.config: python docs/configuration.py"""
 
 import json
 import sys
@@ -24,7 +24,7 @@ places that has it:
 An empty value resets a setting to its default: `--set teacher.price=` discards a price that the run has saved. `run.toml`
 never contains `problems.limit`, `eval.limit`, `export.ollama` or `export.push`: `sclite build-data problems.jsonl` without `--limit` uses all
 rows again. `eval`, `export` and `chat` save nothing. The quickstart has its own defaults and reads a `sclite.toml` only if
-`--config` names one.
+passed with `--config`.
 
 Unknown keys and invalid values are errors, all reported at once, with the nearest known key. API keys are
 read from the environment only (`OPENAI_API_KEY`, ...) and are never written to disk. In a path, a leading `~`
@@ -70,7 +70,7 @@ def row(key: str, field: Any) -> str:
 
 
 def default(value: Any) -> str:
-    """A default as it is written in TOML."""
+    """A default value, as written in TOML."""
     if value is None:
         return "not set"
     if isinstance(value, bool):

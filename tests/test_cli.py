@@ -1,4 +1,4 @@
-"""The command line: every error has one line with its place, a hint and an exit code."""
+"""The command line: every error has one line that says where it is, a hint and an exit code."""
 
 import io
 import itertools
@@ -80,7 +80,7 @@ ERRORS = [
     ("train --set prompts.zzz=red", 2, "unknown key prompts.zzz", "prompts has folder."),
     ("train --set sft.num_train_epochs=x", 2, "'x': input should be a valid number", "sclite init"),
     ("train --set problems.correction_share=1.5", 2, "= 1.5: input should be less than 1", ""),
-    # what is missing
+    # something is missing
     ("build-data --run empty --set teacher.model=a/b", 3, "problems.jsonl is missing or empty", "problems.source"),
     ("build-data mine.jsonl", 2, "error: teacher.model is not set", "--set teacher.model=openai/gpt-5.4-mini"),
     ("build-data mine.jsonl --dry-run", 2, "teacher.model is not set", "teacher.model="),
@@ -396,7 +396,7 @@ def test_commands_that_read_a_run_fall_back_to_the_quickstarts(sclite, command):
 
 @pytest.mark.parametrize("command", ["build-data", "build-data --dry-run", "train", "run", "run --plan"])
 def test_no_command_replaces_the_problems_of_a_quickstart_with_those_of_sclite_toml(sclite, command):
-    """Which the quickstart itself does not read."""
+    """The quickstart itself does not read it."""
     run = Run("runs/quickstart")
     run.replace("problems.jsonl", problem_set("train", 60))
     if command != "run":  # as the quickstart leaves them, and as a killed one does
@@ -413,7 +413,7 @@ def test_no_command_replaces_the_problems_of_a_quickstart_with_those_of_sclite_t
 
 
 def test_only_quickstart_continues_its_run_despite_another_configuration(sclite):
-    """With another teacher its problems are split in another way, and what was trained is stale."""
+    """With another teacher its problems are split differently, and what was trained is stale."""
     with Run("runs/quickstart").recording(load(None, [], {}, flow.DEFAULTS, own_file=False)):
         Run("runs/quickstart").replace("problems.jsonl", problem_set("train", 60))
     write_rows("mine.jsonl", PROBLEMS)

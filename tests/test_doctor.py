@@ -32,7 +32,7 @@ def torch_with_gpus(monkeypatch):
 
 @pytest.fixture
 def nvidia_smi(tmp_path, monkeypatch, torch_with_gpus):
-    """An nvidia-smi that prints the given lines, in which {gpu} is the number it was asked for."""
+    """An nvidia-smi that prints the given lines, where {gpu} is the requested number."""
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     script = tmp_path / "nvidia-smi"
 
@@ -132,7 +132,7 @@ def test_doctor_requires_the_teachers_key_and_only_mentions_the_network(sclite, 
         ("azure/gpt-5", "AZURE_API_BASE and AZURE_API_VERSION and AZURE_API_KEY are not set",
          "export AZURE_API_BASE=... AZURE_API_VERSION=... AZURE_API_KEY=..."),
         ("sambanova/some-model", "sambanova/some-model, key not checked", None),
-        ("ollama/qwen3", "ollama/qwen3", None),  # needs none
+        ("ollama/qwen3", "ollama/qwen3", None),  # needs no key
     ],
 )  # fmt: skip
 def test_doctor_lists_the_variables_of_the_teachers_key(monkeypatch, model, found, fix):
@@ -159,8 +159,8 @@ def test_doctor_reaches_a_local_teacher_and_reports_a_broken_configuration(sclit
         named = ("--set", "teacher.model=openai/replay", "--set", f"teacher.api_base={server.url}")
         code, checks = checks_of(sclite, *named)
         assert (code, checks["teacher's address"]["works"]) == (0, True)
-        assert checks["teacher's key"]["works"]  # an endpoint of one's own may need none
-        assert server.requests == []  # nothing was asked of the model
+        assert checks["teacher's key"]["works"]  # a self-hosted endpoint may need none
+        assert server.requests == []  # no request to the model
     code, checks = checks_of(sclite, "--set", "teacher.modl=x")
     assert code == 1
     assert checks["configuration"]["fix"] == "did you mean teacher.model?"

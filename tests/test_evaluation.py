@@ -21,7 +21,7 @@ from tests.toy import ScriptedStudent
 
 
 def notes_on(fitting=60, **more):
-    """The notes on a student without anything to note but `more`."""
+    """The notes on a student with nothing to note except `more`."""
     figures = {"n": 300, "cut": 0, "off": "", "fitted": None} | more
     held_out = HeldOut([], range(fitting), "", "", "", {"overlaps_training": 1200})
     first, *notes = summary_notes({"sft": figures}, held_out, 320)
@@ -56,7 +56,7 @@ def context_of(folder, **review):
 
 
 def write_gguf(context, name, content=b""):
-    """A file of the run that begins like a GGUF."""
+    """A file in the run that starts like a GGUF."""
     path = context.run.path(f"export/{name}.gguf")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"GGUF" + content)
@@ -67,7 +67,7 @@ def test_chat_uses_the_configured_the_newest_or_the_given_gguf(tmp_path):
     context, path = context_of(tmp_path), tmp_path / "student.gguf"
     path.write_bytes(b"GGUF and more")
     assert exports.for_chat(context, path, False)[0] == path
-    # unfinished files do not count
+    # unfinished files are ignored
     write_gguf(context, "unfinished/sft-q4_k_m")
     with pytest.raises(DataError, match="contains no GGUF"):
         exports.for_chat(context, None, None)
@@ -99,7 +99,7 @@ def test_the_largest_measured_file_replaces_one_without_threshold(tmp_path):
     )
     off = "review is off; turn it on with --self-correct"
     assert exports.for_chat(context, None, self_correct=False) == (folder / "dpo-q2_k.gguf", None, off)
-    # what /correct on takes
+    # used by /correct on
     assert exports.for_chat(home, folder / "dpo-q8_0.gguf", False)[1] == Cutoff(1.0, 0.5)
     given = Config.model_validate({"review": {"threshold": 2.0}})
     context = Context(given, home.run, ProgressDisplay(quiet=True))
@@ -126,7 +126,7 @@ def test_chat_says_why_review_is_off_and_what_turns_it_on(tmp_path):
 
 
 def test_models_are_evaluated_in_the_order_of_training_whatever_the_order_of_their_names(sclite, monkeypatch):
-    """The last of them is the one of which the majority vote is taken."""
+    """The majority vote is taken for the last of them."""
     seen = []
 
     def evaluate(_, names):
@@ -147,7 +147,7 @@ def train(run, name, weights):
 
 @pytest.fixture
 def exported(monkeypatch):
-    """The students that were exported, each into a file of the configured type."""
+    """The exported students, each as a file of the configured type."""
     names = []
 
     def export(context):
@@ -216,7 +216,7 @@ def test_a_file_of_unknown_origin_is_used_with_a_warning(tmp_path, exported, cap
 
 
 class Stepper(ScriptedStudent):
-    """An engine that writes one step, and finds each of them right."""
+    """An engine that writes one step and judges every step right."""
 
     def __init__(self, *_, **__):
         super().__init__("<Step1>1 + 1 = 2\n</Step1>\n<Answer>2</Answer>")

@@ -22,7 +22,7 @@ REVIEW = render(Trace((Step("2 + 2 = 4"), CORRECTED, Step("So 5.")), None, "5"))
 
 
 def answer(body, nth):
-    """Solves wrongly, and corrects what it is shown."""
+    """Solves incorrectly, and corrects what it is shown."""
     return say(REVIEW if "4 + 1 = 6" in body["messages"][-1]["content"] else WRONG)
 
 
@@ -52,7 +52,7 @@ def test_chat_takes_the_model_as_an_argument_or_an_option(sclite, ollama, monkey
 
 
 def test_chat_without_a_run_writes_nothing_and_finds_the_quickstarts_run(sclite, ollama, tmp_path):
-    left = tmp_path / "runs/default/ledger.sqlite"  # a ledger alone is no run
+    left = tmp_path / "runs/default/ledger.sqlite"  # a ledger alone is not a run
     for before in (False, True):
         if before:
             left.parent.mkdir(parents=True)
@@ -62,7 +62,7 @@ def test_chat_without_a_run_writes_nothing_and_finds_the_quickstarts_run(sclite,
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == [left] * before
     Run("runs/quickstart").replace("problems.jsonl", [Problem(id="p", question="1 + 1?", answer="2")])
     assert "runs/quickstart" in sclite("status").out
-    assert len(ollama.requests) == 4  # nothing was kept, so it is asked again
+    assert len(ollama.requests) == 4  # nothing was stored, so it is requested again
 
 
 def test_chat_through_the_ledger_of_a_busy_run_is_refused(sclite, ollama):

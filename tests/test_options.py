@@ -1,4 +1,4 @@
-"""What a run remembers of a command: what decides its data and models, no filter of one command, and nothing for ever."""
+"""What a run remembers from a command: what determines its data and models, not one-off filters, and nothing forever."""
 
 import json
 import shutil
@@ -96,7 +96,7 @@ def test_every_kind_of_value_can_be_reset_to_its_default(tmp_path, key, other, d
 
 
 def test_the_environment_sets_any_key_and_a_misspelled_one_is_refused(tmp_path):
-    """The run's settings then count, and an empty value restores a command's own default."""
+    """Then the run's settings apply, and an empty value restores a command's own default."""
     (tmp_path / "run.toml").write_text("[sft]\nnum_train_epochs = 9\n")
     given, own = {"SCLITE_SEED": "5", "SCLITE_RUN": str(tmp_path)}, {"sft": {"num_train_epochs": 5}}
     found = load(None, (), given, own, own_file=False)

@@ -1,4 +1,4 @@
-"""The shape of the code (DESIGN): imports point down, importing is light, functions are few and long, names are unique."""
+"""The shape of the code (DESIGN): imports point down, importing is fast, functions are few and long, names are unique."""
 
 import ast
 import importlib.util
@@ -43,7 +43,7 @@ LAYERS = {
     **dict.fromkeys(("sclite.teacher", "sclite.student"), 3),
     "sclite.run": 2,
 }
-"""Modules and packages from the top; every other module is the language of the method and stands at the bottom."""
+"""Modules and packages from the top; every other module is part of the method's vocabulary and at the bottom."""
 BOTTOM = 1
 HEAVY = "torch transformers trl peft unsloth litellm openai httpx datasets llama_cpp math_verify sympy matplotlib".split()  # noqa: SIM905
 
@@ -60,7 +60,7 @@ def layer(module: str) -> int:
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of every import, wherever it stands; `from a import b` gives a.b where that is a module."""
+    """(line, dotted name) of every import, wherever it is; `from a import b` gives a.b where that is a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -147,7 +147,7 @@ PRIVATE_ELSEWHERE = {
 
 
 def test_functions_are_few_and_long():
-    """An interface of many functions of a few lines, each called once, is harder to read than the code inline."""
+    """Many functions of a few lines, each called once, are harder to read than the code inline."""
     functions, words = [], Counter()
     for tree in TREES.values():
         for node in ast.walk(tree):
@@ -291,7 +291,7 @@ def test_every_prompt_is_a_file_that_the_wheel_includes():
 
 @pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="no git checkout")
 def test_nothing_that_is_shipped_is_ignored_by_git():
-    """Hatchling leaves out what .gitignore names."""
+    """Hatchling leaves out what .gitignore lists."""
     shipped = [p for top in ("sclite", "prompts") for p in (ROOT / top).rglob("*") if p.is_file()]
     names = "\n".join(str(p.relative_to(ROOT)) for p in shipped if "__pycache__" not in p.parts)
     asked = ["git", "check-ignore", "--stdin", "--no-index"]
@@ -328,7 +328,7 @@ def test_only_console_and_progress_print():
 
 
 def test_nobody_swallows_every_exception():
-    """`except Exception` stands only where it is raised again."""
+    """`except Exception` is allowed only if it re-raises."""
     wrong = []
     for module, tree in TREES.items():
         for node in ast.walk(tree):
@@ -340,7 +340,7 @@ def test_nobody_swallows_every_exception():
 
 
 def test_no_pattern_has_a_possessive_group():
-    """Python 3.11.2, which is Debian 12's, never matches some of them; an atomic group says the same."""
+    """Python 3.11.2, Debian 12's, never matches some of them; an atomic group is equivalent."""
     found = [
         name for name, path in FILES.items() if re.search(r"\)[*+?]\+", path.read_text(encoding="utf-8"))
     ]

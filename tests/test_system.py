@@ -1,4 +1,4 @@
-"""Full disks, closed pipes, long names and ASCII terminals end in one line and an exit code."""
+"""Full disks, closed pipes, long names and ASCII terminals: one error line and an exit code."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`sclite train` on a tiny student: out of memory, processes of its own, warnings, the plan, and what it refuses."""
+"""`sclite train` on a tiny student: out of memory, separate processes, warnings, the plan, and errors."""
 
 import importlib.util
 import json
@@ -58,7 +58,7 @@ def train_sft(context: Context):
 
 
 def limit_memory(monkeypatch, rows: int, from_step: int = 0) -> list[int]:
-    """Let forward passes of more rows run out of memory, as a GPU would; returns the sizes that are tried."""
+    """Make forward passes with more rows run out of memory, as on a GPU; returns the sizes tried."""
     tried, real = [], sft.negative_log_likelihood
 
     def limited(model, batch):

@@ -142,7 +142,7 @@ def test_a_session_with_an_endpoint_never_asks_for_scores(terminal):
 
 
 def test_endpoint_reviews_freely(sclite, monkeypatch):
-    """The server solves, and when it sees work to check it finds the wrong step."""
+    """The server solves, and flags the wrong step when it is shown work to check."""
     steps = (Step("2 + 2 = 4"), Step("4 + 1 = 6", None, "Too many.", "4 + 1 = 5"), Step("5 + 1 = 6"))
 
     def answer(body, nth):
@@ -160,7 +160,7 @@ def test_endpoint_reviews_freely(sclite, monkeypatch):
         found = json.loads(sclite("chat", "--no-self-correct", *options).out)
     assert found["answer"] == "7"
     assert "accused" not in found
-    assert len(server.requests) == 2  # the solution is not paid for twice
+    assert len(server.requests) == 2  # the solution is not requested twice
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def test_oldest_questions_are_dropped_from_a_history_that_is_too_long(chat):
 
 
 def test_history_that_leaves_no_room_for_the_answer_loses_its_oldest_question(chat):
-    """llama.cpp ends an answer where the context ends, before max_tokens."""
+    """llama.cpp ends an answer at the end of the context, before max_tokens."""
 
     class Full(Scripted):
         def generate(self, requests):
@@ -307,7 +307,7 @@ def test_text_before_ctrl_c_is_kept_as_the_answer(chat, run):
     chat.student = whole
     chat.command("/set history on")
     chat.ask("And then?")
-    assert chat.answers[-1].asked == "And then?"  # what was stopped is no answer to build on
+    assert chat.answers[-1].asked == "And then?"  # a stopped answer is not part of the conversation
 
 
 def test_why_lists_the_probability_of_each_step(chat, capsys):
@@ -396,7 +396,7 @@ def test_unknown_commands_suggest_a_similar_one(chat, capsys):
 
 ROOT = Path(__file__).resolve().parents[2]
 CLEARED = "\x1b[?2004h"
-"""The terminal is asked to mark what is pasted: a new prompt."""
+"""The terminal is asked to mark pasted text: a new prompt."""
 
 
 class Terminal:
@@ -409,7 +409,7 @@ class Terminal:
         command = [sys.executable, "-c", code]
         self.process = subprocess.Popen(
             command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, env=environment, start_new_session=True,
-            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # so that Ctrl-C is its own
+            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # sets the controlling terminal, for Ctrl-C
         )  # fmt: skip
         os.close(theirs)
         self.written = ""
@@ -418,7 +418,7 @@ class Terminal:
         os.write(self.ours, text.encode())
 
     def wait(self, text: str, seconds: float = 60) -> str:
-        """The output up to this text, which must come. What follows is kept for the next call."""
+        """The output up to this text, which must appear. The rest is kept for the next call."""
         end = time.monotonic() + seconds
         while text not in self.written:
             ready, _, _ = select.select([self.ours], [], [], max(0.0, end - time.monotonic()))

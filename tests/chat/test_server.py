@@ -1,4 +1,4 @@
-"""The server, with OpenAI's own client: reviewed and raw replies, errors, limits, and clients that leave."""
+"""The server, with OpenAI's own client: reviewed and raw replies, errors, limits, and clients that disconnect."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def scripted():
 CONTENT = "1. 2 + 2 = 4\n2. 4 + 1 = 5\n3. 5 + 1 = 6\n\nAnswer: 6"
 PLAIN_WRONG = "1. 2 + 2 = 4\n2. 4 + 1 = 6\n3. 6 + 1 = 7\nAnswer: 7"
 OWN = render(Trace((Step("2 + 2 = 5", None, "Too many.", "2 + 2 = 4"), Step("4 + 1 = 5")), None, "5"))
-"""A student that corrects itself as it solves."""
+"""A student that corrects itself while solving."""
 REASONING = (
     "1. 2 + 2 = 4\n2. 4 + 1 = 6\n3. 6 + 1 = 7\nAnswer: 7\n\nProbability of an error: step 1: 12 %, step 2: 95 %, "
     "step 3: 27 %\n\nReview of step 2\nWhy wrong: 4 and 1 are 5.\nCorrect: 4 + 1 = 5\n3. 5 + 1 = 6\nAnswer: 6"
@@ -134,7 +134,7 @@ def test_litellm_reads_reasoning_and_answer(scripted, monkeypatch):
 
 @pytest.mark.parametrize("options", [(), ("--no-stream",)], ids=["streamed", "whole"])
 def test_llm_holds_a_conversation(scripted, tmp_path, monkeypatch, options):
-    """Simon Willison's command line: two turns, the second one with the first before it."""
+    """Simon Willison's command line: two turns, the second with the first as history."""
     pytest.importorskip("llm", reason="pip install llm")
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
     named = [
@@ -555,7 +555,7 @@ def test_no_reply_is_lost_or_mixed_up():
 
         def ask(number: int) -> str:
             body = {"model": "tom:raw", "messages": [{"role": "user", "content": f"question {number}"}]}
-            if number % 10 == 0:  # leaves
+            if number % 10 == 0:  # disconnects
                 with http.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as reply:
                     next(reply.iter_lines())
                 return f"begun question {number}"
@@ -567,7 +567,7 @@ def test_no_reply_is_lost_or_mixed_up():
 
 @pytest.mark.slow
 def test_500_requests_of_16_clients_to_a_real_model(raw, engine):
-    """A tenth leave. The number of tokens of a prompt says whose reply it is: texts are not the same in every batch."""
+    """A tenth disconnect. The prompt's token count identifies each reply: texts differ between batches."""
     url, service = raw
     body = {"model": "base:raw", "temperature": 1.5, "max_tokens": 40}
     talks = [[{"role": "user", "content": "How many? " + "1 + " * (n % 60)}] for n in range(500)]
@@ -575,7 +575,7 @@ def test_500_requests_of_16_clients_to_a_real_model(raw, engine):
 
         def ask(number: int) -> int | None:
             asked = body | {"messages": talks[number], "seed": number}
-            if number % 10 == 0:  # leaves
+            if number % 10 == 0:  # disconnects
                 with http.stream("POST", "/v1/chat/completions", json=asked | {"stream": True}) as reply:
                     next(reply.iter_lines())
                 return None

@@ -1,4 +1,4 @@
-"""Answers judged in the chat become attempts: graded by the run's, the user's or the teacher's answer, each once."""
+"""Chat feedback becomes attempts, each graded once against the run's, the user's or the teacher's answer."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face Hub by name: local copies of their layout with rows of our own, read by `datasets`."""
+"""Datasets on the Hugging Face Hub by name: local copies of their layout with our own rows, read by `datasets`."""
 
 import json
 

@@ -71,7 +71,7 @@ def context_of(run, *given: str) -> Context:
 
 @pytest.fixture
 def labelled_run(run, write):
-    """The configuration of a run with labelled work, and what its teacher is asked."""
+    """The configuration of a run with labelled work, and its teacher's requests."""
     source = write("p.jsonl", *map(problem, range(COUNT)))
     mine = write("mine.jsonl", *map(labelled, range(COUNT)))
     with TeacherServer(teach) as server:

@@ -1,4 +1,4 @@
-"""Rows of a problem file: which column and which text is the answer, and which rows are unusable."""
+"""Rows of a problem file: which column and which part of its text is the answer, and which rows are unusable."""
 
 import hashlib
 import math

@@ -1,4 +1,4 @@
-"""Files of every format, gzipped or not, with every line ending; any bytes raise only our own errors."""
+"""Files of every format, gzipped or not, with every line ending; whatever the bytes, only our own errors are raised."""
 
 import csv
 import gzip

@@ -1,4 +1,4 @@
-"""The baselines of an evaluation: the base model under its own prompt, and the majority vote."""
+"""The baselines of an evaluation: the base model with its own prompt, and the majority vote."""
 
 import pytest
 
@@ -14,7 +14,7 @@ PROBLEMS = [Problem(id=f"p{n}", question=f"What is {n} + 1?", answer=str(n + 1))
 
 @pytest.fixture
 def measure(run, grader):
-    """(label, figures) of a baseline of some of PROBLEMS."""
+    """(label, figures) of a baseline on some of PROBLEMS."""
 
     def measure(name, student, count=3, identity="digest", **settings):
         held_out = HeldOut(PROBLEMS[:count], [], "mine.jsonl", "mine.jsonl", "eval/mine")
@@ -31,7 +31,7 @@ def measure(run, grader):
         (["A: 1", "A: 2", "A: 2"], 1),
         (["\\boxed{0.5}", "A: 3", "\\boxed{\\frac{1}{2}}"], 0),  # equal as numbers
         (["A: 3", "A: 1", "A: 2"], 0),  # a tie: the earliest
-        (["hm", "well", "A: 2"], 2),  # without an answer there is no vote
+        (["hm", "well", "A: 2"], 2),  # no answer, no vote
         (["hm", "well", "so"], 0),
     ],
 )

@@ -1,4 +1,4 @@
-"""The evaluation of one model, its table, and the example that is shown."""
+"""The evaluation of one model, its table, and the example shown."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ WHOLE = {"question": "?", "gold": "1", "first": "x", "second": None, "format_ok"
 
 @pytest.fixture
 def evaluate_student(run, gguf):
-    """Evaluate a student on PROBLEMS[:20], all graded as `right`; keywords replace what is given."""
+    """Evaluate a student on PROBLEMS[:20], all graded as `right`; keyword arguments override the defaults."""
 
     def work(student, right: bool, **given):
         default = {"problems": PROBLEMS[:20], "fitting": [], "source": "", "dataset": "", "folder": "eval/a"}
@@ -180,7 +180,7 @@ def test_example_prefers_an_answer_and_a_located_step(capsys):
 
 
 def table_of(capsys, outcomes, **figures):
-    """What is printed of one student."""
+    """What is printed for one student."""
     figures = compute_metrics(outcomes, bootstrap=10) | {"correction_rate_given_location": None, **figures}
     summary = {"models": {"dpo": figures}, "n": len(outcomes), "notes": [], "folder": "eval/p"}
     print_results(Run("run"), summary)

@@ -74,7 +74,7 @@ def test_location_and_acceptance_follow_the_labels():
         outcome(False, False, 4, accused=1),  # the wrong step is unknown
         outcome(True, True, 5, true_known=True),  # accepted
         outcome(True, True, 6),  # accepted
-        outcome(True, False, 7, accused=1),  # accused without cause
+        outcome(True, False, 7, accused=1),  # flagged without cause
     ]
     figures = compute_metrics(rows)
     f1 = 2 * (1 / 2) * (2 / 3) / (1 / 2 + 2 / 3)

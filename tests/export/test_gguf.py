@@ -52,7 +52,7 @@ def read_all(path):
 
 @pytest.fixture
 def grouped(student, tmp_path):
-    """The student's folder with two heads of keys and values and a head of its own."""
+    """The student's folder with two key-value heads and an untied output head."""
     folder, shape = tmp_path / "grouped", LlamaConfig.from_pretrained(student)
     shutil.copytree(student, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     shape.num_key_value_heads, shape.tie_word_embeddings = 2, False
@@ -79,7 +79,7 @@ def test_writer_gives_the_same_file_as_llama_cpp(request, converter, tmp_path, b
 
 @pytest.mark.parametrize("damaged", [b"", b"GGUF", b"ELF", 8, 16, 24, 32, -1])
 def test_damaged_header_is_an_error(gguf, tmp_path, damaged):
-    """Of the counts of tensors and entries, of the first key's length and text, or of the file's end."""
+    """Damage to the tensor and entry counts, the first key's length and text, or the end of the file."""
     if isinstance(damaged, int):
         whole = gguf.read_bytes()
         damaged = whole[:-1] if damaged < 0 else whole[:damaged] + b"\xff" * 8 + whole[damaged + 8 :]
@@ -103,7 +103,7 @@ def test_adapter_gguf_on_its_base_matches_peft(student, gguf, converter, run, se
     trained = random_adapter(student, folder, std=0.05, **settings).eval()
     record_origin(trained, student, folder)
     origin = json.loads((folder / "trained_on.json").read_text())
-    origin["nf4"] = ["model.layers.0.mlp.gate_proj"]  # not beside a GGUF of the base
+    origin["nf4"] = ["model.layers.0.mlp.gate_proj"]  # not with a GGUF of the base
     (folder / "trained_on.json").write_text(json.dumps(origin))
     found = export_lora(Config.model_validate({"student": {"model": str(student)}}), run, "sft")
     assert Path(found["lora"]) == run.path("export/sft-lora.gguf")
@@ -128,7 +128,7 @@ def test_adapter_gguf_on_its_base_matches_peft(student, gguf, converter, run, se
 
 
 def test_adapter_gguf_that_is_another_model_is_not_exported(student, converter, run, monkeypatch):
-    """As it comes from llama.cpp's converter, which does not know of rank-stabilized scales."""
+    """As written by llama.cpp's converter, which does not support rank-stabilized scaling."""
     settings = {"r": 16, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]}
     random_adapter(student, run.path("sft/adapter"), std=0.05, **settings)
     as_it_is = lambda self, folder: shutil.copytree(self.folder, folder)  # noqa: E731
@@ -284,7 +284,7 @@ def test_quantized_file_is_smaller_and_runs(gguf, tmp_path, name):
 
 
 def test_type_with_blocks_of_32_has_no_fallback(tmp_path):
-    """Of rows of 64 values: iq4_nl takes them as they are, and only its larger types fall back."""
+    """With rows of 64 values: iq4_nl supports them, and only its larger types fall back."""
     write_tokenizer(tmp_path / "narrow", sample_texts(), vocab_size=512)
     shape = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     shape.num_attention_heads = shape.num_key_value_heads = 2
@@ -301,7 +301,7 @@ def test_type_with_blocks_of_32_has_no_fallback(tmp_path):
 def test_file_that_has_the_type_is_copied_and_an_unknown_type_is_an_error(gguf, tmp_path):
     quantize(gguf, tmp_path / "same.gguf", "f32")
     assert (tmp_path / "same.gguf").read_bytes() == gguf.read_bytes()
-    # llama.cpp has names for the last three, but cannot write the one and gguf cannot read the others
+    # llama.cpp has names for the last three, but cannot write one of them, and gguf cannot read the others
     for unknown in ("q4_k_x", "nvfp4", "q1_0", "q2_0"):
         with pytest.raises(UsageError, match=unknown) as error:
             quantize(gguf, tmp_path / "x.gguf", unknown)
@@ -341,7 +341,7 @@ def test_failed_quantization_suggests_a_fix_for_its_cause(gguf, tmp_path, name, 
 
 
 def test_measurements_and_comparisons_run_on_the_cpu_only(gguf, monkeypatch):
-    """CUDA builds compute large products on a GPU, also of weights in RAM: inexactly, and with copies of other names."""
+    """CUDA builds compute large products on a GPU even for weights in RAM: inexactly, and on copies with other names."""
     api, opened = llama(), []
     init = api.llama_init_from_model
 

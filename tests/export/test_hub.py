@@ -1,4 +1,4 @@
-"""`sclite export --push`: what arrives at a Hub, and what its refusals say. The Hub speaks the HTTP API that huggingface_hub uses."""
+"""`sclite export --push`: what a Hub receives, and its errors. The fake Hub speaks huggingface_hub's HTTP API."""
 
 import base64
 import hashlib
@@ -150,7 +150,7 @@ def test_pushed_gguf_card_and_modelfile_are_the_exported_bytes(sclite, student, 
     assert repo == {"private": True, "files": {name: (folder / name).read_bytes() for name in names}}
     assert repo["files"]["README.md"].startswith(b"---\nlicense: mit\n")
     assert hub.commits == [names]
-    # again: nothing is sent; with another card: the card alone
+    # again: nothing is sent; with another card: only the card
     assert sclite("export", *options, "--set", "export.license=mit").code == DONE
     assert hub.commits == [names]
     assert sclite("export", *options, "--set", "export.license=apache-2.0").code == DONE
@@ -169,7 +169,7 @@ def test_merged_folder_and_data_are_pushed_with_their_cards(sclite, student, hub
     model = hub.repos["models/me/x"]
     merged = {p.name: p.read_bytes() for p in run.path("export/base-merged").iterdir()}
     assert model["files"] == merged
-    written = [name for name in merged if name != "tokenizer.model"]  # which SentencePiece wrote
+    written = [name for name in merged if name != "tokenizer.model"]  # written by SentencePiece
     assert not [name for name in written if str(student).encode() in merged[name]]  # no local paths
     assert not model["private"]
     assert b"library_name: transformers" in model["files"]["README.md"]

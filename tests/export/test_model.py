@@ -73,7 +73,7 @@ def config_of(base, quant="q8_0", **export):
 
 @pytest.fixture
 def instead(monkeypatch):
-    """Puts a function in place of one of the stage's, which it gets as its first argument."""
+    """Replace one of the stage's functions; the replacement gets the original as its first argument."""
 
     def replace(name, function):
         monkeypatch.setattr(export, name, functools.partial(function, getattr(export, name)))
@@ -104,7 +104,7 @@ def test_parity_describes_the_exported_file(base, run):
 
 
 def test_complete_and_readable_answers_are_counted(tmp_path, monkeypatch):
-    """A student that knows two answers by heart, one of them without tags."""
+    """A student that has memorized two answers, one of them without tags."""
     folder = tiny_llama(tmp_path / "student")
     tokenizer, model = load_tokenizer(str(folder)), AutoModelForCausalLM.from_pretrained(folder)
     chats = [[{"role": "user", "content": each}] for each in ("Say A.", "Say B.")]
@@ -151,7 +151,7 @@ def not_merged(tensors, before):
     + [(merged_twice, 1_000_000), (scaled, 1_000_000)],
 )
 def test_wrong_weights_fail_the_export(base, run, monkeypatch, instead, failure, ram):
-    """Both the tensors of the merged folder and the probabilities of the GGUF tell."""
+    """Both the merged folder's tensors and the GGUF's probabilities show it."""
 
     def damage(folder):
         path, before = folder / "model.safetensors", load_file(base / "model.safetensors")
@@ -206,7 +206,7 @@ def write_token(reader, token, text):
 
 
 def without_end_of_turn(path):
-    """The end token is another one, and llama.cpp does not know the trained one by its name."""
+    """The end token differs, and llama.cpp does not recognize the trained one by its name."""
     reader = GGUFReader(path, "r+")
     reader.get_field("tokenizer.ggml.eos_token_id").parts[-1][0] = 3
     types = reader.get_field("tokenizer.ggml.token_type")
@@ -215,7 +215,7 @@ def without_end_of_turn(path):
 
 
 def with_swapped_tokens(path):
-    """<|im_start|> and <|im_end|> are exchanged."""
+    """<|im_start|> and <|im_end|> are swapped."""
     reader = GGUFReader(path, "r+")
     write_token(reader, 1, "<|im_end|>")
     write_token(reader, 2, "<|im_start|>")
@@ -262,7 +262,7 @@ def test_fault_in_a_finished_gguf_fails_the_export(base, run, instead, fault, me
 
 
 def test_next_tokens_alone_can_fail_the_export(base, run, instead):
-    """A file of fewer bits than its name says, whose KL divergence is within the bound of its name."""
+    """A file with fewer bits than its name says, but a KL divergence within the limit for that name."""
     instead("quantize", lambda quantize, source, out, _, *given: quantize(source, out, "q3_k_m", *given))
     message = r"trained model: sft-q4_0.gguf has another next token at \d\d\.\d% of positions, near ties aside \(at most"
     with pytest.raises(ScliteError, match=message) as error:
@@ -308,14 +308,14 @@ def test_nan_is_a_violation(figure):
 
 @pytest.fixture(autouse=True)
 def _without_probe(request, monkeypatch):
-    """No GGUF is first opened in another process, except for tests of those that llama.cpp cannot open."""
+    """GGUFs are not opened in another process first, except in tests of those that llama.cpp cannot open."""
     if "probe" not in request.fixturenames:
         monkeypatch.setattr(export, "check_gguf", lambda path: None)
 
 
 @pytest.fixture
 def probe():
-    """GGUFs are first opened in another process."""
+    """GGUFs are opened in another process first."""
 
 
 def test_several_types_share_one_merge_and_are_rewritten_if_one_is_damaged(base, run, instead):
@@ -511,7 +511,7 @@ def test_bounds_come_from_the_configuration_even_after_the_export(base, run):
 
 
 def test_modelfile_and_card_stay_those_of_the_student_that_was_trained_last(base, run):
-    """Whatever else is exported, as `sclite eval --models base` does."""
+    """Whatever else is exported; `sclite eval --models base` does this."""
     context = Context(config_of(base), run, ProgressDisplay(quiet=True))
     exports.export(context)
     for earlier in (["base"], ["sft"]):
@@ -558,7 +558,7 @@ def test_export_that_fails_leaves_no_comparison_of_an_earlier_one(base, run):
 
 
 def test_gguf_for_sampling_has_the_name_of_the_student(base, run, tmp_path):
-    """llama.cpp knows by the name whether spaces after special tokens count, as in Phi-3."""
+    """llama.cpp decides by name whether spaces after special tokens are kept, as in Phi-3."""
     made = export.write_sampling_gguf(
         config_of(base), run.path("sft/adapter"), tmp_path / "work", small=False
     )
@@ -603,7 +603,7 @@ def test_merged_folder_is_what_was_trained(base, run, monkeypatch):
         assert torch.allclose(trained(ids).logits, merged(ids).logits, atol=0.02)
     removed, remove = [], shutil.rmtree
     monkeypatch.setattr(shutil, "rmtree", lambda path, **named: (removed.append(path), remove(path, **named)))
-    export.export_merged(config_of(base), run, "sft")  # again, which removes no files at their final place
+    export.export_merged(config_of(base), run, "sft")  # again: files at their final path are not removed
     assert folder not in removed
     assert [path.name for path in run.path("export").iterdir()] == ["sft-merged"]
     template = AutoTokenizer.from_pretrained(folder).chat_template
@@ -680,7 +680,7 @@ def evaluated(run, config, folder, *names):
 
 
 def test_model_card_has_the_settings_and_figures_of_the_model_that_it_describes(base, run):
-    """Neither what is configured today, nor what was measured of an earlier adapter."""
+    """Neither the current configuration, nor measurements of an earlier adapter."""
     config, figures = config_of(base), {"files": {}}
     sign_sft(run, config)
     evaluated(run, config, "first", "base", "sft")
@@ -862,7 +862,7 @@ def test_code_in_a_model_folder_does_not_run(base, run, converter, tmp_path):
     ran = tmp_path / "ran"
     folder = tmp_path / "with-code"
     shutil.copytree(base, folder)
-    (folder / "tokenizer.model").unlink()  # or the converter would not use transformers
+    (folder / "tokenizer.model").unlink()  # otherwise the converter would not use transformers
     (folder / "own.py").write_text(
         f"open({str(ran)!r}, 'w').write('x')\nfrom transformers import PreTrainedTokenizerFast as T, LlamaConfig as C\n"
     )

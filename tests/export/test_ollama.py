@@ -79,7 +79,7 @@ def test_ollama_that_cannot_create_the_model_is_reported_before_the_export(
 
 @pytest.fixture
 def program(tmp_path, monkeypatch):
-    """An `ollama` that notes its arguments, and refuses to create `bad`."""
+    """A fake `ollama` that records its arguments and fails to create `bad`."""
     path = tmp_path / "bin/ollama"
     path.parent.mkdir()
     path.write_text(
@@ -97,7 +97,7 @@ def test_ollama_create_runs_and_its_error_is_reported(program, tmp_path):
 
 
 def serve_modelfile(body):
-    """What Ollama replies: with the file and the system prompt of the Modelfile, and the template in the file."""
+    """What Ollama replies with the file and system prompt of the Modelfile, and the template in the file."""
     folder = Run("runs/default").path("export")
     modelfile = (folder / "Modelfile").read_text()
     system = {"role": "system", "content": re.search('^SYSTEM """(.*?)"""', modelfile, re.S | re.M)[1]}

@@ -160,12 +160,12 @@ def test_eval_without_dpo_and_results_per_dataset(quickstarted, tmp_path, comman
 
 
 class TeacherCalled(BaseException):
-    """The quickstart has its problems and goes on."""
+    """The quickstart has its problems and continues."""
 
 
 @pytest.fixture
 def before_templates(monkeypatch):
-    """The quickstart ends before its templates, with TeacherCalled."""
+    """The quickstart stops before its templates, with TeacherCalled."""
 
     def stop(*_):
         raise TeacherCalled

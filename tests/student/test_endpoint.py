@@ -1,4 +1,4 @@
-"""A student behind a real HTTP endpoint: what is sent, what comes back, what a re-run costs."""
+"""A student behind a real HTTP endpoint: requests, replies, and the cost of a re-run."""
 
 import json
 import threading
@@ -145,7 +145,7 @@ def test_text_of_a_stream_comes_before_the_reply_is_complete(run):
         assert "".join(texts) == reply.text == TRACE
         assert (reply.finish, reply.tokens, reply.prompt_tokens) == ("stop", 9, 12)
         assert server.requests[0]["stream"] is True
-        # from the ledger: at once
+        # immediately, from the ledger
         assert list(endpoint.stream(request("1?"))) == [TRACE, reply]
         assert len(server.requests) == 1
 

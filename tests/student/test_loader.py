@@ -19,7 +19,7 @@ from tests.toy import tiny_llama, toy_config
 
 
 def shaped(*kinds, family="llama"):
-    """A model configuration of which only the kinds of its layers are known."""
+    """A model configuration with nothing but its layer types."""
     shape = SimpleNamespace(layer_types=list(kinds) or None, model_type=family)
     return SimpleNamespace(get_text_config=lambda: shape)
 
@@ -151,7 +151,7 @@ def test_code_in_a_model_folder_never_runs(tmp_path):
 
 
 def test_adapter_does_not_convert_the_16_bit_inputs_of_autocast(tmp_path, monkeypatch):
-    """PEFT would make float32 of each, and autocast 16 bits again."""
+    """PEFT would convert each to float32, and autocast back to 16 bits."""
     monkeypatch.setattr("sclite.student.loader.cpu_training_dtype", lambda _: torch.bfloat16)
     model, _ = load_student(toy_config(tiny_llama(tmp_path / "student")), "sft", train=True)
     seen = set()

@@ -1,4 +1,4 @@
-"""Self-correction with a scripted student: which step is accused, how it is corrected, when the first answer is kept."""
+"""Self-correction with a scripted student: which step is flagged, how it is corrected, when the first answer is kept."""
 
 import math
 import threading
@@ -87,7 +87,7 @@ UNSURE = {
     "72 / 2 = 36": -5.0,
     "36 + 5 = 41": 4.0,
 }
-"""Log-odds of what the student writes as it solves, against any other text."""
+"""Log-odds of the text that the student writes while solving, against any other."""
 
 
 def test_confidence_is_read_where_the_student_solves():
@@ -199,7 +199,7 @@ def test_second_round_reviews_the_corrected_work_and_its_own_corrections():
     assert len(student.scored) == 2
     assert render(RIGHT) in student.scored[1].messages[-1]["content"]
     assert got.accused == 2
-    assert got.scores == (-4.0, 3.0, -4.0)  # of the first answer
+    assert got.scores == (-4.0, 3.0, -4.0)  # the first answer's
     rest = "<Step3>36 + 5 = 38\n<Cause>Too few.</Cause>\n<Correction>36 + 5 = 41</Correction>\n</Step3>\n<Answer>41</Answer>"
     student = Scripted(odds=accuse_38, corrections=[CORRECTION], rest=rest)
     (got,) = review(student, WRONG, rounds=2)
@@ -314,7 +314,7 @@ def test_attempts_do_not_affect_each_other():
 
 
 def test_student_never_sees_the_gold_answer():
-    """The review has no way to know it: neither function takes one, and no request mentions it."""
+    """The review cannot know it: neither function takes it, and no request mentions it."""
     wrong = {"corrections": [CORRECTION.replace("36", "30")], "rest": REST.replace("41", "35")}
     student = Scripted(odds=accuse_38, **wrong)
     (got,) = review(student, WRONG)

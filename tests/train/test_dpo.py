@@ -1,4 +1,4 @@
-"""DPO with the real trainer, from an adapter that is not zero: first loss, reference, and saved adapter."""
+"""DPO with the real trainer, from a nonzero adapter: first loss, reference, and saved adapter."""
 
 import math
 
@@ -34,7 +34,7 @@ def config(folder):
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
-    """A run with an SFT adapter, a warm-up adapter on top and pairs: all that DPO starts from."""
+    """A run with an SFT adapter, a warm-up adapter on top, and pairs: everything that DPO starts from."""
     run = Run(tmp_path_factory.mktemp("run"))
     write_toy(run)
     train_sft(config, run)
@@ -45,7 +45,7 @@ def run(config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(config, run):
-    """The report of DPO, whose adapter is in the run from now on."""
+    """The report of DPO; its adapter is then in the run."""
     return train_dpo(config, run)
 
 
@@ -88,7 +88,7 @@ def test_dpo_starts_at_ln_2_with_zero_margins_and_learns_the_toy_pairs(run, repo
 
 
 def test_with_the_base_model_as_reference_dpo_does_not_start_at_ln_2(config, run, bundles):
-    """So the test above proves something."""
+    """Otherwise the test above would prove nothing."""
     model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"), train=True)
     with model.disable_adapter():
         base = reference_log_probs(model, bundles, tokenizer)

@@ -136,7 +136,7 @@ def test_the_micro_batch_changes_neither_losses_nor_gradients(folder, trained, t
 
 
 def test_base_model_is_not_fetched_after_training(folder, run, monkeypatch):
-    """The network may be gone by then."""
+    """The network may be down by then."""
 
     def train_offline(*given, **named):
         monkeypatch.setattr(stage, "fetch_model", lambda _: pytest.fail("fetched"))

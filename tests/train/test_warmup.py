@@ -15,7 +15,7 @@ from tests.toy import toy_config, toy_problems, toy_trace, write_toy
 def rows_of(
     folder, tmp_path, change=lambda attempt: attempt, **warmup
 ) -> tuple[object, dict[str, TrainingSequence]]:
-    """(tokenizer, the rows of the toy run by their names), after a `change` of its attempts."""
+    """(tokenizer, the rows of the toy run by name), after applying `change` to its attempts."""
     run, config = Run(tmp_path), toy_config(folder, warmup=warmup)
     write_toy(run)
     run.replace("attempts.jsonl", map(change, run.read("attempts.jsonl", Attempt)))
@@ -114,7 +114,7 @@ def test_closed_rows_have_loss_only_on_closing_tags_and_the_end(folder, tmp_path
 
 
 def test_work_without_an_answer_is_not_closed(folder, tmp_path):
-    """Its end token would teach to end there."""
+    """Its end token would teach the student to stop there."""
 
     def broken(attempt):
         trace = attempt.trace.partition("<Answer>")[0] if attempt.id == "p1" else attempt.trace
