@@ -385,7 +385,7 @@ def test_compare_shows_the_base_models_answer_or_how_to_get_it(chat, capsys, mon
 
 
 def test_unknown_commands_suggest_a_similar_one(chat, capsys):
-    with pytest.raises(UsageError, match="no command /clera") as error:
+    with pytest.raises(UsageError, match="unknown command: /clera") as error:
         chat.command("/clera")
     assert error.value.hint == "/clear"
     chat.command("/Help")

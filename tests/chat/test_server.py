@@ -279,7 +279,7 @@ def test_page_shows_a_step_that_was_corrected_while_solving():
 @pytest.mark.skipif(not shutil.which("node"), reason="needs node")
 def test_page_shows_the_correction_of_a_step_after_the_reviewed_one():
     page = (ROOT / "sclite/chat/page.html").read_text()
-    code = page[page.index("function steps(") : page.index("// The text that has come")]
+    code = page[page.index("function steps(") : page.index("// The text received so far")]
     code += page[page.index("function draw(") : page.index("async function ask(")]
     code += "function add(parent, tag, kind, text) { parent.children.push({ text, children: [] });"
     code += "return parent.children.at(-1); }"

@@ -200,7 +200,7 @@ def test_pushed_adapter_has_a_card_that_names_its_base(sclite, student, hub, con
     card = files["README.md"].decode()
     assert f"{command}  # BASE: {student.name}" in card
     assert "The chat template is that of BASE.gguf" in card
-    assert "one of training" not in card
+    assert "one used in training" not in card
 
 
 @pytest.mark.parametrize(

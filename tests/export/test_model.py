@@ -734,7 +734,7 @@ def test_model_card_has_base_files_and_evaluation_and_another_base_a_warning(bas
     keeping = Config.model_validate(config.model_dump() | {"export": {"keep_template": True}})
     own = build_model_card(keeping, run, "sft", "gguf", report.figures)
     assert f"The chat template is that of {base.name}, unchanged" in own
-    assert "one of training" not in own
+    assert "one used in training" not in own
     evaluated(run, config, "test", "sft")
     summary = run.read_json("eval/test/summary.json")
     summary["models"]["openai//data/alice/Qwen"] = summary["models"]["sft"] | {"file": "", "made_from": ""}
