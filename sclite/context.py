@@ -45,12 +45,12 @@ class Context:
         self, work: Callable[..., Report], config: Config, *arguments: Any, progress: Progress
     ) -> Report:
         """`work(config, run, *arguments, progress=..)`, in its own process if the context is `isolated`."""
-        given = (config, self.run, *arguments)
+        inputs = (config, self.run, *arguments)
         if not self.isolated:
-            return work(*given, progress=progress)
+            return work(*inputs, progress=progress)
         from sclite.isolation import run_isolated
 
-        return run_isolated(work, *given, progress=progress, log=self.run.path("libraries.log"))
+        return run_isolated(work, *inputs, progress=progress, log=self.run.path("libraries.log"))
 
     def on_gpu(self, work: Callable[..., Report], *arguments: Any, progress: Progress) -> Report:
         """Like `isolate`, but a student behind an endpoint needs neither a GPU nor a process."""

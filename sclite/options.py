@@ -83,16 +83,16 @@ class Common:
 def common_options(command: Callable[..., None]) -> Callable[..., None]:
     """Pass the four common options to a command as its last argument, `common`."""
     # typer reads options from the signature: the wrapper's has the four in place of `common`
-    own = list(inspect.signature(command).parameters.values())[:-1]
+    specific = list(inspect.signature(command).parameters.values())[:-1]
     shared = [
         field.replace(kind=field.KEYWORD_ONLY) for field in inspect.signature(Common).parameters.values()
     ]
-    signature = inspect.Signature([*own, *shared])
+    signature = inspect.Signature([*specific, *shared])
 
     @functools.wraps(command)
-    def wrapper(**given: Any) -> None:
-        common = Common(**{field.name: given.pop(field.name) for field in shared})
-        command(**given, common=common)
+    def wrapper(**values: Any) -> None:
+        common = Common(**{field.name: values.pop(field.name) for field in shared})
+        command(**values, common=common)
 
     setattr(wrapper, "__signature__", signature)  # noqa: B010 - unknown to type checkers
     wrapper.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}

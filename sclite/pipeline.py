@@ -61,8 +61,8 @@ def unseen(context: Context, stage: str = "dpo") -> frozenset[str]:
 
 def has_problems(context: Context) -> bool:
     """Whether the run has problems: imported templates need none."""
-    given = context.config.problems.source or context.run.path("problems.jsonl").is_file()
-    return context.problems is not None or bool(given)
+    source = context.config.problems.source or context.run.path("problems.jsonl").is_file()
+    return context.problems is not None or bool(source)
 
 
 def check_sources(context: Context, student: bool = True) -> None:
@@ -188,10 +188,10 @@ def sample_student(
     adapter = "sft/adapter" if stage == "attempts" else "warmup/adapter"
     made = context.student(adapter, stage, progress) if with_student else nullcontext()
     with Grader() as grader, made as student:
-        given: dict[str, Any] = {"student": student, "grader": grader, "progress": progress}
+        tools: dict[str, Any] = {"student": student, "grader": grader, "progress": progress}
         if stage == "pairs":
-            return pairs.write_pairs(config, run, **given)
-        return attempts.write_attempts(config, run, problems=problems, **given)
+            return pairs.write_pairs(config, run, **tools)
+        return attempts.write_attempts(config, run, problems=problems, **tools)
 
 
 def build_pairs(context: Context) -> Report:

@@ -135,9 +135,9 @@ class ProgressDisplay:
         if measured < MEASURED_SHARE * sum(self.plan.values()):
             return None
         scale = sum(took for _, took in worked) / measured
-        own = self._rate.seconds_left()
+        remaining = self._rate.seconds_left()
         later = list(self.plan)[list(self.plan).index(stage) + 1 :]
-        left = scale * self.plan[stage] * (1 - share) if own is None else own
+        left = scale * self.plan[stage] * (1 - share) if remaining is None else remaining
         return left + scale * sum(self.plan[name] for name in later if name not in self.finished)
 
     @contextmanager

@@ -86,10 +86,10 @@ def teacher_messages(
 
     `error` says why the teacher's last reply failed.
     """
-    given = {"question": question, "solution": solution, "answer": answer, "error": error}
+    values = {"question": question, "solution": solution, "answer": answer, "error": error}
     if work is None:
-        return _messages("teacher_template", folder, **given)
-    return _messages("teacher_correction", folder, **given, work=work)
+        return _messages("teacher_template", folder, **values)
+    return _messages("teacher_correction", folder, **values, work=work)
 
 
 def inspection_messages(

@@ -72,8 +72,8 @@ def load(
             message, hint = _explain(error)
             raise DataError(f"{saved}: {message}", f"{hint} {advice}") from None
     for section in tree.keys() & {"problems", "eval"}:
-        given = (layer.get(section) for layer in layers)
-        sources = [part["source"] for part in given if isinstance(part, Mapping) and part.get("source")]
+        sections = (layer.get(section) for layer in layers)
+        sources = [part["source"] for part in sections if isinstance(part, Mapping) and part.get("source")]
         known = tree[section].get("source")
         # absolute, since a file has several names; as text, since other types are rejected below
         names = {os.path.abspath(os.path.expanduser(str(name))) for name in (*sources[-1:], known)}

@@ -65,8 +65,8 @@ class Api:
         if foreign and not self.key:
             message = f"web pages of {origin} cannot use this server without a key"
             raise ApiError(403, message, "invalid_origin")
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        if self.key and not public and not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
+        key = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+        if self.key and not public and not hmac.compare_digest(key.encode("latin-1"), self.key.encode()):
             raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
 
     async def complete(self, request: HttpRequest) -> Response:
@@ -78,19 +78,19 @@ class Api:
                 body += part
                 if len(body) > MOST_BYTES:
                     raise ApiError(413, f"the body is larger than {MOST_BYTES:,} bytes", "request_too_large")
-            asked = Completion.model_validate_json(body)
+            query = Completion.model_validate_json(body)
         except ClientDisconnect:
             raise ApiError(499, LEFT) from None
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             raise ApiError(400, f"{place or 'the body'}: {first['msg']}", None, place or None) from None
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
-        items = self.service.run(asked)
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": query.model}
+        items = self.service.run(query)
         # an error before the first item gets its own status
         start = await unless_disconnected(request, anext(items))
-        if asked.stream:
-            events = stream_events(asked, head | {"object": "chat.completion.chunk"}, start, items)
+        if query.stream:
+            events = stream_events(query, head | {"object": "chat.completion.chunk"}, start, items)
             return StreamingResponse(events, 200, {"cache-control": "no-store"}, "text/event-stream")
 
         async def gather() -> list[Piece | End]:
@@ -98,7 +98,7 @@ class Api:
 
         found = await unless_disconnected(request, gather())
         choices: list[dict[str, Any]] = [
-            {"index": index, "message": {"role": "assistant", "content": ""}} for index in range(asked.n)
+            {"index": index, "message": {"role": "assistant", "content": ""}} for index in range(query.n)
         ]
         for item in found:
             choice = choices[item.index]
@@ -168,7 +168,7 @@ async def unless_disconnected(request: HttpRequest, wanted: Awaitable[T]) -> T:
 
 
 async def stream_events(
-    asked: Completion, head: dict[str, Any], start: Piece | End, items: AsyncGenerator[Piece | End, None]
+    query: Completion, head: dict[str, Any], start: Piece | End, items: AsyncGenerator[Piece | End, None]
 ) -> AsyncIterator[str]:
     """Server-sent events: the role, each piece, each end, the usage if requested; a later error is an event too."""
 
@@ -176,7 +176,7 @@ async def stream_events(
         return f"data: {json.dumps(head | fields)}\n\n"
 
     ends: list[End] = []
-    for index in range(asked.n):
+    for index in range(query.n):
         yield chunk(choices=[{"index": index, "delta": {"role": "assistant"}, "finish_reason": None}])
     item: Piece | End | None = start
     try:
@@ -194,7 +194,7 @@ async def stream_events(
         return
     finally:
         await items.aclose()
-    if asked.stream_options is not None and asked.stream_options.include_usage:
+    if query.stream_options is not None and query.stream_options.include_usage:
         yield chunk(choices=[], usage=usage(ends))
     yield "data: [DONE]\n\n"
 

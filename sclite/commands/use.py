@@ -37,8 +37,8 @@ def evaluate(
     context = common.context({"eval.source": problems, "eval.limit": limit})
     names = context.students()
     if models is not None:
-        given = [name.strip() for name in models.split(",") if name.strip()]
-        names = list(dict.fromkeys(name for name in (*STUDENTS, *given) if name in given))
+        requested = [name.strip() for name in models.split(",") if name.strip()]
+        names = list(dict.fromkeys(name for name in (*STUDENTS, *requested) if name in requested))
     if not names or any(name not in STUDENTS and not name.startswith("ollama/") for name in names):
         hint = f"use any of {', '.join(STUDENTS)}, or ollama/NAME"
         raise UsageError(f"invalid value for --models: {models}", hint)
@@ -141,8 +141,8 @@ def export(
         # reads the whole GGUF
         fitted = fitted or load_threshold(context.config, context.run, gguf) is not None
         same = [setting for setting in common.settings or [] if setting.startswith("export.")]
-        own = [key for key in ("quant", "imatrix", "keep_template") if chosen[key] is not None]
-        same += [f"export.{key}={str(chosen[key]).lower()}" for key in own]
+        options = [key for key in ("quant", "imatrix", "keep_template") if chosen[key] is not None]
+        same += [f"export.{key}={str(chosen[key]).lower()}" for key in options]
         summaries.print_export(context, report, same, compared, fitted, common.json)
 
 
@@ -210,8 +210,8 @@ def chat(
             endpoint = stack.enter_context(payer.endpoint(settings, "chat"))
         else:
             path, cutoff, off = exports.for_chat(context, model, self_correct)
-        given = (path, context.config, cutoff, context.run, off, endpoint, question, example)
-        code = run_chat(*given, as_json=common.json)
+        arguments = (path, context.config, cutoff, context.run, off, endpoint, question, example)
+        code = run_chat(*arguments, as_json=common.json)
     if code:
         raise typer.Exit(code)
 

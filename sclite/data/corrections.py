@@ -88,9 +88,9 @@ def write_corrections(
                 drops.append(_drop(attempt, result.rejection.reason, result.rejection.text, result.raw))
             elif (made := result.made) is not None:
                 step, noted = next((n, step) for n, step in enumerate(made.steps, 1) if step.cause)
-                given = {"id": attempt.id, "sample": attempt.sample, "requests": result.requests}
+                ids = {"id": attempt.id, "sample": attempt.sample, "requests": result.requests}
                 parts = {"cause": noted.cause, "correction": noted.correction, "trace": render(made)}
-                reviews.append(Review(**given, step=step, **parts))
+                reviews.append(Review(**ids, step=step, **parts))
             progress(done, len(wrong), teacher.ledger.spent_usd)
         report.cost_usd = teacher.ledger.totals("corrections")["cost_usd"]
         run.replace_drops("corrections", drops)

@@ -33,12 +33,12 @@ def write_feedback(
     user, or if its question overlaps the evaluation or `fit`, the problems for the threshold.
     """
     problems, attempts = run.read("problems.jsonl", Problem), run.read("attempts.jsonl", Attempt)
-    given = {normalize_question(row.question): row for row in problems if not from_feedback(row)}
+    by_question = {normalize_question(row.question): row for row in problems if not from_feedback(row)}
     judged = [*filter(from_feedback, problems), *filter(from_feedback, attempts)]
     sources = [config.eval.source, config.eval.subset, config.eval.split, config.problems.avoid]
     inputs: dict[str, object] = {
         "feedback": run.file_digest(FEEDBACK),
-        "golds": digest([[row.id, row.question, row.answer] for row in given.values()]),
+        "golds": digest([[row.id, row.question, row.answer] for row in by_question.values()]),
         "avoid": digest([sources, [row.id for row in fit]]),
         "teacher": digest(identity(config.teacher)),
         "rows": digest([row.model_dump() for row in judged]),
@@ -48,7 +48,7 @@ def write_feedback(
     report, drops, verdicts = Report("feedback"), list[Drop](), Counter[bool]()
     used, added = list[Problem](), list[Attempt]()
     with timed(report):
-        for rows, gold in _find_golds(config, run, teacher, grader, fit, given, drops, progress):
+        for rows, gold in _find_golds(config, run, teacher, grader, fit, by_question, drops, progress):
             if isinstance(gold, Rejection):
                 drops += [_drop(row, gold.reason, gold.text) for row in rows]
                 continue
@@ -107,7 +107,7 @@ def _find_golds(
     teacher: Teacher,
     grader: Grader,
     fit: Sequence[Problem],
-    given: Mapping[str, Problem],
+    by_question: Mapping[str, Problem],
     drops: list[Drop],
     progress: Progress,
 ) -> list[tuple[list[Feedback], Problem | Rejection]]:
@@ -129,8 +129,8 @@ def _find_golds(
     golds: dict[str, Problem | Rejection] = {}
     for question, rows in judged.items():
         right = [row for row in rows if row.good]
-        if question in given:
-            golds[question] = given[question].model_copy(update={"id": _id(question)})
+        if question in by_question:
+            golds[question] = by_question[question].model_copy(update={"id": _id(question)})
         elif right:
             answer = answer_of(right[-1].parsed) or ""
             golds[question] = Problem(id=_id(question), question=right[-1].question, answer=answer)

@@ -36,8 +36,8 @@ class LabelledWork(BaseModel):
     @property
     def final_answer(self) -> str | None:
         """Its `answer`, else the one in its last step."""
-        given = extract(str(self.steps[-1])) if self.answer is None else str(self.answer)
-        return clean(given or "") or None
+        answer = extract(str(self.steps[-1])) if self.answer is None else str(self.answer)
+        return clean(answer or "") or None
 
     @model_validator(mode="after")
     def _check_steps_and_label(self) -> "LabelledWork":

@@ -168,8 +168,8 @@ def _sample_own(
             scripts = [free(case.problem.question, case.work, review) for case in block]
             written = run_together(student, scripts, show)
         else:
-            given = [(case.problem.question, case.work, case.step) for case in block]
-            written = correct_steps(student, given, review)
+            mistakes = [(case.problem.question, case.work, case.step) for case in block]
+            written = correct_steps(student, mistakes, review)
             show(len(block), 0)
         verdicts = grader.equal_many(
             (None if result.correction is None else (result.trace or case.work).answer, case.problem.answer)

@@ -36,19 +36,19 @@ def read_problem(row: Cells | BadRow, columns: Mapping[str, str]) -> Problem:
     """The problem in a row; `columns` maps question, answer, solution and id to column names. Raises BadRow."""
     answer, solution = _cells(row, columns, "answer", "solution")
     id_, question = read_question(row, columns)
-    given, bad_answer = "", None
+    text, bad_answer = "", None
     try:
-        given = to_text(answer, "the answer")
-        given = "" if given.lower() in ("proof", "notfound") else given  # NuminaMath's words for none
+        text = to_text(answer, "the answer")
+        text = "" if text.lower() in ("proof", "notfound") else text  # NuminaMath's words for none
     except BadRow as error:  # the solution may still have it
         bad_answer = error
-    gold, worked = _extract_gold(given) if "####" in given or _is_worked(given) else (given, "")
+    gold, worked = _extract_gold(text) if "####" in text or _is_worked(text) else (text, "")
     # the thoughts of a reasoning model are not a worked solution, and ten times as long
     solution_gold, stripped = _extract_gold(without_thoughts(to_text(solution, "the solution")))
     if not gold and not solution_gold:
         if bad_answer:
             raise bad_answer
-        if given:
+        if text:
             why = f"no answer: {columns.get('answer', 'answer')} is a worked solution without {MARKS}"
             raise BadRow("no_answer", why, "set problems.answer_column to the column of the final answer")
         raise BadRow("no_answer", "no answer", f"add `answer`, or end the solution with {MARKS}")

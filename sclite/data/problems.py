@@ -107,25 +107,25 @@ def gather_problems(
     gone = is_local_source(source) and not Path(source).exists()
     unchecked = not source and before["problems"] != run.file_digest("problems.jsonl")
     settled = not unchecked and (not reread or (gone and not changed))
-    own, has_begun, avoided = list[Problem](), run.path("sft").exists(), questions_to_avoid(config)
+    existing, has_begun, avoided = list[Problem](), run.path("sft").exists(), questions_to_avoid(config)
     if manifest is not None:
-        own = [row for row in trainable_problems(run, whole=settled) if not from_feedback(row)]
+        existing = [row for row in trainable_problems(run, whole=settled) if not from_feedback(row)]
         if has_begun and not fresh:
-            known = {(row.id, row.question): "" for row in own}
+            known = {(row.id, row.question): "" for row in existing}
             known |= dict.fromkeys(_overlapping(run), "an earlier set to avoid")
-    if manifest is not None and own and settled:
+    if manifest is not None and existing and settled:
         if changed:
             why = "problems.source or its columns have changed since the run was built"
             run.warn(f"{why}: `sclite build-data` reads {source}")
         if before["avoid"] != inputs["avoid"] and not has_begun:
             hint = "`sclite build-data`, with the same --limit, drops those that overlap"
             run.warn(f"eval.source or problems.avoid has changed since the problems were read: {hint}")
-        if gone and chosen.limit is not None and chosen.limit < len(own):
-            why = f"the run's {len(own)} problems cannot be limited"
+        if gone and chosen.limit is not None and chosen.limit < len(existing):
+            why = f"the run's {len(existing)} problems cannot be limited"
             raise UsageError(f"{source} does not exist, and {why}", "remove --limit (problems.limit)")
-        report.counts, report.dropped = {"problems": len(own)}, manifest["dropped"]
+        report.counts, report.dropped = {"problems": len(existing)}, manifest["dropped"]
         report.skipped, report.figures["gone"] = True, gone
-        return own
+        return existing
     with timed(report):
         if source:
             problems = load_problems(chosen, chosen.limit, drops, build_index(avoided), known=known)

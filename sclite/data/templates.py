@@ -186,8 +186,8 @@ def _request_missing(
                         run.replace("templates.jsonl", [])
                     run.write_json("templates.begun.json", basis)
                     add = open_files.enter_context(run.appending("templates.jsonl"))
-                given = by_id[result.id].model_dump(include={"id", "question", "answer"})
-                add([Template(**given, trace=render(result.made), requests=result.requests)])
+                problem = by_id[result.id].model_dump(include={"id", "question", "answer"})
+                add([Template(**problem, trace=render(result.made), requests=result.requests)])
             progress(done, total, teacher.ledger.spent_usd)
     unanswered = count_unanswered(Counter(drop.reason for drop in drops.values()))
     if again and add is None and unanswered < len(drops):  # no reply of the new teacher is usable

@@ -270,8 +270,8 @@ def prompts_digest(config: Config) -> str:
 
 def weights_to_try(config: Config) -> list[float]:
     """The weights of the confidence that a fit chooses from: the configured one, or WEIGHTS."""
-    given = config.review.confidence_weight
-    return list(WEIGHTS) if given is None else [given]
+    weight = config.review.confidence_weight
+    return list(WEIGHTS) if weight is None else [weight]
 
 
 def find_threshold(

@@ -125,12 +125,12 @@ def build_model_card(config: Config, run: Run, name: str, form: str, figures: Ma
     evaluations, current = dict[str, Any](), {each: source_digest(config, run, each) for each in STUDENTS}
     for path in sorted(run.path("eval").glob("*/summary.json")):
         summary = run.read_json(str(path.relative_to(run.folder)), dict[str, Any]) or {"models": {}}
-        own = {
+        models = {
             each if row["made_from"] else _public_model(each): row  # "" is a model behind an API
             for each, row in summary["models"].items()
             if row["made_from"] in ("", current.get(each))
         }
-        evaluations |= {path.parent.name: own} if own else {}
+        evaluations |= {path.parent.name: models} if models else {}
     front = {
         "base_model": base if _HUB_ID.fullmatch(base) else None,
         "pipeline_tag": "text-generation",

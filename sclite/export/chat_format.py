@@ -101,13 +101,13 @@ class ChatFormat:
         def show(turn: Turn, *inside: str) -> str:
             return write(_quote(turn.before), *inside, content("message", turn), _quote(turn.after))
 
-        own = self.system_in == "own"
-        system = "message" if own else "messages[0]"
+        separate = self.system_in == "own"
+        system = "message" if separate else "messages[0]"
         has_system = f'{system}["role"] == "system"'
         if not self.empty_system:
             has_system += f' and {system}["content"]'
         lines = [write(_quote(self.start))] if self.start else []
-        if own:
+        if separate:
             lines += ["{%- for message in messages -%}", f"{{%- if {has_system} -%}}", show(self.system)]
         else:
             host = 'turns | length - 1 if turns[-1]["role"] == "user" else 0'

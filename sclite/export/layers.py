@@ -121,11 +121,11 @@ def check_merge(base: Path, adapter: Path, merged: Path) -> None:
             saved[name if name == "lm_head.weight" else weights.base_name(path)] = path
 
     def is_right(name: str) -> bool:
-        given = weights[saved[name]] if name in saved else weights.base[name]
-        whole, given = torch.atleast_1d(written[name], given)
+        source = weights[saved[name]] if name in saved else weights.base[name]
+        whole, source = torch.atleast_1d(written[name], source)
         rows, dtype = slice(None, None, max(1, -(-len(whole) // ROWS))), whole.dtype  # every n-th row
-        stored, wanted = whole[rows].float(), given[rows].float()
-        if whole.shape != given.shape:
+        stored, wanted = whole[rows].float(), source[rows].float()
+        if whole.shape != source.shape:
             return False
         if name not in updates:
             return stored.equal(wanted.to(dtype).float())

@@ -83,8 +83,8 @@ def export_model(config: Config, run: Run, name: str) -> Report:
             result = parity.compare_export(student, full, made, samples, chats) | {"importance": importance}
             run.write_json("export/parity.json", result)
             later = [run.path(adapter_weights(each)) for each in STUDENTS[STUDENTS.index(name) + 1 :]]
-            own = () if any(path.is_file() for path in later) else ("Modelfile", "README.md")
-            for file in (*names, *own):  # of an earlier export
+            shared = () if any(path.is_file() for path in later) else ("Modelfile", "README.md")
+            for file in (*names, *shared):  # of an earlier export
                 (folder / file).unlink(missing_ok=True)
             _check_bounds(config, run, names, result)
             for file in names:

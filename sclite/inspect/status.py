@@ -214,10 +214,10 @@ def _read_model_stages(config: Config, run: Run, fitting: int) -> dict[str, Stag
         chosen = newest_of[name]["inputs"]
         # the options of one export are not saved: compare with those of the existing file
         options = {key: chosen.get(key) for key in ("quant", "imatrix", "keep_template")}
-        own = config.model_copy(update={"export": config.export.model_copy(update=options)})
-        output = f"export/{gguf_path(run, name, own).name}"
-        inputs = partial(inputs_of, own, run, name)
-        found[f"export-{name}"] = _read_stage(run, export_stage(name, own), output, inputs)
+        as_exported = config.model_copy(update={"export": config.export.model_copy(update=options)})
+        output = f"export/{gguf_path(run, name, as_exported).name}"
+        inputs = partial(inputs_of, as_exported, run, name)
+        found[f"export-{name}"] = _read_stage(run, export_stage(name, as_exported), output, inputs)
     if newest not in made:
         found["export"] = Stage()
 

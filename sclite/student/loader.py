@@ -370,7 +370,7 @@ def _load(
     from transformers import AutoModelForCausalLM
     from unsloth import FastLanguageModel
 
-    own = model_config.model_type in OWN_KERNELS
+    has_kernels = model_config.model_type in OWN_KERNELS
     model, _ = FastLanguageModel.from_pretrained(
         str(fetch_model(name).resolve()),  # a Hub ID that ends in -bf16 would be loaded in 16 bits
         max_seq_length=length,
@@ -381,7 +381,7 @@ def _load(
         offload_embedding=False,
         fix_tokenizer=False,
         trust_remote_code=False,
-        **({} if own else {"auto_model": AutoModelForCausalLM}),  # else not the export's class
+        **({} if has_kernels else {"auto_model": AutoModelForCausalLM}),  # else not the export's class
     )
     if lora is None:
         return model
@@ -394,7 +394,7 @@ def _load(
     targets = lora.target_modules or []
     if not isinstance(targets, str):
         # from a list, Unsloth drops full paths and unknown names, except for its own decoders
-        targets = sorted(targets) if own else rf"(.*\.)?({'|'.join(map(re.escape, sorted(targets)))})"
+        targets = sorted(targets) if has_kernels else rf"(.*\.)?({'|'.join(map(re.escape, sorted(targets)))})"
     student = FastLanguageModel.get_peft_model(
         model,
         r=lora.r,

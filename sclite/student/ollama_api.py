@@ -14,14 +14,14 @@ PREFIX = "ollama/"
 
 def ollama_url() -> str:
     """Ollama's address, http://127.0.0.1:11434 or that in OLLAMA_HOST, parsed as Ollama does."""
-    given = os.environ.get("OLLAMA_HOST", "").strip().strip("\"'").strip()
-    scheme, _, rest = given.rpartition("://")
+    address = os.environ.get("OLLAMA_HOST", "").strip().strip("\"'").strip()
+    scheme, _, rest = address.rpartition("://")
     bare = rest.count(":") > 1 and "[" not in rest  # ::1, without a port
     try:
         parts = urlsplit(f"//[{rest}]" if bare else f"//{rest}")
         port = parts.port or {"http": 80, "https": 443}.get(scheme, 11434)
     except ValueError:
-        raise UsageError(f"OLLAMA_HOST={given} is not an address", "write OLLAMA_HOST=HOST:PORT") from None
+        raise UsageError(f"OLLAMA_HOST={address} is not an address", "write OLLAMA_HOST=HOST:PORT") from None
     host = parts.hostname or "127.0.0.1"
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # addresses to listen on
     return f"{scheme or 'http'}://{f'[{host}]' if ':' in host else host}:{port}{parts.path.rstrip('/')}"

@@ -173,8 +173,8 @@ class Sender:
                 else:
                     self.limiter.record(began)
                     tokens, cost_usd = provider.charge(completion, limits)
-                    given = (*tokens, cost_usd, parameters["max_tokens"])
-                    entry = Entry(completion.text, completion.finish_reason, *given)
+                    usage = (*tokens, cost_usd, parameters["max_tokens"])
+                    entry = Entry(completion.text, completion.finish_reason, *usage)
                     self.ledger.put(key, entry)  # its cost now counts
             if entry is not None:
                 self._latest = max(self._latest, number)
