@@ -227,11 +227,11 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
         ready = data["templates"] and not (data["reviews"] or data["pairs"])
         if ready and not context.config.teacher.model:
             why = "teacher.model is not set, and stage 2 needs a teacher for its corrections"
-            hint = "set a LiteLLM model, as in --set teacher.model=openai/gpt-5.4-mini, or use --only sft"
+            hint = "set a model, for example --set teacher.model=openai/gpt-5.4-mini, or use --only sft"
             raise UsageError(why, hint)
         if not has_problems(context):
             why = f"{context.run.path('problems.jsonl')} is missing, and stage 2 needs problems"
-            hint = "set problems.source, as in --set problems.source=train.jsonl, or use --only sft"
+            hint = "set problems.source, for example --set problems.source=train.jsonl, or use --only sft"
             raise DataError(why, hint)
         if corrects:
             check_sources(context)

@@ -122,7 +122,7 @@ def _is_worked(text: str) -> bool:
 
 def _extract_gold(text: str) -> tuple[str, str]:
     """(answer, text without its mark) of a worked solution: after `####`, in its last box, or from its last line."""
-    # `####` may also start a Markdown heading: an answer after it that is not a number has a line of its own
+    # `####` may also start a Markdown heading: an answer that is not a number counts only at the start of a line
     before, mark, after = text.rpartition("####")
     answer, *rest = [line.strip() for line in after.strip().splitlines()] or [""]
     answer = _LEAD.sub("", answer, count=1) if _LEAD.match(answer) else answer

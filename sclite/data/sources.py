@@ -179,7 +179,7 @@ def _dataset_rows(source: Source, key: str, path: Path | None) -> NumberedRows:
         if isinstance(error, OSError) and (error.errno is None or isinstance(error, ConnectionError)):
             raise NetworkError(f"the dataset {name} cannot be reached: {_shorten(error)}", hint) from error
         if not isinstance(error, OSError):  # else the disk is to blame, not the network
-            hint = f"set {section}.subset or {section}.split, as in --set {section}.subset=main"
+            hint = f"set {section}.subset or {section}.split, for example --set {section}.subset=main"
             if key == "problems.avoid":  # it has no subset or split
                 hint = "download it, and use the file"
         # `datasets` lists the subsets on its second line

@@ -58,7 +58,7 @@ class Budget:
                 raise BudgetError(
                     f"the spending limit of {shown[0]} is reached: {shown[1]} is or may be spent, and the next request may cost up "
                     f"to {shown[2]}",
-                    "paid replies are kept: raise the limit, as in --set teacher.max_cost=10, or lower teacher.max_tokens, then re-run "
+                    "paid replies are kept: raise the limit, for example --set teacher.max_cost=10, or lower teacher.max_tokens, then re-run "
                     "to resume",
                 )
             self._reserved_usd += max_usd

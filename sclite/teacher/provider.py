@@ -170,7 +170,7 @@ def prepare_process(connections: int) -> None:
 def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None) -> Provider:
     """Import LiteLLM and resolve the model; `prepare` is called between the two. UsageError if it cannot be called."""
     if not settings.model:
-        hint = "add a LiteLLM model, as in --set teacher.model=openai/gpt-5.4-mini, or set it in sclite.toml"
+        hint = "add a LiteLLM model, for example --set teacher.model=openai/gpt-5.4-mini, or set it in sclite.toml"
         raise UsageError("teacher.model is not set", hint)
     address = config.without_password(settings.api_base)
     try:
