@@ -1,4 +1,4 @@
-"""Writes configuration.md from sclite.config: python docs/configuration.py"""
+"""Write configuration.md from sclite.config: python docs/configuration.py"""
 
 import json
 import sys
@@ -12,7 +12,7 @@ INTRODUCTION = """\
 
 <!-- Generated from sclite/config.py by docs/configuration.py. Do not edit. -->
 
-`sclite init` writes a `sclite.toml` with every setting, its default and a comment. A setting comes from the first of these
+`sclite init` writes a `sclite.toml` with every setting, its default and a comment. A setting is taken from the first of these
 places that has it:
 
 1. the command line: `--set sft.num_train_epochs=2`, or an option such as `--limit`
@@ -21,13 +21,13 @@ places that has it:
 4. `run.toml` in the run folder, where `build-data`, `train`, `run` and `quickstart` save their settings
 5. the default
 
-An empty value resets a setting to its default: `--set teacher.price=` discards a price that the run remembers. `run.toml`
-never holds `problems.limit`, `eval.limit`, `export.ollama` or `export.push`: `sclite build-data problems.jsonl` without `--limit` uses all
+An empty value resets a setting to its default: `--set teacher.price=` discards a price that the run has saved. `run.toml`
+never contains `problems.limit`, `eval.limit`, `export.ollama` or `export.push`: `sclite build-data problems.jsonl` without `--limit` uses all
 rows again. `eval`, `export` and `chat` save nothing. The quickstart has its own defaults and reads a `sclite.toml` only if
-`--config` names one.
+passed with `--config`.
 
-An unknown key or an invalid value is an error; all of them are reported at once, with the nearest known key. API keys are
-read from the environment only (`OPENAI_API_KEY`, ..) and are never written to disk. In a path, a leading `~`
+Unknown keys and invalid values are errors, all reported at once, with the nearest known key. API keys are
+read from the environment only (`OPENAI_API_KEY`, ...) and are never written to disk. In a path, a leading `~`
 is the home folder.
 """
 
@@ -70,7 +70,7 @@ def row(key: str, field: Any) -> str:
 
 
 def default(value: Any) -> str:
-    """A default as it is written in TOML."""
+    """A default value, as written in TOML."""
     if value is None:
         return "not set"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Writes chat.svg, the picture in README.md, from a screen of a chat that tests/chat/test_tmux.py has recorded:
+"""Write chat.svg, the picture in README.md, from a chat screen recorded by tests/chat/test_tmux.py:
 
 sclite quickstart --run RUN
 SCLITE_RECORDED_RUN=RUN SCLITE_RECORDINGS=FOLDER pytest tests/chat/test_tmux.py -k colors-80

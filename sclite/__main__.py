@@ -16,7 +16,7 @@ def main() -> None:
 
     wait_briefly()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no two lines for each retry
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else it prints two lines per retry
     import typer
 
     from sclite import console
@@ -32,7 +32,7 @@ def main() -> None:
     arguments, as_json, code = sys.argv[1:], "--json" in sys.argv, DONE
     try:
         try:
-            # app() itself would exit when the reader of a pipe is gone
+            # app() itself would exit if the reader of a pipe is gone
             command = typer.main.get_command(app)
             with command.make_context("sclite", [*arguments] or ["--help"]) as context:
                 command.invoke(context)
@@ -61,7 +61,7 @@ def main() -> None:
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             kind, hint = UsageError, "check its permissions, or use another folder with --run"
         if to_stdout:
-            with suppress(OSError):  # Python would try to write what is still buffered again at exit
+            with suppress(OSError):  # at exit, Python would try again to write the buffer
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         closed = to_stdout and isinstance(error, BrokenPipeError)  # such as `| head`
         code = DONE if closed else kind.code

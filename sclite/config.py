@@ -22,15 +22,15 @@ from pydantic.fields import FieldInfo
 
 
 def is_loopback(url: str) -> bool:
-    """Whether a URL is on this machine, to which no proxy leads."""
+    """Whether a URL points to this machine, so that no proxy is needed."""
     return urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
 
 
 def without_password(address: str) -> str:
-    """The URL without user name and password, also if the password holds an unescaped # or bracket."""
+    """The URL without user name and password, even if the password contains an unescaped # or bracket."""
     if "@" not in address:
         return address
-    with suppress(ValueError):  # also if what stands for the port is the start of a password
+    with suppress(ValueError):  # also raised if the start of a password is read as the port
         parts = urlsplit(address)
         if parts.netloc and parts.port != 0 and "@" not in parts.fragment:
             return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
@@ -38,7 +38,7 @@ def without_password(address: str) -> str:
 
 
 def parse_object(value: Any) -> Any:
-    """A dict, which may be given as JSON."""
+    """Parse a dict that may be given as JSON."""
     try:
         value = json.loads(value or "{}") if isinstance(value, str) else value
     except ValueError as error:
@@ -51,7 +51,7 @@ def parse_object(value: Any) -> Any:
 Address = Annotated[str, PlainSerializer(without_password)]
 """A base URL. A password in it never appears in a dump of the configuration."""
 Place = Annotated[str, AfterValidator(os.path.expanduser)]
-"""A path, in which a leading ~ is the home folder, or the name of a model or dataset."""
+"""A path (a leading ~ is expanded), or the name of a model or dataset."""
 Object = Annotated[dict[str, Any], BeforeValidator(parse_object)]
 Bounds = Annotated[dict[str, float], BeforeValidator(parse_object)]
 Price = Annotated[float, Field(ge=0)]
@@ -60,7 +60,7 @@ Prices = tuple[Price, Price] | None
 
 
 def setting(default: Any, meaning: str, **limits: Any) -> Any:
-    """A key with its default, what it means, and the limits of its value as pydantic names them."""
+    """A key: its default, its meaning, and the limits of its value in pydantic's terms."""
     return Field(default, description=meaning, **limits)
 
 
@@ -76,12 +76,12 @@ class Source(Section):
     source: Place = setting("", "a .jsonl, .json, .csv, .tsv (also .gz) or .parquet file, or a Hub ID")
     subset: str = setting("", "subset of a Hub dataset, for example main")
     split: str = setting("train", "split of a Hub dataset")
-    question_column: str = setting("", "column of the question (default: question, problem, query)")
-    answer_column: str = setting("", "column of the answer (default: answer, final_answer, expected_answer)")
+    question_column: str = setting("", "question column (default: question, problem or query)")
+    answer_column: str = setting("", "answer column (default: answer, final_answer or expected_answer)")
     solution_column: str = setting(
-        "", "column of the worked solution (default: solution, response, r1_solution_1 or generated_solution)"
+        "", "solution column (default: solution, response, r1_solution_1 or generated_solution)"
     )
-    id_column: str = setting("", "column of the ID (default: id or unique_id, else a hash)")
+    id_column: str = setting("", "ID column (default: id or unique_id, else a hash)")
 
     def columns(self) -> dict[str, str]:
         """The configured columns, by role: question, answer, solution, id."""
@@ -101,7 +101,7 @@ class Problems(Source):
         lt=1,
     )
     avoid: tuple[Place, ...] = setting(
-        (), 'files with questions to keep out of training, besides eval.source, for example ["a.jsonl"]'
+        (), 'files with questions to keep out of training, in addition to eval.source, such as ["a.jsonl"]'
     )
 
     @field_validator("avoid", mode="before")
@@ -119,7 +119,7 @@ class Attempts(Section):
     )
     api_base: Address = setting("", "base URL of attempts.student, if it is an endpoint")
     concurrency: int = setting(32, "maximum number of concurrent requests", ge=1, le=1024)
-    price: Prices = setting(None, "US dollars per million input and output tokens (default: LiteLLM's list)")
+    price: Prices = setting(None, "US dollars per million input and output tokens (default: from LiteLLM)")
     samples: int = setting(4, "samples per problem", ge=1, le=64)
     temperature: float = setting(0.8, "sampling temperature", ge=0, le=2)
     top_p: float = setting(0.95, "nucleus sampling: probability of the tokens kept", gt=0, le=1)
@@ -129,7 +129,7 @@ class Attempts(Section):
 
     @property
     def kind(self) -> Literal["trained", "gguf", "endpoint"]:
-        """What `student` names: the adapter that this run trains, a GGUF file, or an endpoint behind LiteLLM."""
+        """The kind of `student`: the adapter that this run trains, a GGUF file, or an endpoint behind LiteLLM."""
         if not self.student:
             return "trained"
         return "gguf" if self.student.lower().endswith(".gguf") else "endpoint"
@@ -157,22 +157,22 @@ class Teacher(Section):
     max_tokens: int = setting(4096, "maximum number of tokens per reply", ge=16)
     timeout_seconds: float = setting(120, "timeout per call, in seconds", gt=0)
     attempts_per_call: int = setting(6, "attempts per request: network errors, rate limits", ge=1)
-    repairs: int = setting(3, "additional requests after a reply that fails its check", ge=0)
+    repairs: int = setting(3, "additional requests after a reply that fails its checks", ge=0)
     requests_per_minute: float | None = setting(None, "rate limit (default: unlimited)", gt=0)
     tokens_per_minute: float | None = setting(None, "rate limit (default: unlimited)", gt=0)
     max_cost: float | None = setting(
         None, "spending limit of the whole run in US dollars, kept for later commands (default: none)", ge=0
     )
-    price: Prices = setting(None, "US dollars per million input and output tokens (default: LiteLLM's list)")
+    price: Prices = setting(None, "US dollars per million input and output tokens (default: from LiteLLM)")
     extra: Object = setting({}, 'more request parameters (a TOML table or JSON): {"reasoning_effort": "low"}')
-    inspector: str = setting("", "LiteLLM model name of a second model that checks each reply")
+    inspector: str = setting("", "LiteLLM name of a second model that checks each reply")
     inspector_api_base: Address = setting("", "base URL of the inspector's endpoint")
-    inspector_price: Prices = setting(None, "as price, for the inspector")
+    inspector_price: Prices = setting(None, "like price, for the inspector")
 
     @field_validator("extra")
     @classmethod
     def _check_extra(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """Refuse what sclite sets itself, secrets, and null, which TOML cannot hold."""
+        """Reject what sclite sets itself, secrets, and null, which TOML cannot represent."""
         value = {name: setting for name, setting in value.items() if setting != ""}
         body = value.get("extra_body", {})
         for name in [*value, *(body if isinstance(body, dict) else ())]:
@@ -182,7 +182,7 @@ class Teacher(Section):
             if SECRET_PARAMETER.search(name):
                 raise ValueError(f"{name} looks like a secret, which belongs in an environment variable")
         pending: list[Any] = [value]
-        for item in pending:  # the inner ones are appended
+        for item in pending:  # nested ones are appended
             pending += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
             if item is None or item in (math.inf, -math.inf) or item != item:
                 raise ValueError("null, NaN and Infinity are not allowed")
@@ -198,7 +198,7 @@ class Student(Section):
     """The model to train."""
 
     model: Place = setting(
-        "", "Hub ID, folder, or embedded: a toy that learns the quickstart's problems only"
+        "", "Hub ID, folder, or embedded: a toy that can only learn the quickstart's problems"
     )
     backend: Literal["auto", "unsloth", "plain"] = setting(
         "auto", "auto: Unsloth on CUDA, else plain transformers"
@@ -230,9 +230,9 @@ class TrainingStage(Section):
     checkpoints: int = setting(10, "checkpoints and evaluations per stage; resumes from the latest", ge=1)
     eval_share: float = setting(0.02, "share of rows held out to select the best checkpoint", ge=0, lt=1)
     padding_free: bool | None = setting(
-        None, "join rows instead of padding them (default: where Unsloth has its own decoder)"
+        None, "concatenate rows instead of padding them (default: if Unsloth has its own decoder)"
     )
-    early_stopping_patience: int = setting(0, "stop after N evaluations without progress; 0: never", ge=0)
+    early_stopping_patience: int = setting(0, "stop after N evaluations without improvement; 0: never", ge=0)
     tensorboard: bool = setting(False, "write TensorBoard files in addition to metrics.jsonl")
 
 
@@ -249,7 +249,7 @@ class Warmup(TrainingStage):
     num_train_epochs: float = setting(1, "epochs over the reviews; 0: no warm-up", ge=0)
     replay_share: float = setting(1.0, "solved rows per review; half continue from a corrected step", ge=0)
     decision_weight: float = setting(
-        1.0, "extra loss weight of a decision: to flag a step or to close it", ge=0
+        1.0, "extra loss weight on the decision to flag a step or close it", ge=0
     )
 
 
@@ -278,21 +278,21 @@ MIN_TOP1 = {
 class Export(Section):
     """The exported GGUF."""
 
-    quant: str = setting("q4_k_m", "quantization: f32, f16, bf16, q8_0, q4_k_m ..; several: q4_k_m,q8_0")
+    quant: str = setting("q4_k_m", "quantization: f32, f16, bf16, q8_0, q4_k_m, ...; several: q4_k_m,q8_0")
     imatrix: bool | None = setting(None, "use an importance matrix (default: below 5 bits)")
     max_kl: Bounds = setting(
-        MAX_KL, "largest KL divergence from the trained model in nats, by the start of a type's name"
+        MAX_KL, "maximum KL divergence from the trained model in nats, by prefix of the type's name"
     )
     min_top1: Bounds = setting(
         MIN_TOP1,
-        "smallest share of positions with the trained model's next token or a near tie, by the start of a type's name",
+        "minimum share of positions with the trained model's top token or a near tie, by prefix of the type's name",
     )
     ollama: str = setting("", "model name for `ollama create`")
-    push: str = setting("", "repository on the Hub, OWNER/NAME, for the files and their card")
+    push: str = setting("", "Hub repository to upload the files and a card to: OWNER/NAME")
     private: bool = setting(True, "create the repository as private, and refuse an existing public one")
-    license: str = setting("", "license on the model card, as the Hub names it: apache-2.0 ..")
+    license: str = setting("", "license on the model card, as a Hub identifier such as apache-2.0")
     num_ctx: int = setting(8192, "context length in Ollama, in tokens (in the Modelfile)", ge=256)
-    keep_template: bool = setting(False, "export the model's own chat template as it is")
+    keep_template: bool = setting(False, "export the model's own chat template unchanged")
 
     @field_validator("max_kl", "min_top1")
     @classmethod
@@ -308,7 +308,7 @@ class Export(Section):
 class Eval(Source):
     """The evaluation."""
 
-    source: Place = setting("", "held-out problems: a file or a Hub ID, as problems.source")
+    source: Place = setting("", "held-out problems: a file or a Hub ID, like problems.source")
     split: str = setting("test", "split of a Hub dataset")
     limit: int = setting(500, "number of problems to evaluate", ge=1)
     max_tokens: int = setting(1024, "maximum number of tokens per answer", ge=16)
@@ -330,17 +330,17 @@ class Review(Section):
         "guided", "guided: the threshold decides where a correction begins; free: the model decides"
     )
     threshold: float | None = setting(
-        None, "log-odds of an error from which a step is corrected (default: fitted by train and eval)"
+        None, "log-odds of an error above which a step is corrected (default: fitted by train and eval)"
     )
     confidence_weight: float | None = setting(
         None,
-        "share of the confidence in a step's score, the rest is the review's (default: chosen with the threshold, else 0)",
+        "weight of the confidence in a step's score; the rest is the review's (default: chosen with the threshold, else 0)",
         ge=0,
         le=1,
     )
     rounds: int = setting(1, "maximum number of guided review rounds per answer", ge=0, le=8)
     max_harm: float = setting(
-        0.005, "share of answers that a fitted threshold may spoil (test at 5 %)", ge=0, le=1
+        0.005, "maximum share of answers that a fitted threshold may spoil (tested at 5 %)", ge=0, le=1
     )
 
     @property
@@ -352,14 +352,14 @@ class Review(Section):
 class Prompts(Section):
     """Your own prompts."""
 
-    folder: Place = setting("", "folder of prompt files that replace those of the same name")
+    folder: Place = setting("", "folder of prompt files that override those of the same name")
 
 
 class Config(Section):
     """The whole configuration of a run."""
 
     run: Place = setting("runs/default", "run folder")
-    seed: int = setting(0, "random seed of sampling, splits and training", ge=0)
+    seed: int = setting(0, "random seed for sampling, splits and training", ge=0)
     problems: Problems = Problems()
     attempts: Attempts = Attempts()
     teacher: Teacher = Teacher()

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-OUTPUT = "the output"  # the file name of an OSError on stdout
-_C0, _C1 = r"\x00-\x08\x0b-\x1f", r"\x7f-\x9f"  # terminal controls but newline and tab; DEL is among C1
+OUTPUT = "standard output"  # the file name of an OSError on stdout
+_C0, _C1 = r"\x00-\x08\x0b-\x1f", r"\x7f-\x9f"  # all but newline and tab; C1 includes DEL here
 _CONTROLS = re.compile(rf"[{_C0}{_C1}\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What could control the terminal, bidirectional controls and lone surrogates included."""
+"""Characters that could control the terminal, including bidirectional controls and lone surrogates."""
 
 
 def visible(text: str) -> str:
-    """The text with control characters replaced by their pictures (␛) or by U+FFFD: replies may hold any character."""
+    """The text with control characters replaced by their pictures (␛) or by U+FFFD: replies may contain any character."""
     text = re.sub(f"[{_C1}]", "\u2421", text.replace("\r\n", "\n"))
     text = re.sub(f"[{_C0}]", lambda control: chr(0x2400 + ord(control[0])), text)
     return _CONTROLS.sub("\ufffd", text)
@@ -53,9 +53,9 @@ class _Output(io.TextIOWrapper):
 
 
 def prepare_streams() -> None:
-    """Make printing safe when stdout or stderr is closed, or cannot encode every character, and reading any bytes."""
+    """Make it safe to print if stdout or stderr is closed or cannot encode a character, and to read any bytes."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass  # occupies a closed stdin, stdout or stderr: the next file to be opened would take its place
+        pass  # occupies a closed stdin, stdout or stderr: the next file opened would take its place
     os.close(descriptor)
     if sys.stderr is None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - open until exit
@@ -97,7 +97,7 @@ def note(text: str, wrap: bool = True) -> None:
 
 
 def error(error: ScliteError, as_json: bool = False) -> None:
-    """Print an error, or what was declined, and its hint to stderr; with `as_json` also one object to stdout."""
+    """Print an error (or that the user declined) and its hint to stderr; with `as_json` also one object to stdout."""
     word = "error" if error.code else "stopped"
     if as_json:
         print_json({word: error.message, "hint": error.hint, "exit_code": error.code, **error.details})
@@ -107,7 +107,7 @@ def error(error: ScliteError, as_json: bool = False) -> None:
 
 
 def spinner(text: str) -> AbstractContextManager[object]:
-    """A spinner on stderr, while something is loaded or read; nothing without a terminal."""
+    """A spinner on stderr while something is loading; shows nothing without a terminal."""
     return make_console(stderr=True).status(escape(text))
 
 
@@ -129,7 +129,7 @@ def page(pieces: Iterable["Text"]) -> None:
     if not console.is_terminal:
         sys.stdout.writelines(piece.plain for piece in pieces)
         return
-    os.environ.pop("MANPAGER", None)  # which rich would prefer
+    os.environ.pop("MANPAGER", None)  # rich would prefer it
     os.environ.setdefault("LESS", "-RFX")  # F: exit at once if it fits on one screen
     with console.pager(styles=True):
         for piece in pieces:
@@ -145,7 +145,7 @@ def is_interactive() -> bool:
 
 
 def read_line() -> str:
-    """A line of stdin, "" at its end. Invalid UTF-8 becomes U+FFFD, which every output can hold."""
+    """A line of stdin, "" at its end. Invalid UTF-8 becomes U+FFFD, which every output can encode."""
     if sys.stdin is None:  # closed by the parent process
         return ""
     return valid(sys.stdin.readline())
@@ -155,10 +155,10 @@ def read_line() -> str:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
-    """Print a table to stdout. The first `texts` columns are text, of which the last but the first wraps; then numbers.
+    """Print a table to stdout: first `texts` columns of text, then numbers. The last text column wraps unless it is the first.
 
-    Its cells are rich markup. A table with one column of text that is wider than the terminal is transposed if that
-    makes it narrower.
+    Cells are rich markup. A table with one text column that is wider than the terminal is transposed if that makes it
+    narrower.
     """
     from rich import box
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""What a command works with: configuration, run folder, progress, and the teacher and student that its stages take."""
+"""What a command works with: configuration, run folder, progress, and the teacher and student that its stages use."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ class Context:
     problems: "Split | None" = None  # of the quickstart; else from problems.jsonl
     ask_before_paying: bool = False
     dry: bool = False  # write nothing, send nothing
-    isolated: bool = False  # each stage that needs the GPU runs in a process of its own
+    isolated: bool = False  # each stage that needs the GPU runs in its own process
     reports: list[Report] = field(default_factory=list)
 
     def students(self) -> list[str]:
@@ -44,23 +44,23 @@ class Context:
     def isolate(
         self, work: Callable[..., Report], config: Config, *arguments: Any, progress: Progress
     ) -> Report:
-        """`work(config, run, *arguments, progress=..)`, in a process of its own if the context is `isolated`."""
-        given = (config, self.run, *arguments)
+        """`work(config, run, *arguments, progress=..)`, in its own process if the context is `isolated`."""
+        inputs = (config, self.run, *arguments)
         if not self.isolated:
-            return work(*given, progress=progress)
+            return work(*inputs, progress=progress)
         from sclite.isolation import run_isolated
 
-        return run_isolated(work, *given, progress=progress, log=self.run.path("libraries.log"))
+        return run_isolated(work, *inputs, progress=progress, log=self.run.path("libraries.log"))
 
     def on_gpu(self, work: Callable[..., Report], *arguments: Any, progress: Progress) -> Report:
-        """As `isolate`; a student behind an endpoint needs no GPU, and no process."""
+        """Like `isolate`, but a student behind an endpoint needs neither a GPU nor a process."""
         if self.config.attempts.kind == "endpoint":
             return work(self.config, self.run, *arguments, progress=progress, context=self)
         return self.isolate(work, self.config, *arguments, progress=progress)
 
     @contextmanager
     def teacher(self, settings: Teacher | None = None) -> Iterator["Client"]:
-        """The teacher's client over the run's ledger (`settings`: of another model)."""
+        """The teacher's client over the run's ledger (`settings`: those of another model)."""
         from sclite.teacher.client import Teacher as Client
         from sclite.teacher.ledger import FILE, Ledger
 
@@ -77,13 +77,13 @@ class Context:
         cost = "an unknown amount" if forecast.cost_usd is None else f"about ${forecast.cost_usd:.2f}"
         spent = "" if forecast.spent_usd is None else f" for ${forecast.spent_usd:.4f}"
         return self.display.confirm(
-            f"{forecast.rows} rows are done{spent}. The other {forecast.rows_left} will cost {cost}. Continue?"
+            f"{forecast.rows} rows done{spent}. The remaining {forecast.rows_left} will cost {cost}. Continue?"
         )
 
     def student(
         self, adapter: str, stage: str, progress: Progress = no_progress
     ) -> AbstractContextManager["Student"]:
-        """The student of stage 2: that of `attempts.student`, else the base with an adapter; `stage` is for the ledger."""
+        """The student of stage 2: `attempts.student`, else the base with an adapter; `stage` is for the ledger."""
         settings = self.config.attempts
         if settings.kind == "trained":
             return self.sampler(adapter, progress)
@@ -94,7 +94,7 @@ class Context:
         return Engine(self.student_gguf(), context=self.config.eval.context)
 
     def student_gguf(self) -> Path:
-        """The GGUF that `attempts.student` names. Raises DataError if it is missing, or llama.cpp cannot read it."""
+        """The GGUF file in `attempts.student`. Raises DataError if it is missing, or llama.cpp cannot read it."""
         from sclite.student.llama_cpp.probe import check_gguf
 
         path = Path(self.config.attempts.student)
@@ -106,9 +106,9 @@ class Context:
 
     @contextmanager
     def endpoint(self, settings: Attempts, stage: str) -> Iterator["Endpoint"]:
-        """The model behind an API that `settings.student` names; ollama/NAME stands for Ollama's OpenAI-compatible endpoint.
+        """The model behind an API that `settings.student` names; ollama/NAME is served by Ollama's OpenAI-compatible endpoint.
 
-        Raises TeacherError if Ollama does not run, or has no such model.
+        Raises TeacherError if Ollama is not running or has no such model.
         """
         from sclite.student.endpoint import Endpoint
         from sclite.student.ollama_api import PREFIX, find_model, ollama_url
@@ -117,20 +117,20 @@ class Context:
         if model.startswith(PREFIX):
             url = address.rstrip("/").removesuffix("/v1") or ollama_url()
             version = int(digest(find_model(url, model.removeprefix(PREFIX)))[:8], 16)
-            # not openai/: Ollama needs no key, and OpenAI's is not for it
+            # not openai/: Ollama needs no key, and must not get OpenAI's
             model, address = f"hosted_vllm/{model.removeprefix(PREFIX)}", f"{url}/v1"
             price = price or (0.0, 0.0)
-        own = {"model": model, "api_base": address, "concurrency": settings.concurrency, "price": price}
-        own |= {"temperature": None, "repairs": 0, "inspector": "", "extra": {}}
-        with self.teacher(self.config.teacher.model_copy(update=own)) as client:  # its timeout and retries
+        changes = {"model": model, "api_base": address, "concurrency": settings.concurrency, "price": price}
+        changes |= {"temperature": None, "repairs": 0, "inspector": "", "extra": {}}
+        with self.teacher(self.config.teacher.model_copy(update=changes)) as client:  # its timeout, retries
             yield Endpoint(client, stage, settings.student, version)
 
     @contextmanager
     def sampler(self, adapter: str, progress: Progress = no_progress) -> Iterator["Student"]:
         """The student with an adapter of the run, in the fastest form available.
 
-        That is a GGUF in llama.cpp, several times faster than batches in transformers; transformers on a GPU that this
-        build of llama.cpp cannot use and, with a warning, where the converter cannot be downloaded.
+        That is a GGUF in llama.cpp, several times faster than batches in transformers. Transformers is used on a GPU
+        that this build of llama.cpp cannot use and, with a warning, if the converter cannot be downloaded.
         """
         import torch
 
@@ -146,7 +146,7 @@ class Context:
                 try:
                     path = write_sampling_gguf(self.config, self.run.path(adapter), work, small=on_gpu)
                 except NetworkError as error:
-                    progress(0, 0, warning=f"{error.message}: sampling in transformers, which is slower")
+                    progress(0, 0, warning=f"{error.message}: sampling with transformers, which is slower")
             if path is not None:
                 with Engine(path, context=self.config.eval.context, cache_gb=8 if on_gpu else 4) as student:
                     yield student

@@ -9,7 +9,7 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def usable_cores() -> int:
-    """The cores that the process may run on, or as many as the CPU quota of its container allows (cgroup v2)."""
+    """The number of cores that the process may run on, capped by its container's CPU quota (cgroup v2)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # no such file, or "max"
         quota, period = map(int, QUOTA.read_text().split())

@@ -1,4 +1,4 @@
-"""What this machine can do: its GPUs, and the checks of `sclite doctor`."""
+"""The GPUs of this machine, and the checks of `sclite doctor`."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def list_gpus() -> list[dict[str, Any]]:
 
 
 def gpu_processes() -> list[dict[str, Any]] | None:
-    """[{"pid", "name", "gb"}] of what holds memory on the first GPU, largest first; "gb" is None if the driver hides it.
+    """[{"pid", "name", "gb"}] of the processes that use memory on the first GPU, largest first; "gb" is None if the driver hides it.
 
     None if nvidia-smi is missing or fails.
     """
@@ -67,7 +67,7 @@ def probe_torch() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Check:
-    """A check of the environment, with a fix if it fails. Nothing works without what is `required`."""
+    """A check of the environment, with a fix if it fails. sclite does not work if a `required` one fails."""
 
     name: str
     works: bool
@@ -94,7 +94,7 @@ def llama_offloads() -> bool | str:
 
 
 def _run_python(code: str, *arguments: str) -> Any:
-    """Run Python code in a subprocess and parse the JSON that it prints; a str with the reason if it fails."""
+    """Run Python code in a subprocess and parse the JSON that it prints; if it fails, return the reason as a str."""
     path = os.pathsep.join(folder for folder in sys.path if folder)
     try:
         done = subprocess.run(
@@ -116,11 +116,11 @@ def _run_python(code: str, *arguments: str) -> Any:
 
 
 CUDA_WHEELS = (118, 121, 122, 123, 124, 125, 130, 132)
-"""The CUDA versions that llama-cpp-python is built for."""
+"""The CUDA versions that llama-cpp-python has prebuilt wheels for."""
 
 
 def run_checks(config: Config) -> Iterator[Check]:
-    """Every check. Takes seconds: torch, llama.cpp and LiteLLM are imported in subprocesses, at the same time."""
+    """Run every check. Takes seconds: torch, llama.cpp and LiteLLM are imported in parallel subprocesses."""
     from sclite.export.gguf import SHA256, cache_folder
     from sclite.student.cuda_memory import available_ram, has_driver
 
@@ -166,13 +166,13 @@ def run_checks(config: Config) -> Iterator[Check]:
     folder = next((path for path in (run, *run.parents) if path.is_dir()), Path("."))
     free = shutil.disk_usage(folder).free / 1e9
     student = "an 8B model" if gpus else "a small student"
-    fix = f"free {needed} GB for a run with {student}, or choose another --run"
+    fix = f"free {needed} GB for a run with {student}, or choose another folder with --run"
     yield Check("disk", free > needed, f"{free:.0f} GB free in {folder.resolve()}", fix, required=free < 1)
 
     llama, package = _version("llama-cpp-python"), f"llama-cpp-python=={max(SHA256)}"
     fix = f"pip install --force-reinstall --no-cache-dir {package}"
     if gpus and torch["cuda"]:
-        # the newest build that is not newer than torch's CUDA, which the driver runs
+        # the newest build that is not newer than torch's CUDA, which the driver supports
         cuda = int("".join(torch["cuda"].split(".")[:2]))
         newest = max((built for built in CUDA_WHEELS if built <= cuda), default=CUDA_WHEELS[0])
         fix += f" --no-deps --index-url https://abetlen.github.io/llama-cpp-python/whl/cu{newest}"
@@ -195,14 +195,14 @@ def run_checks(config: Config) -> Iterator[Check]:
 # -- teacher and Hub -----------------------------------------------------------------------------------------------
 
 NETWORK_SECONDS = 3.0
-"""For all addresses together, including the resolution of their names."""
+"""Timeout for all addresses together, including DNS resolution."""
 ADDRESSES = {
     "openai": "https://api.openai.com",
     "anthropic": "https://api.anthropic.com",
     "gemini": "https://generativelanguage.googleapis.com",
     "openrouter": "https://openrouter.ai",
 }
-"""Of the providers whose address LiteLLM does not tell."""
+"""Addresses of the providers for which LiteLLM reports none."""
 
 
 def describe_teacher(settings: Teacher) -> dict[str, Any]:
@@ -223,8 +223,8 @@ def describe_teacher(settings: Teacher) -> dict[str, Any]:
         address = address or os.environ.get("OLLAMA_API_BASE") or "http://localhost:11434"
     elif not settings.api_base:
         missing = litellm.validate_environment(settings.model)["missing_keys"]
-        missing = missing[-1:] if name == "gemini" else missing  # one of two names of its key
-        # nothing is missing either if LiteLLM does not know what is needed
+        missing = missing[-1:] if name == "gemini" else missing  # two names for the same key
+        # LiteLLM also reports nothing missing if it does not know what is needed
         found += ", key found" if provider.key_variable in os.environ else ", key not checked"
     return {"missing": missing, "found": found, "address": address or ADDRESSES.get(name, "")}
 
@@ -244,7 +244,7 @@ def check_network(config: Config, teacher: Any) -> Iterator[Check]:
             if not Path(name).is_dir() and not isinstance(try_to_load_from_cache(name, "config.json"), str):
                 wanted = [name]
         except (DataError, HFValidationError):
-            found = f"{config.student.model} is neither the folder of a Hugging Face model nor a Hub ID"
+            found = f"{config.student.model} is neither a Hugging Face model folder nor a Hub ID"
             yield Check("student", False, found, "check student.model", required=True)
     sources = (config.problems.source, config.eval.source)
     wanted += [source for source in sources if source and not is_local_source(source)]
@@ -257,14 +257,14 @@ def check_network(config: Config, teacher: Any) -> Iterator[Check]:
     elif teacher:
         missing = teacher["missing"]
         unset = f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} not set"
-        fix = f"export {' '.join(f'{variable}=..' for variable in missing)}"
+        fix = f"export {' '.join(f'{variable}=...' for variable in missing)}"
         yield Check("teacher's key", not missing, unset if missing else teacher["found"], fix, required=True)
     if address:
         fix = "check teacher.api_base, the network, HTTPS_PROXY and ALL_PROXY"
         found = f"{address}: {failures[address] or 'reachable'}"
         yield Check("teacher's address", not failures[address], found, fix)
     if wanted:
-        token = "token found" if get_token() else "no token: needed for gated and private repositories only"
+        token = "token found" if get_token() else "no token (only needed for gated and private repositories)"
         found = f"{hub}: {failures[hub] or 'reachable'}; {token}" if hub else "HF_HUB_OFFLINE is set"
         fix = "check the network and HF_ENDPOINT" if hub else "unset HF_HUB_OFFLINE"
         fix += f": {', '.join(wanted)} must be downloaded"
@@ -272,7 +272,7 @@ def check_network(config: Config, teacher: Any) -> Iterator[Check]:
 
 
 def find_failures(addresses: Sequence[str]) -> dict[str, str]:
-    """What is wrong with each address, "" if a server answers there, whatever it says."""
+    """The failure of each address: "" if a server responds, with any status except a gateway's."""
     import httpx
 
     found = dict.fromkeys(addresses, f"no answer within {NETWORK_SECONDS:g} s")
@@ -280,13 +280,13 @@ def find_failures(addresses: Sequence[str]) -> dict[str, str]:
     def ask(address: str) -> None:
         try:
             status = httpx.head(address, timeout=NETWORK_SECONDS).status_code
-            found[address] = f"HTTP {status}" if status in (502, 503, 504) else ""  # a proxy's or a gateway's
+            found[address] = f"HTTP {status}" if status in (502, 503, 504) else ""  # from a proxy
         # the last two are for a SOCKS proxy
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, ImportError) as error:
             found[address] = str(error) or type(error).__name__
 
     deadline = time.monotonic() + NETWORK_SECONDS
-    # the resolution of a name has no timeout and may outlive the command
+    # DNS resolution has no timeout and may outlive the command
     threads = [threading.Thread(target=ask, args=(address,), daemon=True) for address in addresses]
     for thread in threads:
         thread.start()

@@ -22,7 +22,7 @@ class ScliteError(Exception):
 
 
 class DeclinedError(ScliteError):
-    """The user answered no to a question: nothing failed (exit code 0)."""
+    """The user declined; nothing failed (exit code 0)."""
 
     code = DONE
 

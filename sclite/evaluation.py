@@ -1,4 +1,4 @@
-"""`sclite eval`: it needs the data, export and evaluate stages at once."""
+"""`sclite eval`, which needs the data, export and evaluate packages at once."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,10 +31,10 @@ from sclite.train.metrics_logger import read_metrics
 def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
     """The problems of eval.source.
 
-    `untrained` are problems of the run that nothing was trained on: if they are as many as the share `eval.fit_share`
-    of these, the threshold is fitted on them, and all of these are tested. Unusable rows are skipped, and so are problems
-    that overlap the training data or that a threshold was fitted on: those would measure memorization. dropped.jsonl
-    names them.
+    `untrained` are problems of the run that nothing was trained on. If they are at least as many as the `eval.fit_share`
+    of eval.source, the threshold is fitted on them, and all of eval.source is tested. Unusable rows are dropped, and so
+    are problems that overlap the training data or that a threshold was fitted on, which would measure memorization.
+    dropped.jsonl lists them.
     """
     from sclite.data.contamination import find_contaminated
     from sclite.data.problems import load_problems, split_for_stages, trainable_problems
@@ -42,14 +42,14 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
 
     settings, source = context.config.eval, context.config.eval.source
     if not source:
-        hint = "name held-out problems, a file or a Hub dataset, as in `sclite eval test.jsonl`"
+        hint = "pass held-out problems, a file or a Hub dataset: `sclite eval test.jsonl`"
         if context.config.teacher.embedded and not context.config.problems.source:
-            hint += f"; `sclite quickstart --run {context.run.folder}` takes its own"
+            hint += f"; `sclite quickstart --run {context.run.folder}` uses its own"
         raise UsageError("eval.source is not set", hint)
     drops: list[Drop] = []
     found = load_problems(settings, settings.limit, drops, key="eval.source")
     drops = [drop.model_copy(update={"stage": "eval"}) for drop in drops]
-    # all that the run trains on: its problems, unless they were skipped for this dataset, and its templates
+    # everything the run trains on: its problems, unless they were skipped for this dataset, and its templates
     trained = [(row.id, row.question) for row in trainable_problems(context.run)]
     trained += [(row.id, row.question) for row in context.run.read("templates.jsonl", Template)]
     known = find_contaminated(found, trained)
@@ -87,7 +87,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate the exported students: rows, summary.json and report.html in the folder, thresholds in export/.
 
-    Another name is that of a model behind an API, which reviews freely.
+    Any other name is a model behind an API, whose review is free.
     """
     from sclite.data.imported import read_labelled
 

@@ -1,4 +1,4 @@
-"""The exported files of a run: written, given a review threshold, and found again for chat and server."""
+"""Writes the exported files of a run, fits their review threshold, and finds them for chat and server."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,7 +17,7 @@ REVIEW_OFF = "review is off; turn it on with --self-correct"
 
 
 def check_chat_template(context: Context) -> None:
-    """Raise, before hours of training, for a type or a chat template that could not be exported. Loads the tokenizer alone."""
+    """Raise before hours of training if a type or the chat template cannot be exported. Loads only the tokenizer."""
     from sclite.export.chat_format import trained_format
     from sclite.export.quantize import quantization_type
     from sclite.student.loader import load_tokenizer, model_name
@@ -29,7 +29,7 @@ def check_chat_template(context: Context) -> None:
 
 
 def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
-    """GGUF files of the named students (default: the last one trained); Modelfile and model card are that one's."""
+    """Export GGUFs of the named students (default: the last one trained), with its Modelfile and model card."""
     from sclite.export.model import describe_sizes, export_model
     from sclite.export.ollama import write_modelfile
     from sclite.train.stage import quiet_libraries
@@ -44,7 +44,7 @@ def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
     made = []
     config, run, sizes = context.config, context.run, ""
     if any(run.done(export_stage(name, config), inputs_of(config, run, name)) is None for name in chosen):
-        sizes = f" ({describe_sizes(config)})"  # for which the base must be there
+        sizes = f" ({describe_sizes(config)})"  # known only if the base model is present
     text = f"export: merge, write GGUF, quantize{sizes}"
     with context.display.stage("export", text) as progress:
         for number, name in enumerate(chosen, 1):
@@ -61,7 +61,7 @@ def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
 
 
 def fit_review_threshold(context: Context, problems: Sequence[Problem]) -> None:
-    """Fit the review threshold of the newest GGUF, unless none is needed or it is set, on problems that are not trained on."""
+    """Fit the review threshold of the last GGUF on problems kept out of training, unless none is needed or it is set."""
     from sclite.grading.grader import Grader
     from sclite.student.llama_cpp.engine import Engine
     from sclite.student.work_counter import WorkCounter
@@ -94,11 +94,11 @@ def fit_review_threshold(context: Context, problems: Sequence[Problem]) -> None:
 def for_chat(
     context: Context, model: Path | None, self_correct: bool | None
 ) -> tuple[Path, Cutoff | None, str]:
-    """(GGUF, when its steps are corrected, why review is off or "") for chat.
+    """Choose the model for chat: (GGUF, when its steps are corrected, why review is off or "").
 
-    Exports the last trained student if no GGUF is made from its adapter. If the chosen file has no threshold, takes the
-    largest one in another quantization that has one. `self_correct`: True insists, and raises DataError if no threshold was
-    fitted; None takes what is there.
+    Exports the last trained student if no GGUF was made from its adapter. If the chosen file has no threshold, uses the
+    largest one in another quantization that has one. `self_correct`: True raises DataError if no threshold was fitted;
+    None uses one if there is one.
     """
     last = context.students()[-1]
     later = STUDENTS[STUDENTS.index(last) :]
@@ -136,10 +136,10 @@ def for_chat(
 
 
 def find_gguf(context: Context, model: Path | None) -> Path:
-    """The GGUF to chat with: the one given, or the run's last trained student. Raises DataError if there is none."""
+    """The GGUF to chat with: `model`, or the run's last trained student. Raises DataError if there is none."""
     if model is not None:
         if not model.is_file():
-            hint = "give the path of a GGUF file; a LiteLLM model is PROVIDER/NAME"
+            hint = "pass the path of a GGUF file; a LiteLLM model is PROVIDER/NAME"
             raise DataError(f"{model} does not exist", hint)
         return model
     for name in reversed(STUDENTS):
@@ -147,7 +147,7 @@ def find_gguf(context: Context, model: Path | None) -> Path:
         if found := find_ggufs(run, name):
             path = chosen if chosen in found else max(found, key=lambda path: path.stat().st_mtime)
             if run.path(adapter_weights(name)).is_file() and path.name not in adapters_of(run, name):
-                run.warn(f"{path} may be made from an earlier adapter: the run has no record of its export")
+                run.warn(f"{path} may have been made from an earlier adapter: its export is not recorded")
             return path
     hint = "run `sclite train` first, or `sclite quickstart` for the bundled student"
-    raise DataError(f"{context.run.path('export')} holds no GGUF", hint)
+    raise DataError(f"{context.run.path('export')} contains no GGUF", hint)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str | Iterable[str]) -> None:
-    """Write a text, whole or in pieces, to a temporary file, sync it, and rename it: readers see the old file or the new."""
+    """Write text (whole or in pieces) to a temporary file, sync and rename it: readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}.new")  # cut, so that any name fits
+    temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}.new")  # truncated, so that any name fits
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.writelines([text] if isinstance(text, str) else text)

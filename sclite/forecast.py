@@ -10,9 +10,9 @@ from sclite.records import Attempt, Problem, Template
 
 
 def estimate_cost(context: Context, part: str = "templates", fresh: bool = False) -> dict[str, Any]:
-    """The first request of build_templates, or of build_corrections, and the cost of all; sends nothing.
+    """The first request of build_templates or build_corrections, and the cost of all of them; sends nothing.
 
-    With `fresh`, templates that are there are requested again, unless the ledger has them.
+    With `fresh`, existing templates are requested again, unless the ledger has them.
 
     Raises DataError for corrections before there are attempts.
     """
@@ -44,7 +44,7 @@ def estimate_cost(context: Context, part: str = "templates", fresh: bool = False
 
 
 def plan_run(context: Context) -> dict[str, Any]:
-    """`plan_training`, with the "templates" left to request and the corrections of problems not read yet.
+    """`plan_training`, plus the "templates" left to request and the corrections for problems not read yet.
 
     Writes and sends nothing.
     """

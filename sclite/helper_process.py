@@ -1,4 +1,4 @@
-"""A helper process for code that can hang, crash or take all memory: one JSON line in, one out, within limits."""
+"""A helper process for code that can hang, crash or use up all memory: one JSON line in, one out, within limits."""
 
 import importlib
 import json
@@ -20,8 +20,8 @@ COMMAND = "import sys; from sclite.helper_process import serve; serve(*sys.argv[
 class HelperProcess:
     """Answers requests with the function that `function()` of `module` returns. Thread-safe.
 
-    The process starts on demand, and again after it was killed. It may use `memory` bytes more than the libraries that
-    it has loaded, and ends with this process, however that ends. `name` and `hint` are for the error if it cannot start.
+    The process starts on demand, and restarts after it was killed. It may use `memory` bytes more than the libraries that
+    it has loaded, and ends with this process, however that one ends. `name` and `hint` are for the error if it cannot start.
     """
 
     def __init__(self, name: str, module: str, function: str, memory: int, hint: str):
@@ -32,7 +32,7 @@ class HelperProcess:
         self.lock = threading.RLock()
 
     def start(self) -> None:
-        """Start the process if it does not run, without waiting for it: it loads its libraries meanwhile."""
+        """Start the process if it is not running, without waiting for it to load its libraries."""
         with self.lock:
             if self.process is not None and self.process.poll() is None:
                 return
@@ -64,7 +64,7 @@ class HelperProcess:
                         raise ScliteError(f"the {self.name} failed to start: {why}", self.hint)
                     self.ready = True
                 return self._exchange(json.dumps([seconds, request]) + "\n", seconds)
-            except BaseException:  # an interrupted exchange would leave its reply to the next request
+            except BaseException:  # the reply to an interrupted request would be read as that to the next one
                 self.end()
                 raise
 
@@ -102,21 +102,21 @@ class HelperProcess:
         with self.lock:
             process, self.process, self.ready = self.process, None, False
             if process is not None:
-                # at its end the pipes are closed, maybe with text that could not be written
+                # the end of the block closes the pipes, perhaps with text that could not be written
                 with suppress(OSError), process:
                     process.kill()
 
 
 def serve(module: str, function: str, memory: str) -> None:
-    """The helper's side: load the function, say "" or why that failed, then answer line by line until stdin closes."""
+    """The helper's side: load the function, report "" or why that failed, then answer line by line until stdin closes."""
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print
+    os.dup2(2, 1)  # libraries print to stderr instead
     try:
         answer: Callable[[Any], Any] = getattr(importlib.import_module(module), function)()
     except ImportError as error:
         print(json.dumps(str(error)), file=replies, flush=True)
         return
-    with suppress(ImportError, OSError, ValueError):  # other systems than Linux
+    with suppress(ImportError, OSError, ValueError):  # not on Linux
         import resource
 
         with open("/proc/self/statm", encoding="ascii") as file:

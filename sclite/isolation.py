@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 PROGRESS, RESULT, ERROR, INTERRUPT = "progress", "result", "error", "interrupt"
 # Ctrl-C presses that the child gets: the first asks it to save, the second to stop; the third kills it
 FORWARDED = 2
-SECONDS = 60  # for a child that has sent its result to exit
+SECONDS = 60  # for a child to exit after it has sent its result
 
 
 def run_isolated(
@@ -33,8 +33,8 @@ def run_isolated(
     """Return `function(*arguments, progress=..)`, computed in a new process. `function` is a module-level function.
 
     Everything the child prints is appended to `log`. Raises the ScliteError that the function raises; KeyboardInterrupt
-    after Ctrl-C, however the child ends then; ScliteError for any other exception, whose traceback is in the log;
-    DeviceError if the child ends without a result, as one that the system has killed does.
+    after Ctrl-C, however the child then ends; ScliteError for any other exception, whose traceback is in the log;
+    DeviceError if the child ends without a result, for example because the system killed it.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     log.touch()
@@ -91,7 +91,7 @@ def _receive(here: Connection, process: BaseProcess, progress: Progress) -> tupl
     """Forward progress until the child is done; return its last message, (None, None) if it ended without one."""
     while True:
         if not wait([here], 1):
-            # a child that is gone can leave the pipe open in a process that it started
+            # a child that has exited can leave the pipe open in a process that it started
             if process.exitcode is None or here.poll():
                 continue
             return None, None
@@ -108,7 +108,7 @@ def _receive(here: Connection, process: BaseProcess, progress: Progress) -> tupl
 def _run_child(
     there: Connection, function: Callable[..., object], arguments: tuple[object, ...], log: str
 ) -> None:
-    os.setpgrp()  # from here on the terminal's Ctrl-C comes from the parent alone; one that waits is merged with its own
+    os.setpgrp()  # from here on Ctrl-C comes only from the parent; a pending one is merged with the parent's
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 
 class Output(BaseModel):
-    """A file that a manifest vouches for; `rows` is None for a file without rows."""
+    """A file listed in a manifest; `rows` is None for a file without rows."""
 
     digest: str
     rows: int | None

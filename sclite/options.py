@@ -1,4 +1,4 @@
-"""The options that commands share, and the configuration, run and context that they lead to."""
+"""The options that all commands share, and the configuration, run and context made from them."""
 
 import functools
 import inspect
@@ -39,9 +39,9 @@ class Common:
     def load(
         self, chosen: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | None = None
     ) -> "Config":
-        """The configuration. `chosen` holds the keys that the command's own options set, None where it is not given.
+        """Load the configuration. `chosen` maps keys to the values of the command's own options (None: not given).
 
-        A command with `defaults` of its own does not read ./sclite.toml, only what --config names.
+        With `defaults`, ./sclite.toml is not read, only the file given by --config.
         """
         from sclite.settings import load  # pydantic takes longer to import than --help takes
 
@@ -49,7 +49,7 @@ class Common:
         for key, value in {**(chosen or {}), "run": self.run}.items():
             if value is not None:
                 settings.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
-        # --set comes last, so that the advice to add one works with any command
+        # --set comes last, so that a hint to add one works with any command
         return load(
             self.config, [*settings, *(self.settings or [])], defaults=defaults, own_file=defaults is None
         )
@@ -84,16 +84,16 @@ class Common:
 def common_options(command: Callable[..., None]) -> Callable[..., None]:
     """Pass the four common options to a command as its last argument, `common`."""
     # typer reads options from the signature: the wrapper's has the four in place of `common`
-    own = list(inspect.signature(command).parameters.values())[:-1]
+    specific = list(inspect.signature(command).parameters.values())[:-1]
     shared = [
         field.replace(kind=field.KEYWORD_ONLY) for field in inspect.signature(Common).parameters.values()
     ]
-    signature = inspect.Signature([*own, *shared])
+    signature = inspect.Signature([*specific, *shared])
 
     @functools.wraps(command)
-    def wrapper(**given: Any) -> None:
-        common = Common(**{field.name: given.pop(field.name) for field in shared})
-        command(**given, common=common)
+    def wrapper(**values: Any) -> None:
+        common = Common(**{field.name: values.pop(field.name) for field in shared})
+        command(**values, common=common)
 
     setattr(wrapper, "__signature__", signature)  # noqa: B010 - unknown to type checkers
     wrapper.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}

@@ -1,6 +1,6 @@
-"""The stages in order: each gets the teacher, student and grader that it needs, runs, and is reported.
+"""Runs the stages in order, each with the teacher, student and grader that it needs, and reports them.
 
-On a CUDA GPU each stage that needs the GPU runs in a process of its own (`context.isolated`).
+On a CUDA GPU each stage that needs the GPU runs in its own process (`context.isolated`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,9 +32,9 @@ FIRST_PASS = 100
 
 
 def divided_problems(context: Context, reread: bool = False, fresh: bool = False) -> "Split":
-    """The run's problems by their use; their source is read if the run has none of it yet, or with `reread`.
+    """The run's problems, split by use. Their source is read if the run has none of its rows yet, or with `reread`.
 
-    With both, those that were trained on are left out too if they overlap eval.source now.
+    With `reread` and `fresh`, problems that were trained on are dropped too if they now overlap eval.source.
     """
     if context.problems is None:
         from sclite.data.problems import gather_problems, split_problems
@@ -44,7 +44,7 @@ def divided_problems(context: Context, reread: bool = False, fresh: bool = False
             how = {"reread": reread, "fresh": fresh, "keep": not context.dry}
             found = gather_problems(context.config, context.run, report, **how)
         if report.figures.get("gone"):
-            origin = f" in the run ({settings.source} does not exist any more)"
+            origin = f" in the run ({settings.source} no longer exists)"
         elif not settings.source or report.skipped:
             origin = " in the run"
         elif settings.limit is not None and report.counts["problems"] == settings.limit:
@@ -57,7 +57,7 @@ def divided_problems(context: Context, reread: bool = False, fresh: bool = False
 
 
 def unseen(context: Context, stage: str = "dpo") -> frozenset[str]:
-    """Ids of the problems that SFT does not learn: those of stage 2 and, for `stage` sft, those of the fit."""
+    """IDs of the problems that SFT does not train on: those of stage 2 and, for `stage` sft, those for the threshold."""
     if not has_problems(context):
         return frozenset()
     split = divided_problems(context)
@@ -66,16 +66,16 @@ def unseen(context: Context, stage: str = "dpo") -> frozenset[str]:
 
 def has_problems(context: Context) -> bool:
     """Whether the run has problems: imported templates need none."""
-    given = context.config.problems.source or context.run.path("problems.jsonl").is_file()
-    return context.problems is not None or bool(given)
+    source = context.config.problems.source or context.run.path("problems.jsonl").is_file()
+    return context.problems is not None or bool(source)
 
 
 def check_sources(context: Context, student: bool = True) -> None:
-    """Raise for other problems than the run's own, or a missing `attempts.source`, before anything is paid for.
+    """Raise if the problems are not the run's or `attempts.source` is missing, before anything is paid for.
 
-    With `student`, for an unusable GGUF as `attempts.student` too.
+    With `student`, also if `attempts.student` is an unusable GGUF.
     """
-    if context.problems is None:  # else they are the quickstart's, or checked
+    if context.problems is None:  # else they are the quickstart's, or already checked
         context.run.check_problems(context.config.problems.source)
     settings = context.config.attempts
     if context.run.manifest("attempts") is not None:
@@ -89,7 +89,7 @@ def check_sources(context: Context, student: bool = True) -> None:
 
 
 def problems_to_attempt(context: Context) -> tuple[list[Problem], bool]:
-    """(the problems of stage 2, False) or, for imported attempts, (all of the run, True). DataError if there are none."""
+    """(the problems of stage 2, False) or, for imported attempts, (all of the run, True). Raises DataError if none."""
     split = divided_problems(context)
     imported = bool(context.config.attempts.source) or context.run.is_imported("attempts", "attempts.jsonl")
     kept = [*split.sft, *split.stage2, *split.fit] if imported else split.stage2
@@ -106,7 +106,7 @@ def drops(report: Report) -> str:
 
 @contextmanager
 def paid_stage(context: Context, name: str, text: str) -> Iterator[dict[str, Any]]:
-    """Show a stage that calls the teacher; yields what it takes: teacher, grader and progress."""
+    """Show a stage that calls the teacher; yields its arguments: teacher, grader and progress."""
     from sclite.grading.grader import Grader
 
     with context.display.stage(name, text) as progress, Grader() as grader, context.teacher() as teacher:
@@ -117,7 +117,7 @@ def paid_stage(context: Context, name: str, text: str) -> Iterator[dict[str, Any
 
 
 def build_templates(context: Context, fresh: bool = False) -> Report:
-    """Templates for all problems but those of the fit: SFT learns those of its side, stage 2 replays the others."""
+    """Templates for all problems but those for the threshold: SFT trains on its share, stage 2 replays the others."""
     from sclite.data import templates
 
     config, run = context.config, context.run
@@ -137,8 +137,8 @@ def build_templates(context: Context, fresh: bool = False) -> Report:
 def build_corrections(context: Context, fresh: bool = False, alone: bool = False) -> Report:
     """The student's attempts at the problems of stage 2, and the teacher's corrections of them.
 
-    Imported attempts may be at any problem of the run, and need no student. `alone`, not as a part of a training, it adds
-    the answers that users have judged in the chat since the last time, and builds the pairs if no warm-up comes first.
+    Imported attempts may be at any problem of the run, and need no student. With `alone` (not as part of `train`), also
+    adds the answers judged in the chat since the last time, and builds the pairs if no warm-up comes first.
     """
     from sclite.data import attempts, corrections, feedback
 
@@ -170,7 +170,7 @@ def build_corrections(context: Context, fresh: bool = False, alone: bool = False
         report = corrections.write_corrections(config, run, fresh=fresh, **given)
     corrected, confirmed = (report.counts.get(name, 0) for name in ("corrected", "confirmed"))
     context.add(report, f"corrections: {corrected} corrected, {confirmed} confirmed{drops(report)}")
-    # imported attempts of which nothing has been trained give decisions alone
+    # imported attempts without a trained student give decision pairs only
     untrained = bool(config.attempts.source) and context.students() == ["base"]
     if alone and (config.attempts.kind != "trained" or untrained):
         build_pairs(context)
@@ -199,11 +199,11 @@ def sample_student(
     adapter = "sft/adapter" if stage == "attempts" else "warmup/adapter"
     made = context.student(adapter, stage, progress) if with_student else nullcontext()
     with Grader() as grader, made as student:
-        given: dict[str, Any] = {"student": student, "grader": grader, "progress": progress}
+        tools: dict[str, Any] = {"student": student, "grader": grader, "progress": progress}
         if stage == "pairs":
-            report = pairs.write_pairs(config, run, **given)
+            report = pairs.write_pairs(config, run, **tools)
         else:
-            report = attempts.write_attempts(config, run, problems=problems, **given)
+            report = attempts.write_attempts(config, run, problems=problems, **tools)
         if student is not None and held_out:
             progress(0, 0, note=f"solving {len(held_out)} held-out problems")
             if warning := check_first_pass(config, run, stage, student, held_out, grader, report):
@@ -245,7 +245,7 @@ def build_pairs(context: Context) -> Report:
 
 
 def train(context: Context, only: str | None = None, fresh: bool = False) -> list[Report]:
-    """SFT, stage 2, export and the fit of the threshold; `only` "sft" or "dpo"; `fresh` retrains after other inputs."""
+    """Run SFT, stage 2, export and the threshold fit; `only`: "sft" or "dpo"; `fresh` retrains if inputs changed."""
     from sclite.inspect.plan import correction_cost_text
     from sclite.train.sft import read_templates
 
@@ -255,15 +255,15 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
         read_templates(context.run)
     data = {name: context.run.path(f"{name}.jsonl").is_file() for name in ("templates", "reviews", "pairs")}
     corrects = data["reviews"] or not context.run.is_imported("pairs", "pairs.jsonl")
-    if only != "sft":  # what stage 2 lacks is named before hours of SFT, not after
+    if only != "sft":  # report what stage 2 lacks before hours of SFT, not after
         ready = data["templates"] and not (data["reviews"] or data["pairs"])
         if ready and not context.config.teacher.model:
             why = "teacher.model is not set, and stage 2 needs a teacher for its corrections"
-            hint = "set a LiteLLM model, as in --set teacher.model=openai/gpt-5.4-mini, or use --only sft"
+            hint = "set a model, for example --set teacher.model=openai/gpt-5.4-mini, or use --only sft"
             raise UsageError(why, hint)
         if not has_problems(context):
             why = f"{context.run.path('problems.jsonl')} is missing, and stage 2 needs problems"
-            hint = "set problems.source, as in --set problems.source=train.jsonl, or use --only sft"
+            hint = "set problems.source, for example --set problems.source=train.jsonl, or use --only sft"
             raise DataError(why, hint)
         if corrects:
             check_sources(context)
@@ -273,7 +273,7 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
             why = f"{context.run.path('reviews.jsonl')} is missing, and the warm-up trains on reviews"
             raise DataError(why, "add it, or skip the warm-up: --set warmup.num_train_epochs=0")
     if context.config.student.model == "embedded" and not context.config.teacher.embedded:
-        only_stories = "is a toy that can learn the quickstart's word problems only; set student.model"
+        only_stories = "is a toy that can only learn the quickstart's word problems; set student.model"
         context.display.print(f"warning: the bundled student {only_stories}")
     if only != "sft" and context.isolated and llama_offloads() is False:
         slow = "sampling and the review threshold take much longer; `sclite doctor` shows how to install a CUDA build"
@@ -313,7 +313,7 @@ def refuse_other_attempts(context: Context) -> None:
 
 
 def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
-    """Train "sft", "warmup" or "dpo"; out of memory, it resumes from its checkpoint at half the micro-batch size."""
+    """Train "sft", "warmup" or "dpo"; if out of memory, resume from the checkpoint at half the micro-batch size."""
     from sclite.student.cuda_memory import free_memory
     from sclite.train.dpo import train_dpo
     from sclite.train.micro_batch import choose_on_gpu, largest_divisor
@@ -346,7 +346,7 @@ def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
                 warning = f"out of memory at micro-batch size {error.micro_batch}: {name} resumes at {size}"
                 progress(0, 0, warning=warning)
             if report is None and not context.isolated:
-                free_memory()  # here, where no traceback holds the model any more
+                free_memory()  # here, because no traceback references the model any more
     if "imported" in report.counts:
         return context.add(report, f"{name}: imported adapter")
     rows, steps = "pairs" if name == "dpo" else "rows", report.counts.get("steps", 0)
@@ -372,11 +372,11 @@ def untrained_problems(context: Context) -> list[Problem]:
         return []
     # imported attempts may be at any problem of the run
     corrected = {row.id for row in context.run.rows("reviews.jsonl", Review)}
-    return [each for each in divided_problems(context).fit if each.id not in corrected]
+    return [problem for problem in divided_problems(context).fit if problem.id not in corrected]
 
 
 def create_in_ollama(context: Context, gguf: Path) -> dict[str, Any]:
-    """Create the model `export.ollama`; what it says to a problem kept out of training, compared with the engine."""
+    """Create the model `export.ollama`, and compare its reply to an untrained problem with the engine's."""
     from sclite.export.ollama import compare_replies, create_model
     from sclite.export.samples import QUESTION
 
@@ -399,7 +399,7 @@ def evaluate_students(context: Context, names: Sequence[str], other: Run | None 
     theirs = evaluation.stored_results(other, held_out) if other else {}
     if trained := [name for name in names if name in STUDENTS]:
         exports.export(context, trained)
-    # the bundled teacher knows the steps of its own kind of problem
+    # the bundled teacher can check the steps of its own kind of problem
     judge = first_wrong_step if context.config.teacher.embedded else None
     summary = evaluation.evaluate(context, names, held_out, judge)
     if other:

@@ -1,4 +1,4 @@
-"""Progress over the stages of a command: a live line in a terminal, lines in a log, with cost and time left."""
+"""Progress of a command's stages: a live line in a terminal, lines in a log, with cost and time left."""
 
 import sys
 import threading
@@ -21,30 +21,30 @@ Shown = tuple[Callable[[str], None], Callable[[int, int], None]]
 WIDE = 125  # columns of a progress line with its full text
 LOG_SECONDS = 30.0  # between two progress lines without a terminal
 HEADING_DELAY = 0.5  # seconds; a shorter stage only prints its closing line
-MEASURED_SECONDS, MEASURED_ROWS = 2.0, 2  # what a rate is measured over, at least
-WINDOW_ROWS = 10  # before the first rows stop to count
-MEASURED_SHARE = 0.02  # of a plan, before it is scaled
-SHORT = 10.0  # seconds; loading libraries takes most of a shorter stage, which says nothing about the speed of others
+MEASURED_SECONDS, MEASURED_ROWS = 2.0, 2  # the least that a rate is measured over
+WINDOW_ROWS = 10  # before the oldest rows leave the window
+MEASURED_SHARE = 0.02  # of a plan that must be measured before it is scaled
+SHORT = 10.0  # seconds; a shorter stage mostly loads libraries, and says nothing about the speed of others
 ESTIMATING = "estimating time left"
 
 
 def no_progress(*_: object, **__: object) -> None:
-    """Shows nothing."""
+    """A callback that shows nothing."""
 
 
 class Rate:
-    """How fast a stage works: rows, share of the work and cost over time, measured from its first row on."""
+    """The speed of a stage: rows, share of the work and cost over time, measured from its first row."""
 
     def __init__(self) -> None:
         # seconds, rows, share of the work, US dollars
         self.points: list[tuple[float, int, float, float]] = []
-        self.begin: int | None = None  # rows done before
+        self.begin: int | None = None  # rows done before this run
         self.window = 0  # the point from which the rate is measured
-        self.advanced = 0.0  # when a row was done last
+        self.advanced = 0.0  # when the last row was done
         self.total, self.note = 0, ""  # rows, and current figures such as the loss
 
     def update(self, done: int, share: float, spent_usd: float | None) -> None:
-        """Call at the start and after each row, with what is done, and the cost of the run (None: free)."""
+        """Call at the start and after each row with the rows and share done, and the cost of the run (None: free)."""
         if self.begin is None:
             self.begin = done
         elif self.points[0][1] == self.begin:  # loading a library may come before the first row
@@ -54,7 +54,7 @@ class Rate:
             self.advanced = time.monotonic()
         points.append((time.monotonic(), done, share, spent_usd or 0.0))
         seconds, rows = points[-1][:2]
-        # the later half: a rate that changes shows soon, one slow row does not count much
+        # the later half: a change of speed shows soon, one slow row has little effect
         wanted = max(MEASURED_SECONDS, (seconds - points[0][0]) / 2)
         while self.window + 1 < len(points):
             later = points[self.window + 1]
@@ -63,7 +63,7 @@ class Rate:
             self.window += 1
 
     def measured(self) -> tuple[float, int, float, float] | None:
-        """Seconds, rows, share and US dollars since the window began; None until they say something."""
+        """Seconds, rows, share and US dollars since the window began; None while they are too few."""
         if not self.points:
             return None
         now, then = self.points[-1], self.points[self.window]
@@ -77,7 +77,7 @@ class Rate:
         return found and (1 - self.points[-1][2]) * found[0] / found[2]
 
     def line(self) -> str:
-        """$0.12 of about $1.40, 3.2/s (or 29 s each); no rate while other work is done than rows."""
+        """$0.12 of about $1.40, 3.2/s (or 29 s each); no rate while no rows are being done."""
         found = self.measured()
         if found is None:
             return ""
@@ -93,12 +93,12 @@ class Rate:
 
 
 class Countdown:
-    """The time left as it is shown: it falls by the clock, and is reset when it is off by more than a fifth."""
+    """The displayed time left: it runs down with the clock, and is reset when it is off by more than a fifth."""
 
     end: float | None = None
 
     def update(self, estimate: float | None) -> None:
-        """Take a new estimate of the seconds left; None is no news."""
+        """Take a new estimate of the seconds left; None is ignored."""
         now = time.monotonic()
         if estimate is None:
             return
@@ -113,7 +113,7 @@ class Countdown:
 
 
 class ProgressDisplay:
-    """Progress over the stages of a command; `plan`, their typical seconds, is scaled to this machine."""
+    """Shows the progress of a command's stages; `plan` has their typical seconds, which are scaled to this machine."""
 
     def __init__(self, plan: Mapping[str, float] | None = None, quiet: bool = False):
         self.plan, self.quiet = dict(plan or {}), quiet
@@ -123,10 +123,10 @@ class ProgressDisplay:
         self._rate, self.countdown = Rate(), Countdown()
 
     def seconds_left(self, stage: str, share: float) -> float | None:
-        """Seconds left, in all stages if this one is planned, when `share` of it is done; None before a speed is known."""
+        """Seconds left when `share` of a stage is done, with later stages if it is planned; None until the speed is known."""
         if stage not in self.plan:
             return self._rate.seconds_left()
-        # this machine's speed is that of its finished stages, except SHORT ones, and of the rows of this one
+        # this machine's speed comes from its finished stages, except SHORT ones, and from the rows of this one
         worked = [(self.plan.get(n, 0), took) for n, took in self.finished.items() if n not in self.skipped]
         worked = [(planned, took) for planned, took in worked if planned > SHORT]
         if (found := self._rate.measured()) is not None and self.plan[stage] > SHORT:
@@ -135,16 +135,16 @@ class ProgressDisplay:
         if measured < MEASURED_SHARE * sum(self.plan.values()):
             return None
         scale = sum(took for _, took in worked) / measured
-        own = self._rate.seconds_left()
+        remaining = self._rate.seconds_left()
         later = list(self.plan)[list(self.plan).index(stage) + 1 :]
-        left = scale * self.plan[stage] * (1 - share) if own is None else own
+        left = scale * self.plan[stage] * (1 - share) if remaining is None else remaining
         return left + scale * sum(self.plan[name] for name in later if name not in self.finished)
 
     @contextmanager
     def stage(self, name: str, text: str) -> Iterator[Progress]:
         """Show a stage while it runs. Yields a callback `progress(done, total, spent_usd, share=, note=, warning=)`.
 
-        `share` is the share of the work done, if rows are not equally long. `note` holds current figures such as the
+        `share` is the share of the work done, if rows differ in length. `note` holds current figures such as the
         loss. A `warning` is printed at once, on a line that stays.
         """
         planned, began = name in self.plan, time.monotonic()
@@ -156,7 +156,7 @@ class ProgressDisplay:
         self.countdown.update(self.seconds_left(name, 0.0))
 
         def figures() -> str:
-            """The most important ones first: a narrow terminal drops the last ones."""
+            """Most important first: a narrow terminal drops the last ones."""
             known = self._rate.total or self.countdown.end is not None
             speed, left = "" if planned else self._rate.line(), str(self.countdown) if known else ""
             return ", ".join(filter(None, (left, speed, self._rate.note)))
@@ -192,7 +192,7 @@ class ProgressDisplay:
 
     @contextmanager
     def _bar(self, terminal: "Console", text: str, figures: Callable[[], str]) -> Iterator[Shown]:
-        """(print a warning, show what is done) on a line of the terminal that never stands still."""
+        """Yield (print a warning, show progress) for a live line of the terminal, whose clock and spinner keep moving."""
         from rich import progress as rich
         from rich.text import Text
 
@@ -221,14 +221,14 @@ class ProgressDisplay:
 
     @contextmanager
     def _log(self, text: str, figures: Callable[[], str]) -> Iterator[Shown]:
-        """(print a warning, show what is done) below a heading; a line every LOG_SECONDS, even if nothing was done."""
+        """Yield (print a warning, show progress) for a log: a heading, then a line every LOG_SECONDS, even without progress."""
         lock, ended, began = threading.Lock(), threading.Event(), time.monotonic()
         heading = text if self.countdown.end is None else f"{text} (about {self.countdown} in total)"
         counted = ""
 
         def note(line: str = "") -> None:
             nonlocal heading
-            with lock:  # held until it is printed, so that it precedes what follows the stage
+            with lock:  # held until it is printed, so that it precedes the output of the next stage
                 for each in (escape(heading), line):
                     if each and not ended.is_set():
                         console.note(each)
@@ -255,7 +255,7 @@ class ProgressDisplay:
                 ended.set()
 
     def wait(self, text: str) -> AbstractContextManager[object]:
-        """A spinner while something is read or computed between two stages."""
+        """A spinner between two stages, while something is read or computed."""
         return nullcontext() if self.quiet else console.spinner(text)
 
     def print(self, text: str) -> None:

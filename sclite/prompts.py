@@ -22,18 +22,18 @@ def _source(name: str, folder: str) -> str:
     if folder and not Path(folder).is_dir():
         hint = "check the path; --set prompts.folder= unsets it"
         raise DataError(f"prompts.folder: {folder} is not a folder", hint)
-    own = Path(folder) / f"{name}.txt"
-    path = own if folder and own.is_file() else SHIPPED / f"{name}.txt"
+    override = Path(folder) / f"{name}.txt"
+    path = override if folder and override.is_file() else SHIPPED / f"{name}.txt"
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        hint = "save it as UTF-8 text" if path == own else "reinstall sclite"
+        hint = "save it as UTF-8 text" if path == override else "reinstall sclite"
         raise DataError(f"the prompt {path} cannot be read: {error}", hint) from error
 
 
 @cache
 def _template(name: str, folder: str) -> jinja2.Template:
-    # prompts.folder may come with somebody else's run: its templates must not reach the system
+    # prompts.folder may come from somebody else's run: its templates must not reach the system
     options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     return ImmutableSandboxedEnvironment(**options).from_string(_source(name, folder))
 
@@ -74,7 +74,7 @@ def _messages(name: str, folder: str, **values: str) -> Messages:
 def solve_messages(question: str, folder: str = "", name: str = "student_solve") -> Messages:
     """The chat in which the student solves a problem, the same in training, sampling, evaluation and chat.
 
-    With the `name` baseline_solve, it is that for a model that was not trained here: no system prompt, no form of the steps.
+    The `name` baseline_solve is for a model that was not trained here: no system prompt, no format of the steps.
     """
     return _messages(name, folder, question=question)
 
@@ -91,10 +91,10 @@ def teacher_messages(
 
     `error` says why the teacher's last reply failed.
     """
-    given = {"question": question, "solution": solution, "answer": answer, "error": error}
+    values = {"question": question, "solution": solution, "answer": answer, "error": error}
     if work is None:
-        return _messages("teacher_template", folder, **given)
-    return _messages("teacher_correction", folder, **given, work=work)
+        return _messages("teacher_template", folder, **values)
+    return _messages("teacher_correction", folder, **values, work=work)
 
 
 def inspection_messages(

@@ -9,7 +9,7 @@ from sclite.trace import ParsedTrace, Trace, parse
 
 FEEDBACK = "feedback.jsonl"
 FROM_FEEDBACK = "feedback-"
-"""How the ids of problems and attempts begin that come from the chat's /good and /bad."""
+"""Prefix of the IDs of problems and attempts that come from the chat's /good and /bad."""
 
 
 class Row(BaseModel):
@@ -19,14 +19,14 @@ class Row(BaseModel):
 
 
 class TraceRow(Row):
-    """A row with a trace, which is parsed once, when it is first needed."""
+    """A row with a trace, which is parsed once, on first use."""
 
     id: str
     trace: str
 
     @cached_property
     def parsed(self) -> ParsedTrace:
-        """The trace, and what is wrong with its form."""
+        """The trace and its formal errors."""
         return parse(self.trace)
 
 
@@ -93,7 +93,7 @@ class Pair(Row):
 
 
 class Drop(Row):
-    """A skipped row: at which stage, why, and the raw text."""
+    """A dropped row: the stage, the reason and the raw text."""
 
     stage: str
     id: str
@@ -104,7 +104,7 @@ class Drop(Row):
 
 
 class Feedback(Row):
-    """A user's verdict on an answer in the chat: the first attempt, the text after its review, the accused step."""
+    """A user's verdict on an answer in the chat: the first attempt, the text after its review, the flagged step."""
 
     question: str
     attempt: str

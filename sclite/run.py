@@ -1,4 +1,4 @@
-"""The run folder, the only state that stages share: rows, files replaced by rename, and manifests of finished stages."""
+"""The run folder, the only state that stages share: rows, atomically replaced files, and manifests of finished stages."""
 
 import json
 import os
@@ -55,7 +55,7 @@ class Run:
         return self.folder / name
 
     def is_begun(self) -> bool:
-        """Whether this is a run: a folder with more than the lock, ledger and feedback of a chat, and what an `eval` dropped."""
+        """Whether this is a run: it has more than a chat's lock, ledger and feedback, and the drops of an `eval`."""
         return any(
             path.name not in (LOCK, FEEDBACK, "dropped.jsonl", *LEDGER) for path in self.folder.glob("*")
         )
@@ -68,11 +68,11 @@ class Run:
         from filelock import FileLock, Timeout
 
         new = [folder for folder in (self.folder, self.folder.parent) if not folder.exists()]
-        held = FileLock(self.path(LOCK), timeout=0.5)  # `is_locked` in another process takes it for a moment
+        lock = FileLock(self.path(LOCK), timeout=0.5)  # `is_locked` in another process takes it for a moment
         elsewhere = "choose another folder with --run"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            held.acquire()
+            lock.acquire()
         except Timeout:
             message = f"another sclite process is using {self.folder}"
             raise UsageError(message, f"wait for it, or {elsewhere}") from None
@@ -86,7 +86,7 @@ class Run:
                     self.path(LOCK).unlink()
                     for folder in new:
                         folder.rmdir()
-            held.release()
+            lock.release()
 
     def has_own_problems(self) -> bool:
         """Whether the problems came with the run, as those of the quickstart did, and were not read from a source."""
@@ -103,7 +103,7 @@ class Run:
             raise UsageError(f"{self.folder} has other problems than {source}", hint)
 
     def is_locked(self) -> bool:
-        """Whether a process holds this run. False where only reading is allowed."""
+        """Whether a process is using this run. False if the folder is read-only."""
         from filelock import FileLock, Timeout
 
         try:
@@ -146,7 +146,7 @@ class Run:
     # -- rows ------------------------------------------------------------------------------------------------------
 
     def append(self, name: str, rows: Iterable[Row]) -> None:
-        """Append rows in one write: after a kill each is complete, or a broken last line that readers skip."""
+        """Append rows in one write: a kill leaves complete rows and at most one broken last line, which readers skip."""
         if found := list(rows):
             with self.appending(name) as add:
                 add(found)
@@ -212,7 +212,7 @@ class Run:
                 yield row
         if damaged:
             more = f" and {len(damaged) - 1} more" if damaged[1:] else ""
-            self.warn(f"{path}: line {damaged[0]}{more} damaged, skipped")
+            self.warn(f"{path}: line {damaged[0]}{more} damaged and skipped")
 
     def read(self, name: str, kind: type[R], whole: bool = True) -> list[R]:
         return list(self.rows(name, kind, whole))
@@ -246,7 +246,7 @@ class Run:
         try:
             return TypeAdapter(shape).validate_json(path.read_bytes())
         except ValidationError:
-            self.warn(f"{path} is damaged, ignored")
+            self.warn(f"{path} is damaged and ignored")
             return None
 
     def write_json(self, name: str, value: Any) -> None:
@@ -281,7 +281,7 @@ class Run:
         return sum(1 for _ in self.rows(name, ROWS[name], whole=False))
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
-        """The manifest of a finished stage, whatever its inputs; if it is damaged, its copy."""
+        """The manifest of a finished stage, whatever its inputs; its copy if it is damaged."""
         path = self.path(f"done/{stage}.json")
         if not path.is_file():
             return None
@@ -293,16 +293,16 @@ class Run:
     def sign(
         self, stage: str, inputs: dict[str, Any], report: Report, outputs: Mapping[str, int | None] = {}
     ) -> None:
-        """Write the manifest that marks a stage as done, last of all its files, which are synced to disk first.
+        """Sync a stage's outputs to disk, then write the manifest that marks the stage as done.
 
-        `outputs` maps the files that it vouches for to their number of rows, or None. Raises DataError if rows are missing.
+        `outputs` maps each file to its number of rows, or None. Raises DataError if rows are missing.
         """
         signed: dict[str, dict[str, Any]] = {}
         for name, rows in outputs.items():
             path = self.path(name)
             if rows is not None and (there := self._count(name)) != rows:
                 hint = "re-run with one process at a time; paid replies come from the ledger"
-                message = f"{path} holds {there} of {rows} rows: another process has written to the run"
+                message = f"{path} contains {there} of {rows} rows: another process has written to the run"
                 raise DataError(message, hint)
             sync(path)
             sync(path.parent)

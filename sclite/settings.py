@@ -22,9 +22,9 @@ NOT_SAVED: dict[str, Any] = {
     "eval": {"limit"},
     "export": {"ollama", "push"},
 }
-"""What run.toml never holds, as pydantic's `exclude`: the run's path, and options that apply to one command only."""
+"""What is not saved to run.toml (pydantic's `exclude`): the run's path, and options that apply to one command only."""
 OF_SOURCE = ("subset", "split", "question_column", "answer_column", "solution_column", "id_column")
-"""Settings of `problems` and `eval` that describe a source: those of run.toml say nothing about another one."""
+"""Settings of `problems` and `eval` that describe a source: those in run.toml do not apply to another source."""
 
 
 def load(
@@ -72,10 +72,10 @@ def load(
             message, hint = _explain(error)
             raise DataError(f"{saved}: {message}", f"{hint} {advice}") from None
     for section in tree.keys() & {"problems", "eval"}:
-        given = (layer.get(section) for layer in layers)
-        sources = [part["source"] for part in given if isinstance(part, Mapping) and part.get("source")]
+        sections = (layer.get(section) for layer in layers)
+        sources = [part["source"] for part in sections if isinstance(part, Mapping) and part.get("source")]
         known = tree[section].get("source")
-        # absolute, since a file has several names; as text, since a value of another type is refused below
+        # absolute, since a file has several names; as text, since other types are rejected below
         names = {os.path.abspath(os.path.expanduser(str(name))) for name in (*sources[-1:], known)}
         if sources and known and len(names) > 1:
             tree[section] = {k: v for k, v in tree[section].items() if k not in OF_SOURCE}
@@ -128,16 +128,16 @@ def _assign(tree: dict[str, Any], path: list[str], text: str) -> None:
 PLAIN = {
     "tuple_type": 'write a list, such as ["a", "b"] or [0.5, 1.5]',
     "missing": "a value is missing",
-    "model_type": "this is a section, which has keys of its own",
+    "model_type": "this is a section, not a key",
 }
 """Messages instead of pydantic's, by its type of error."""
 
 
 def _explain(error: ValidationError) -> tuple[str, str]:
-    """(message, hint): all errors in one message, and a suggestion for each unknown key, named if there are several."""
+    """(message, hint): all errors in one message, and a suggestion for each unknown key, which it names if there are several."""
     known, lines, meanings = keys(), [], []
     hints: dict[str, list[str]] = {}  # suggestion -> unknown keys
-    names = {key: key for key in known}  # and by a part of the name: `sft.epochs` means sft.num_train_epochs
+    names = {key: key for key in known}  # also by part of the name: `sft.epochs` means sft.num_train_epochs
     for key in known:
         section, _, name = key.rpartition(".")
         for part in (name, *name.split("_")):
@@ -150,17 +150,17 @@ def _explain(error: ValidationError) -> tuple[str, str]:
             for unknown in [f"{key}.{name}" for name in inner] or [key]:
                 lines.append(f"unknown key {unknown}")
                 section = unknown.partition(".")[0]
-                own = [key.removeprefix(f"{section}.") for key in known if key.startswith(f"{section}.")]
-                # half a name is soon like another one: `sft.lr` and the `per` of sft.per_device_train_batch_size
+                valid = [key.removeprefix(f"{section}.") for key in known if key.startswith(f"{section}.")]
+                # part of a name easily resembles another: `sft.lr` and the `per` of sft.per_device_train_batch_size
                 like = difflib.get_close_matches
                 near = like(unknown, names, 1, 0.8) or like(unknown, known, 1, 0.75)
-                hint = f"{section} has {', '.join(own)}." if own else ""
+                hint = f"{section} has {', '.join(valid)}." if valid else ""
                 hint = f"did you mean {names[near[0]]}?" if near else hint
                 if re.search(r"api_?key|secret|password|(?<!max)_token$|\btoken$", unknown):
                     hint = "keys and tokens come from the environment, such as OPENAI_API_KEY"
                 hints.setdefault(hint, []).append(unknown)
         else:
-            # what is refused in teacher.extra may be a secret
+            # a rejected value in teacher.extra may be a secret
             shown = key if key == "teacher.extra" else f"{key} = {failure['input']!r}"
             message = PLAIN.get(failure["type"]) or f"{failure['msg'][0].lower()}{failure['msg'][1:]}"
             lines.append(f"{shown}: {message}")

@@ -30,7 +30,7 @@ def differences(before: Mapping[str, object], now: Mapping[str, object], prefix:
 
 
 def with_unanswered(inputs: dict[str, object], count: int) -> dict[str, object]:
-    """The inputs to sign after `count` failed calls: they equal no others, so the next run requests those calls again."""
+    """The inputs to sign after `count` failed calls: they match no others, so the next run retries those calls."""
     return {**inputs, "unanswered": count} if count else inputs
 
 

@@ -9,7 +9,7 @@ import html
 import re
 from dataclasses import dataclass, replace
 
-TAG = re.compile(  # possessive (*+), so that a thousand blanks after a < are not split in every way
+TAG = re.compile(  # possessive (*+): no catastrophic backtracking on a thousand blanks after a <
     r"<[ \t]*+(/?)[ \t]*+(step|key|cause|correction|generali[sz](?:ed|ation)|(?:final[ \t_]?)?answer)[ \t_-]*+(\d{0,4})"
     r'[ \t]*+(?>(?:(?<=[ \t])[\w-]++="[^"<>\n]{0,80}+"[ \t]*+)*):?[ \t]*+>',  # a possessive group fails in Python 3.11.2
     re.I | re.A,
@@ -77,7 +77,7 @@ class ParsedTrace:
 
     @property
     def work(self) -> Trace:
-        """The trace with the corrections that a student made while solving."""
+        """The trace with the student's own corrections applied."""
         return corrected(self.trace)
 
 
@@ -170,7 +170,7 @@ def render(trace: Trace) -> str:
 
 
 class _Reader:
-    """Takes the tags of a text in order and builds the trace, recording issues instead of raising."""
+    """Builds the trace from the tags of a text in order, recording issues instead of raising."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, list[str]]] = []  # for each tag, the pieces of its text
@@ -196,7 +196,7 @@ class _Reader:
             self.report("text_between_tags", offset)
 
     def close(self, depth: int, offset: int) -> None:
-        """Close all open tags but the outermost `depth`; each lacks its own closer."""
+        """Close all open tags but the outermost `depth`; each lacks a closing tag."""
         while len(self.open) > depth:
             self.report("missing_closer", offset)
             self.open.pop()

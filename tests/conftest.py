@@ -1,4 +1,4 @@
-"""What every test stands on. Helpers lie beside it: `from tests.replay import TeacherServer, say`."""
+"""Fixtures for all tests. Helpers are in modules next to this one: `from tests.replay import TeacherServer, say`."""
 
 import os
 import signal
@@ -22,18 +22,18 @@ SLOW = ("test_flow.py", "test_three_commands.py", "test_resume.py", "test_kills.
 
 
 def pytest_configure(config):
-    """Keep the order below, in which pytest-xdist would move files of few tests to the end."""
+    """Keep the order below: pytest-xdist would move files with few tests to the end."""
     config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items):
-    """The slowest files first, so that no worker is left with one of them at the end."""
+    """Slowest files first, so that no worker starts one of them at the end."""
     items.sort(key=lambda item: item.path.name not in SLOW)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c():
-    """Ctrl-C counts here and in what the tests start, also where a script runs them in the background without it."""
+    """Ctrl-C works here and in child processes, even if a script runs the tests in the background, where it is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -41,7 +41,7 @@ def ctrl_c():
 
 @pytest.fixture(autouse=True)
 def _key(monkeypatch):
-    """Every test has a made-up key, and none the user's."""
+    """Every test gets a fake key, never the user's."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret")
 
 
@@ -75,7 +75,7 @@ class Ended:
 
 @pytest.fixture
 def sclite(tmp_path, monkeypatch, capsys):
-    """Runs a command in a folder of its own, as `sclite` would, and never lets a traceback pass."""
+    """Run a command in a temporary folder, as `sclite` would; a traceback fails the test."""
     monkeypatch.chdir(tmp_path)
     for name in CLEAN:
         monkeypatch.setenv(name, "")

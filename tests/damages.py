@@ -44,7 +44,7 @@ def _load(data: bytes) -> object:
 
 
 def _change_shape(data: bytes, draw: random.Random) -> bytes:
-    """JSON of the wrong shape: one value, or the whole document, has another type."""
+    """JSON with the wrong structure: one value, or the whole document, has another type."""
     lines = data.splitlines() or [b"{}"]
     at = draw.randrange(len(lines))
     odd = draw.choice((None, [], {}, "x", -1, 1e400, [[[]]], {"a": {}}))

@@ -38,7 +38,7 @@ KEPT = ("student", "attempts", "sft", "warmup", "dpo", "export", "eval")  # of t
 
 
 def run_command(folder: Path, *arguments: str, text: str = "") -> str:
-    """What a command in a process of its own prints."""
+    """What a command prints, run in its own process."""
     command = [sys.executable, "-m", "sclite", *arguments]
     environment = {**os.environ, "OPENAI_API_KEY": "sk-test"}
     options = {"cwd": folder, "env": environment, "capture_output": True, "text": True, "check": False}

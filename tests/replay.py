@@ -4,7 +4,7 @@
         server.url, server.requests, server.counts
 
 `request` is the parsed body, `nth` counts (from 1) the requests with these messages. A request for a stream gets the text
-word by word. Ollama's list of models holds those in `models`, {name: digest}.
+word by word. Ollama's list of models is `models`, {name: digest}.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The command line: every error has one line with its place, a hint and an exit code."""
+"""The command line: every error has one line that says where it is, a hint and an exit code."""
 
 import io
 import itertools
@@ -80,7 +80,7 @@ ERRORS = [
     ("train --set prompts.zzz=red", 2, "unknown key prompts.zzz", "prompts has folder."),
     ("train --set sft.num_train_epochs=x", 2, "'x': input should be a valid number", "sclite init"),
     ("train --set problems.correction_share=1.5", 2, "= 1.5: input should be less than 1", ""),
-    # what is missing
+    # something is missing
     ("build-data --run empty --set teacher.model=a/b", 3, "problems.jsonl is missing or empty", "problems.source"),
     ("build-data mine.jsonl", 2, "error: teacher.model is not set", "--set teacher.model=openai/gpt-5.4-mini"),
     ("build-data mine.jsonl --dry-run", 2, "teacher.model is not set", "teacher.model="),
@@ -96,15 +96,15 @@ ERRORS = [
     ("export --format data", 3, "runs/default has no templates or pairs to export", "sclite build-data"),
     ("eval", 2, "error: eval.source is not set", "`sclite eval test.jsonl`"),
     ("eval mine.jsonl", 3, "mine.jsonl: too few problems, 3 of 3 were not trained on", ""),
-    ("chat ?", 3, "runs/default/export holds no GGUF", "sclite train"),
+    ("chat ?", 3, "runs/default/export contains no GGUF", "sclite train"),
     ("chat --model none.gguf ?", 3, "none.gguf does not exist", ""),
     ("chat none.gguf", 3, "none.gguf does not exist", ""),
     ("chat ''", 2, "error: the question is empty", ""),
     ("show --run none", 3, "the run none does not exist", "sclite build-data"),
     ("status --run runs/none", 3, "the run runs/none does not exist", "sclite build-data"),
-    ("serve", 3, "runs/default/export holds no GGUF", "sclite train"),
+    ("serve", 3, "runs/default/export contains no GGUF", "sclite train"),
     ("report", 3, "runs/default", "sclite eval"),
-    ("runs none", 3, "none holds no run", "sclite runs FOLDER"),
+    ("runs none", 3, "none contains no run", "sclite runs FOLDER"),
     ("init --config none/sclite.toml", 2, "none/sclite.toml cannot be written: No such file", "--config"),
     ("build-data --run mine.jsonl --set teacher.model=a/b", 2, "mine.jsonl cannot be written", "--run"),
     (f"build-data mine.jsonl {shlex.join(TEACHER)} --set teacher.api_base=http://127.0.0.1:9/v1", 6,
@@ -112,7 +112,7 @@ ERRORS = [
 ]  # fmt: skip
 
 
-def test_export_works_on_the_quickstarts_run_where_there_is_no_other(sclite):
+def test_export_uses_the_quickstart_run_if_there_is_no_other(sclite):
     Path("runs/quickstart").mkdir(parents=True)
     Path("runs/quickstart/run.toml").write_text("")
     assert "runs/quickstart has no templates" in sclite("export", "--format", "data").error
@@ -167,7 +167,7 @@ def test_a_rejected_key_stops_the_command_and_is_never_printed(sclite, monkeypat
         ended = sclite("build-data", "mine.jsonl", *TEACHER, "--set", f"teacher.api_base={server.url}")
     assert ended.code == 6
     assert f"teacher openai/replay at {server.url} rejects the key (HTTP 401)" in ended.error
-    assert "export OPENAI_API_KEY=.." in ended.hint
+    assert "export OPENAI_API_KEY=..." in ended.hint
     assert "sk-secret" not in ended.out + ended.err
 
 
@@ -182,7 +182,7 @@ def test_training_on_a_missing_gpu_suggests_the_cpu(sclite):
     assert "omit --gpu to train on the first GPU, or on the CPU if there is none" in ended.hint
 
 
-def test_a_damaged_row_of_the_run_is_named(sclite):
+def test_a_damaged_row_of_the_run_is_reported(sclite):
     write_rows("runs/default/templates.jsonl", [TEMPLATE, TEMPLATE.replace('"trace"', '"trce"'), TEMPLATE])
     ended = sclite("train", "--only", "sft", *TOY)
     assert ended.code == 3
@@ -200,14 +200,14 @@ def test_a_second_process_on_one_run_is_refused(tmp_path):
     assert hint == "try: wait for it, or choose another folder with --run"
 
 
-def test_ctrl_c_exits_with_130_and_suggests_to_resume(sclite, monkeypatch):
+def test_ctrl_c_exits_with_130_and_suggests_resuming(sclite, monkeypatch):
     monkeypatch.setattr(doctor, "run_checks", lambda *_: signal.raise_signal(signal.SIGINT))
     ended = sclite("doctor")
     assert (ended.code, ended.err) == (130, "interrupted; re-run to resume\n")
 
 
 @pytest.mark.parametrize("form", [(), ("--json",)])
-def test_an_answer_of_no_is_not_an_error(sclite, monkeypatch, form):
+def test_declining_is_not_an_error(sclite, monkeypatch, form):
     monkeypatch.setattr(console, "is_interactive", lambda: True)
     monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
     write_rows("mine.jsonl", [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(40)])
@@ -268,7 +268,7 @@ def test_a_dry_run_of_corrections_needs_attempts(sclite):
     assert json.loads(sclite(*asked, "--json").out)["requests"] == 0  # imported reviews: no requests
 
 
-def test_a_dry_run_names_the_corrections_that_would_follow(sclite):
+def test_a_dry_run_lists_the_corrections_that_would_follow(sclite):
     run = Path("runs/default")
     write_rows(run / "problems.jsonl", [{"id": "p0", "question": "What is 2 + 2?", "answer": "4"}])
     work = {"id": "p0", "sample": 0, "trace": "<Step1>2 + 2 = 5\n</Step1>\n<Answer>5</Answer>"}
@@ -276,7 +276,7 @@ def test_a_dry_run_names_the_corrections_that_would_follow(sclite):
     write_rows(run / "templates.jsonl", [{**json.loads(TEMPLATE), "id": "p0"}])
     price = ("--set", "teacher.price=[1000, 1000]")
     shown = sclite("build-data", "--dry-run", *TEACHER, *price).out
-    assert shown.startswith("No requests for templates are left to send.")
+    assert shown.startswith("No requests for templates left to send.")
     assert "corrections" not in shown
     shown = sclite("build-data", "--dry-run", *TEACHER, *price, "--set", "attempts.student=openai/other").out
     assert re.search(r"^corrections: 1 by .*, about \$\d", shown, re.M)
@@ -329,7 +329,7 @@ def test_show_prints_plain_text_to_a_pipe_or_one_object_with_unchanged_rows(scli
         ("drops --from 3", "--from 3: only 2 drops match", "1 to 2"),
     ],
 )
-def test_what_cannot_be_shown_names_what_can(sclite, dropped, typed, message, hint):
+def test_an_unknown_argument_of_show_lists_the_known_ones(sclite, dropped, typed, message, hint):
     ended = sclite("show", *typed.split())
     assert (ended.code, ended.out) == (2, "")
     assert message in ended.error
@@ -376,7 +376,7 @@ def test_show_is_colored_and_paged_in_a_terminal(dropped, tmp_path):
     assert "Which is 1 + 1?" in sent
 
 
-def test_quitting_the_pager_or_a_pipe_early_is_no_error(dropped, tmp_path):
+def test_quitting_the_pager_or_a_pipe_early_is_not_an_error(dropped, tmp_path):
     drops = (Drop(stage="s", id=str(n), reason="r", raw="x" * 99) for n in range(5000))
     dropped.append("dropped.jsonl", drops)
     code, sent = in_a_terminal(tmp_path, "head -1")
@@ -389,7 +389,7 @@ def test_quitting_the_pager_or_a_pipe_early_is_no_error(dropped, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["status", "show"])
-def test_commands_that_read_a_run_find_the_quickstarts(sclite, command):
+def test_commands_that_read_a_run_fall_back_to_the_quickstarts(sclite, command):
     assert sclite(command).code == 3
     for folder in ("runs/quickstart", "runs/default"):
         Run(folder).append("problems.jsonl", [Problem(id="p", question="1 + 1?", answer="2")])
@@ -398,7 +398,7 @@ def test_commands_that_read_a_run_find_the_quickstarts(sclite, command):
 
 @pytest.mark.parametrize("command", ["build-data", "build-data --dry-run", "train", "run", "run --plan"])
 def test_no_command_replaces_the_problems_of_a_quickstart_with_those_of_sclite_toml(sclite, command):
-    """Which the quickstart itself does not read."""
+    """The quickstart itself does not read it."""
     run = Run("runs/quickstart")
     run.replace("problems.jsonl", problem_set("train", 60))
     if command != "run":  # as the quickstart leaves them, and as a killed one does
@@ -414,8 +414,8 @@ def test_no_command_replaces_the_problems_of_a_quickstart_with_those_of_sclite_t
     assert not run.path("run.toml").exists()
 
 
-def test_only_the_quickstart_continues_its_run_beside_another_configuration(sclite):
-    """With another teacher its problems are split in another way, and what was trained is stale."""
+def test_only_quickstart_continues_its_run_despite_another_configuration(sclite):
+    """With another teacher its problems are split differently, and what was trained is stale."""
     with Run("runs/quickstart").recording(load(None, [], {}, flow.DEFAULTS, own_file=False)):
         Run("runs/quickstart").replace("problems.jsonl", problem_set("train", 60))
     write_rows("mine.jsonl", PROBLEMS)
@@ -431,6 +431,6 @@ def test_the_quickstart_does_not_replace_the_problems_of_another_run(sclite):
     with run.recording(load(None, ["problems.source=mine.jsonl"], {}, own_file=False)):
         run.replace("problems.jsonl", [Problem(id="a", question="1 + 1?", answer="2")])
     ended = sclite("quickstart", "--run", "runs/default")
-    assert (ended.code, ended.error) == (2, "error: the run runs/default has the problems of mine.jsonl")
+    assert (ended.code, ended.error) == (2, "error: the run runs/default has problems from mine.jsonl")
     assert "--run" in ended.hint
     assert [row.id for row in run.read("problems.jsonl", Problem)] == ["a"]

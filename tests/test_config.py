@@ -18,7 +18,7 @@ def test_defaults_then_file_then_environment_then_settings(tmp_path):
     (tmp_path / "sclite.toml").write_text("[sft]\nnum_train_epochs = 2\nbatch_size = 2\n[lora]\nr = 2\n")
     defaults = {"sft": {"num_train_epochs": 1, "batch_size": 1}, "lora": {"r": 1, "lora_alpha": 1}}
     variables = {"SCLITE_SFT__NUM_TRAIN_EPOCHS": "3", "SCLITE_LORA__R": "3"}
-    variables |= {"SCLITE_LLAMA_CPP": "/src/llama.cpp", "OTHER__THING": "1"}  # these are no settings
+    variables |= {"SCLITE_LLAMA_CPP": "/src/llama.cpp", "OTHER__THING": "1"}  # these are not settings
     found = load(None, ["sft.num_train_epochs=4"], variables, defaults)
     values = (found.lora.lora_alpha, found.sft.batch_size, found.lora.r, found.sft.num_train_epochs)
     assert values == (1, 2, 3, 4)

@@ -1,4 +1,4 @@
-"""The student that samples attempts and own corrections: in llama.cpp where it can be, else in transformers."""
+"""The student that samples attempts and its own corrections: with llama.cpp if possible, else with transformers."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_without_a_converter_transformers_samples(trained, expected, monkeypatch
     with trained.sampler("sft/adapter", lambda *_, warning: warnings.append(warning)) as student:
         assert type(student) is HFModel
         assert answers(student) == expected
-    assert warnings == ["cannot download llama.cpp's converter: sampling in transformers, which is slower"]
+    assert warnings == ["cannot download llama.cpp's converter: sampling with transformers, which is slower"]
     assert not trained.run.path("export/sampling").exists()
 
 
@@ -79,4 +79,4 @@ def test_on_a_gpu_llama_cpp_samples_in_8_bits_if_its_build_can_use_it(trained, o
 
 
 class Loaded(Exception):
-    """The model is loaded in transformers, which this machine cannot do on a GPU."""
+    """The model is loaded with transformers, which has no GPU on this machine."""

@@ -62,7 +62,7 @@ def test_a_damaged_manifest_is_read_from_its_copy(run, damage):
     with pytest.raises(DataError, match="and its copy are damaged") as error:
         run.done("sft", {"seed": 0})
     assert f"remove {path}" in error.value.hint
-    path.unlink()  # without it, its copy does not count
+    path.unlink()  # without it, its copy is ignored
     assert run.manifest("sft") is None
 
 

@@ -1,4 +1,4 @@
-"""The documentation: the configuration reference is up to date, every link leads somewhere, and README stays short."""
+"""The documentation: the configuration reference is up to date, every link works, and the README stays short."""
 
 import ast
 import html

@@ -33,7 +33,7 @@ def torch_with_gpus(monkeypatch):
 
 @pytest.fixture
 def nvidia_smi(tmp_path, monkeypatch, torch_with_gpus):
-    """An nvidia-smi that prints the given lines, in which {gpu} is the number it was asked for."""
+    """An nvidia-smi that prints the given lines, where {gpu} is the requested number."""
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     script = tmp_path / "nvidia-smi"
 
@@ -133,7 +133,7 @@ def checks_of(sclite, *arguments):
     return ended.code, {check["name"]: check for check in json.loads(ended.out)["checks"]}
 
 
-def test_doctor_without_a_teacher_asks_for_no_key_and_no_network(sclite, monkeypatch):
+def test_doctor_without_a_teacher_requires_no_key_and_no_network(sclite, monkeypatch):
     monkeypatch.setattr(doctor, "find_failures", lambda addresses: dict.fromkeys(addresses, "asked"))
     code, checks = checks_of(sclite, "--set", "student.model=embedded")
     assert code == 0
@@ -150,7 +150,7 @@ def test_doctor_requires_the_teachers_key_and_only_mentions_the_network(sclite, 
     assert code == 1
     key, address, hub = (checks[name] for name in ("teacher's key", "teacher's address", "Hugging Face Hub"))
     found = {"works": False, "required": True, "found": "OPENAI_API_KEY is not set"}
-    assert key == {"name": "teacher's key", "fix": "export OPENAI_API_KEY=..", **found}
+    assert key == {"name": "teacher's key", "fix": "export OPENAI_API_KEY=...", **found}
     assert (address["works"], address["required"]) == (False, False)
     assert address["found"] == "https://api.openai.com: no route to host"
     assert (hub["works"], hub["required"]) == (False, False)
@@ -166,14 +166,14 @@ def test_doctor_requires_the_teachers_key_and_only_mentions_the_network(sclite, 
 @pytest.mark.parametrize(
     ("model", "found", "fix"),
     [
-        ("gemini/gemini-2.5-flash", "GEMINI_API_KEY is not set", "export GEMINI_API_KEY=.."),
+        ("gemini/gemini-2.5-flash", "GEMINI_API_KEY is not set", "export GEMINI_API_KEY=..."),
         ("azure/gpt-5", "AZURE_API_BASE and AZURE_API_VERSION and AZURE_API_KEY are not set",
-         "export AZURE_API_BASE=.. AZURE_API_VERSION=.. AZURE_API_KEY=.."),
+         "export AZURE_API_BASE=... AZURE_API_VERSION=... AZURE_API_KEY=..."),
         ("sambanova/some-model", "sambanova/some-model, key not checked", None),
-        ("ollama/qwen3", "ollama/qwen3", None),  # needs none
+        ("ollama/qwen3", "ollama/qwen3", None),  # needs no key
     ],
 )  # fmt: skip
-def test_doctor_names_the_variables_of_the_teachers_key(monkeypatch, model, found, fix):
+def test_doctor_lists_the_variables_of_the_teachers_key(monkeypatch, model, found, fix):
     for name in [name for name in os.environ if name.startswith(("AZURE_", "GEMINI_", "GOOGLE_", "OLLAMA_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(doctor, "find_failures", lambda urls: dict.fromkeys(urls, ""))
@@ -188,7 +188,7 @@ def test_doctor_reports_a_student_that_cannot_be_loaded(tmp_path):
     for model in ("models/qwen/7b", "/nowhere/7b", "qwen 7b"):
         check = next(doctor.check_network(Config.model_validate({"student": {"model": model}}), {}))
         assert (check.name, check.works, check.required) == ("student", False, True)
-        assert check.found == f"{model} is neither the folder of a Hugging Face model nor a Hub ID"
+        assert check.found == f"{model} is neither a Hugging Face model folder nor a Hub ID"
     assert not list(doctor.check_network(Config.model_validate({"student": {"model": str(tmp_path)}}), {}))
 
 
@@ -197,8 +197,8 @@ def test_doctor_reaches_a_local_teacher_and_reports_a_broken_configuration(sclit
         named = ("--set", "teacher.model=openai/replay", "--set", f"teacher.api_base={server.url}")
         code, checks = checks_of(sclite, *named)
         assert (code, checks["teacher's address"]["works"]) == (0, True)
-        assert checks["teacher's key"]["works"]  # an endpoint of one's own may need none
-        assert server.requests == []  # nothing was asked of the model
+        assert checks["teacher's key"]["works"]  # a self-hosted endpoint may need none
+        assert server.requests == []  # no request to the model
     code, checks = checks_of(sclite, "--set", "teacher.modl=x")
     assert code == 1
     assert checks["configuration"]["fix"] == "did you mean teacher.model?"
@@ -223,14 +223,14 @@ def test_addresses_that_do_not_answer_take_no_longer_than_the_limit(monkeypatch)
 
 
 @pytest.mark.parametrize("proxy", ["socks://127.0.0.1:1080", "socks5://127.0.0.1:1080"])
-def test_an_unusable_proxy_is_what_is_wrong_with_an_address(monkeypatch, proxy):
+def test_an_unusable_proxy_is_reported_as_the_failure(monkeypatch, proxy):
     monkeypatch.setenv("ALL_PROXY", proxy)
     monkeypatch.setitem(sys.modules, "socksio", None)  # not installed
     found = doctor.find_failures(["http://host.example/v1"])["http://host.example/v1"]
     assert ("Unknown scheme for proxy" if proxy.startswith("socks:") else "'socksio' package") in found
 
 
-def test_any_answer_but_a_gateways_error_is_an_answer():
+def test_any_response_but_a_gateway_error_counts_as_reachable():
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self):
             self.send_response(int(self.path[1:]))
@@ -248,7 +248,7 @@ def test_any_answer_but_a_gateways_error_is_an_answer():
     ("cuda", "wheel"),
     [("11.8", "cu118"), ("12.1", "cu121"), ("12.8", "cu125"), ("13.0", "cu130"), ("13.1", "cu130"), ("13.2", "cu132")],
 )  # fmt: skip
-def test_doctor_names_the_wheels_of_llama_cpp_that_fit_the_cuda_version(monkeypatch, cuda, wheel):
+def test_doctor_suggests_llama_cpp_wheels_for_the_cuda_version(monkeypatch, cuda, wheel):
     gpu = {"name": "RTX 4090", "total_gb": 24.0, "free_gb": 20.0}
     monkeypatch.setattr(doctor, "probe_torch", lambda: {"version": "2.13.0", "cuda": cuda, "gpus": [gpu]})
     monkeypatch.setattr(doctor, "llama_offloads", lambda: False)  # built for the CPU

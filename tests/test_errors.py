@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def sclite(folder: Path, *arguments: str, code: str = "", path: str = "", **environment: str):
-    """A command in a process of its own; `code` runs before it, `path` comes before everything on sys.path."""
+    """Run a command in its own process; `code` runs first, `path` is put at the front of sys.path."""
     main = f"import sys; sys.argv[0] = 'sclite'\n{code}\nfrom sclite.__main__ import main; main()"
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, (path, str(ROOT)))), "TMPDIR": str(folder)}
     options = {"cwd": folder, "env": {**os.environ, **paths, **environment}, "timeout": 300, "check": False}

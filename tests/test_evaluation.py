@@ -25,7 +25,7 @@ from tests.toy import ScriptedStudent
 
 
 def notes_on(fitting=60, **more):
-    """The notes on a student without anything to note but `more`."""
+    """The notes on a student with nothing to note except `more`."""
     figures = {"n": 300, "cut": 0, "off": "", "fitted": None} | more
     held_out = HeldOut([], range(fitting), "", "", "", {"overlaps_training": 1200})
     first, *notes = summary_notes({"sft": figures}, held_out, 320)
@@ -60,7 +60,7 @@ def context_of(folder, **review):
 
 
 def write_gguf(context, name, content=b""):
-    """A file of the run that begins like a GGUF."""
+    """A file in the run that starts like a GGUF."""
     path = context.run.path(f"export/{name}.gguf")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"GGUF" + content)
@@ -71,9 +71,9 @@ def test_chat_uses_the_configured_the_newest_or_the_given_gguf(tmp_path):
     context, path = context_of(tmp_path), tmp_path / "student.gguf"
     path.write_bytes(b"GGUF and more")
     assert exports.for_chat(context, path, False)[0] == path
-    # unfinished files do not count
+    # unfinished files are ignored
     write_gguf(context, "unfinished/sft-q4_k_m")
-    with pytest.raises(DataError, match="holds no GGUF"):
+    with pytest.raises(DataError, match="contains no GGUF"):
         exports.for_chat(context, None, None)
     for second, name in enumerate(("dpo-q8_0", "dpo-f16", "sft-q4_k_m", "dpo-lora")):
         os.utime(write_gguf(context, name), (second, second))
@@ -82,7 +82,7 @@ def test_chat_uses_the_configured_the_newest_or_the_given_gguf(tmp_path):
     assert exports.for_chat(context, None, False)[0].name == "dpo-q4_k_m.gguf"
 
 
-def test_the_largest_measured_file_stands_in_for_one_without_threshold(tmp_path):
+def test_the_largest_measured_file_replaces_one_without_threshold(tmp_path):
     home = context_of(tmp_path)
     folder = home.run.path("export")
     for name, size in (("dpo-q2_k", 9), ("dpo-q4_k_m", 12), ("dpo-q8_0", 20), ("sft-q8_0", 30)):
@@ -103,7 +103,7 @@ def test_the_largest_measured_file_stands_in_for_one_without_threshold(tmp_path)
     )
     off = "review is off; turn it on with --self-correct"
     assert exports.for_chat(context, None, self_correct=False) == (folder / "dpo-q2_k.gguf", None, off)
-    # what /correct on takes
+    # used by /correct on
     assert exports.for_chat(home, folder / "dpo-q8_0.gguf", False)[1] == Cutoff(1.0, 0.5)
     given = Config.model_validate({"review": {"threshold": 2.0}})
     context = Context(given, home.run, ProgressDisplay(quiet=True))
@@ -199,7 +199,7 @@ def train(run, name, weights):
 
 @pytest.fixture
 def exported(monkeypatch):
-    """The students that were exported, each into a file of the configured type."""
+    """The exported students, each as a file of the configured type."""
     names = []
 
     def export(context):
@@ -244,7 +244,7 @@ def test_chat_says_if_the_threshold_allows_more_harm_than_the_configuration(tmp_
         ) is noted
 
 
-def test_no_fitted_file_of_an_earlier_adapter_stands_in_for_one_without_threshold(tmp_path, exported):
+def test_no_fitted_file_of_an_earlier_adapter_replaces_one_without_threshold(tmp_path, exported):
     context = context_of(tmp_path)
     context.display = ProgressDisplay(quiet=True)
     train(context.run, "dpo", b"first")
@@ -263,12 +263,12 @@ def test_a_file_of_unknown_origin_is_used_with_a_warning(tmp_path, exported, cap
     path = write_gguf(context, "sft-q4_k_m")
     train(context.run, "sft", b"weights")
     assert exports.for_chat(context, None, False)[0] == path
-    assert "may be made from an earlier adapter" in capsys.readouterr().err.replace("\n", " ")
+    assert "may have been made from an earlier adapter" in capsys.readouterr().err.replace("\n", " ")
     assert exported == []
 
 
 class Stepper(ScriptedStudent):
-    """An engine that writes one step, and finds each of them right."""
+    """An engine that writes one step and judges every step right."""
 
     def __init__(self, *_, **__):
         super().__init__("<Step1>1 + 1 = 2\n</Step1>\n<Answer>2</Answer>")

@@ -1,4 +1,4 @@
-"""A function in a separate process: what comes back, and that the process never outlives its parent."""
+"""A function in a separate process: its results and errors, and that it never outlives its parent."""
 
 import atexit
 import fcntl
@@ -132,12 +132,12 @@ def test_output_goes_to_the_log_and_a_crash_is_reported(tmp_path, capfd):
 def test_dead_process_is_an_error_with_its_exit_code(tmp_path, function, arguments, code):
     log = tmp_path / "run/log"
     log.parent.mkdir()
-    log.write_text("ZeroDivisionError: of yesterday\n")  # an old traceback is not reported again
+    log.write_text("ZeroDivisionError: yesterday's\n")  # an old traceback is not reported again
     with pytest.raises(DeviceError, match=rf"exited unexpectedly \(code {code}\)"):
         run_isolated(function, *arguments, progress=no_progress, log=log)
 
 
-def test_dead_process_is_noticed_though_a_grandchild_holds_the_pipe(tmp_path):
+def test_dead_process_is_noticed_even_if_a_grandchild_keeps_the_pipe(tmp_path):
     with pytest.raises(DeviceError, match=r"code -9"):
         run_isolated(dies_and_leaves_a_child, tmp_path / "pid", progress=no_progress, log=tmp_path / "log")
     os.kill(int(read(tmp_path / "pid")), signal.SIGKILL)  # it is still there

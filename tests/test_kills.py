@@ -1,4 +1,4 @@
-"""Commands that are killed (SIGKILL) in every stage and run again end with the same files; and a full quickstart."""
+"""Commands killed (SIGKILL) in every stage and run again produce the same files; and a full quickstart."""
 
 import hashlib
 import json

@@ -22,7 +22,7 @@ REVIEW = render(Trace((Step("2 + 2 = 4"), CORRECTED, Step("So 5.")), None, "5"))
 
 
 def answer(body, nth):
-    """Solves wrongly, and corrects what it is shown."""
+    """Solves incorrectly, and corrects what it is shown."""
     return say(REVIEW if "4 + 1 = 6" in body["messages"][-1]["content"] else WRONG)
 
 
@@ -34,7 +34,7 @@ def ollama(monkeypatch):
         yield server
 
 
-def test_chat_names_the_model_alone_or_as_an_option(sclite, ollama, monkeypatch):
+def test_chat_takes_the_model_as_an_argument_or_an_option(sclite, ollama, monkeypatch):
     Run("runs/default").replace("problems.jsonl", [Problem(id="p", question="1 + 1?", answer="2")])
     Path("ollama").mkdir()  # is not the model's
     ended = sclite("chat", "--model", "ollama/me", "--json", "How many?")
@@ -52,7 +52,7 @@ def test_chat_names_the_model_alone_or_as_an_option(sclite, ollama, monkeypatch)
 
 
 def test_chat_without_a_run_writes_nothing_and_finds_the_quickstarts_run(sclite, ollama, tmp_path):
-    left = tmp_path / "runs/default/ledger.sqlite"  # a ledger alone is no run
+    left = tmp_path / "runs/default/ledger.sqlite"  # a ledger alone is not a run
     for before in (False, True):
         if before:
             left.parent.mkdir(parents=True)
@@ -62,7 +62,7 @@ def test_chat_without_a_run_writes_nothing_and_finds_the_quickstarts_run(sclite,
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == [left] * before
     Run("runs/quickstart").replace("problems.jsonl", [Problem(id="p", question="1 + 1?", answer="2")])
     assert "runs/quickstart" in sclite("status").out
-    assert len(ollama.requests) == 4  # nothing was kept, so it is asked again
+    assert len(ollama.requests) == 4  # nothing was stored, so it is requested again
 
 
 def test_chat_through_the_ledger_of_a_busy_run_is_refused(sclite, ollama):
@@ -74,9 +74,9 @@ def test_chat_through_the_ledger_of_a_busy_run_is_refused(sclite, ollama):
 
 
 @pytest.mark.parametrize("question", ["What is 3/4 of 8?", "1/2", "and/or x", "x/y=3"])
-def test_question_with_a_slash_is_no_model(sclite, question):
+def test_question_with_a_slash_is_not_a_model(sclite, question):
     ended = sclite("chat", question)
-    assert "holds no GGUF" in ended.error
+    assert "contains no GGUF" in ended.error
 
 
 def test_evaluation_of_a_model_in_ollama(sclite, ollama):
@@ -102,7 +102,7 @@ def test_evaluation_of_a_model_in_ollama(sclite, ollama):
     ("name", "message", "hint"),
     [("other", "Ollama at http://127.0.0.1:", "ollama pull other"), ("", "does not answer", "ollama serve")],
 )
-def test_what_is_missing_in_ollama_is_named(sclite, ollama, monkeypatch, name, message, hint):
+def test_what_is_missing_in_ollama_is_reported(sclite, ollama, monkeypatch, name, message, hint):
     if not name:
         monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
     for command in (("chat", "--model", f"ollama/{name or 'me'}", "1?"), ("chat", f"ollama/{name or 'me'}")):

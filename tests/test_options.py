@@ -1,4 +1,4 @@
-"""What a run remembers of a command: what decides its data and models, no filter of one command, and nothing for ever."""
+"""What a run remembers from a command: what determines its data and models, not one-off filters, and nothing forever."""
 
 import json
 import shutil
@@ -96,7 +96,7 @@ def test_every_kind_of_value_can_be_reset_to_its_default(tmp_path, key, other, d
 
 
 def test_the_environment_sets_any_key_and_a_misspelled_one_is_refused(tmp_path):
-    """The run's settings then count, and an empty value restores a command's own default."""
+    """Then the run's settings apply, and an empty value restores a command's own default."""
     (tmp_path / "run.toml").write_text("[sft]\nnum_train_epochs = 9\n")
     given, own = {"SCLITE_SEED": "5", "SCLITE_RUN": str(tmp_path)}, {"sft": {"num_train_epochs": 5}}
     found = load(None, (), given, own, own_file=False)
@@ -159,7 +159,7 @@ def test_a_run_continues_without_its_problem_file(build, teacher_of_sums):
     for arguments in ((), ("mine.jsonl",), ("mine.jsonl", "--limit", "6")):
         ended = build(*arguments)
         assert ended.code == 0, ended.err
-        assert "6 in the run (mine.jsonl does not exist any more)" in ended.err
+        assert "6 in the run (mine.jsonl no longer exists)" in ended.err
     assert len(teacher_of_sums.requests) == asked
     assert build("mine.jsonl", "--limit", "3").code == 2
     assert build("other.jsonl").code == 3
@@ -237,7 +237,7 @@ def test_a_setting_after_an_option_of_the_same_meaning_wins(build):
     assert tomllib.loads(Path("runs/default/run.toml").read_text())["teacher"]["max_cost"] == 2
 
 
-def test_no_corrections_are_bought_for_a_student_that_new_templates_make_stale(build, teacher_of_sums):
+def test_no_corrections_are_requested_for_a_student_that_new_templates_make_stale(build, teacher_of_sums):
     problems(6)
     assert build("mine.jsonl", "--limit", "4").code == 0
     run = Run("runs/default")

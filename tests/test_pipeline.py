@@ -89,7 +89,7 @@ def test_build_data_goes_from_problems_to_pairs_with_an_endpoint(run, sclite, mo
         assert not path.is_file() or b"sk-secret" not in path.read_bytes()
 
 
-def test_another_endpoint_asks_anew_and_the_teacher_only_about_new_attempts(run):
+def test_another_endpoint_is_sampled_again_and_only_new_attempts_corrected(run):
     problems(8)
     with TeacherServer(model) as server:
         for name in ("student", "other"):
@@ -169,7 +169,7 @@ def test_plan_of_a_run_has_the_cost_of_templates_and_corrections(run, folder, ca
     context.display = ProgressDisplay()
     print_plan(forecast.plan_run(context))
     planned = re.search(
-        r"Templates by the teacher: (\d+), about \$(\S+)\nCorrections by the teacher: at most (\d+), about \$(\S+)\n",
+        r"Templates from the teacher: (\d+), about \$(\S+)\nCorrections from the teacher: at most (\d+), about \$(\S+)\n",
         capsys.readouterr().out,
     )
     split = pipeline.divided_problems(context)
@@ -187,7 +187,7 @@ def test_the_plan_of_a_run_counts_the_wrong_attempts_at_any_price(run, folder, c
     write_rows(run.path("attempts.jsonl"), [{"id": problem.id, **wrong} for problem in attempted])
     context.display = ProgressDisplay()
     print_plan(forecast.plan_run(context))
-    assert "Corrections by the teacher: 2, cost unknown\n" in capsys.readouterr().out
+    assert "Corrections from the teacher: 2, cost unknown\n" in capsys.readouterr().out
 
 
 def test_the_plan_of_a_run_does_not_guess_the_number_of_imported_attempts(run, folder, capsys):
@@ -197,8 +197,8 @@ def test_the_plan_of_a_run_does_not_guess_the_number_of_imported_attempts(run, f
     context.display = ProgressDisplay()
     print_plan(forecast.plan_run(context))
     shown = capsys.readouterr().out
-    assert "Templates by the teacher: 20, about $" in shown
-    assert "Corrections by the teacher: unknown" in shown
+    assert "Templates from the teacher: 20, about $" in shown
+    assert "Corrections from the teacher: unknown" in shown
 
 
 def test_run_with_plan_shows_it_and_starts_nothing(run, folder, sclite):
@@ -213,13 +213,13 @@ def test_run_with_plan_shows_it_and_starts_nothing(run, folder, sclite):
     assert plan["templates"]["cost_usd"] > 0
     assert 0 < plan["teacher"]["requests"] < trained
     assert (shown.code, plan["teacher"]["at_most"]) == (0, True)
-    assert f"Templates by the teacher: {trained}, about $" in shown.out
-    assert f"Corrections by the teacher: at most {plan['teacher']['requests']}, about $" in shown.out
+    assert f"Templates from the teacher: {trained}, about $" in shown.out
+    assert f"Corrections from the teacher: at most {plan['teacher']['requests']}, about $" in shown.out
     assert set(plan["stages"]) == {"sft", "warmup", "dpo"}
     assert not run.folder.exists()
 
 
-def test_a_missing_gguf_is_named(run):
+def test_a_missing_gguf_is_reported(run):
     problems(4)
     context = context_of(run, "http://127.0.0.1:9/v1", **{"attempts.student": "none.gguf"})
     with pytest.raises(DataError, match=r"attempts\.student: none\.gguf does not exist"):
@@ -237,7 +237,7 @@ def test_a_missing_gguf_is_named(run):
         ({"problems.correction_share": 1e-9}, "no problems are kept for stage 2"),
     ],
 )
-def test_train_names_what_stage_2_lacks_before_sft(run, tmp_path, monkeypatch, more, said):
+def test_train_reports_what_stage_2_lacks_before_sft(run, tmp_path, monkeypatch, more, said):
     def start(*_):
         raise InterruptedError
 
@@ -312,7 +312,7 @@ def test_other_attempts_are_refused_before_they_are_paid_for(run, monkeypatch):
 
 
 @pytest.mark.parametrize("more", [{}, {"attempts.source": "x"}])
-def test_where_a_student_is_trained_the_pairs_wait_for_its_warm_up(run, more):
+def test_the_pairs_of_a_trained_student_wait_for_its_warm_up(run, more):
     problems(4)
     run.path("sft/adapter").mkdir(parents=True)
     run.path("sft/adapter/adapter_model.safetensors").write_bytes(b"trained")
@@ -339,7 +339,7 @@ def test_imported_attempts_become_decisions_without_any_student(run):
     assert {d.reason for d in run.read("dropped.jsonl", Drop)} == {"no_student_review"}
 
 
-def test_a_student_that_writes_no_steps_is_named_not_its_training(run):
+def test_a_student_that_writes_no_steps_is_blamed_not_its_training(run):
     problems(8)
     with TeacherServer(lambda body, nth: say("I would say 80.")) as server:
         own = {"attempts.student": "openai/student", "attempts.api_base": server.url}
@@ -357,10 +357,10 @@ def test_too_few_problems_for_a_threshold_load_no_model(tmp_path, run):
         run.path(name).write_bytes(b"no model")
     context = Context(load(None, [f"run={run.folder}"], {}), run, ProgressDisplay(quiet=True))
     exports.fit_review_threshold(context, pipeline.untrained_problems(context))
-    assert "too few to fit its threshold" in context.reports[-1].figures["off"]
+    assert "too few to fit the threshold" in context.reports[-1].figures["off"]
 
 
-def test_adapter_as_a_gguf_is_no_model_to_chat_with(run, monkeypatch):
+def test_an_adapter_gguf_is_not_used_for_chat(run, monkeypatch):
     for name in ("sft/adapter/adapter_model.safetensors", "export/sft-lora.gguf"):
         run.path(name).parent.mkdir(parents=True)
         run.path(name).write_bytes(b"GGUF")
@@ -374,7 +374,7 @@ def test_adapter_as_a_gguf_is_no_model_to_chat_with(run, monkeypatch):
     assert exports.for_chat(context, None, False)[0] == made
 
 
-def test_evaluation_on_other_problems_leaves_those_of_the_run(run):
+def test_evaluation_on_other_problems_keeps_those_of_the_run(run):
     """Two of the evaluated questions were trained on: the evaluation skips them, the run keeps them."""
     problems(220)
     context = context_of(run, "http://unused")

@@ -1,4 +1,4 @@
-"""Rates, costs and time left, the progress bar in a real terminal, and lines in a log."""
+"""Rates, costs and time left; the progress bar in a real terminal, and log lines."""
 
 import io
 import itertools
@@ -24,7 +24,7 @@ def test_the_rate_is_measured_from_the_first_row_and_slow_in_seconds(clock):
     rate, rate_total = progress.Rate(), 121
     rate.update(100, 100 / rate_total, 0.5)
     for number in range(1, 12):
-        clock.append(60.0 + number)  # a minute before the first row, as when LiteLLM is imported
+        clock.append(60.0 + number)  # a minute before the first row, as while LiteLLM is imported
         rate.update(100 + number, (100 + number) / rate_total, 0.5 + 0.01 * number)
         assert number > 2 or rate.line() == ""  # one row has no rate
     rate.total = rate_total
@@ -140,7 +140,7 @@ def test_skipped_stages_do_not_change_the_time_left(clock):
 
 @pytest.fixture
 def hurried(monkeypatch):
-    """A log whose heading and lines come soon."""
+    """A log with short intervals for its heading and lines."""
     monkeypatch.setattr(progress, "HEADING_DELAY", 0.01)
     monkeypatch.setattr(progress, "LOG_SECONDS", 0.05)
 
@@ -156,8 +156,8 @@ def test_notes_and_warnings_are_printed_to_a_log(hurried, capsys):
 
 
 @pytest.mark.parametrize("note", ["", "reference of 8 of 16 reviews"])
-def test_a_log_goes_on_before_the_first_row(hurried, capsys, note):
-    """A stage that loads a model for a minute is not silent, and a note of it has no count."""
+def test_a_log_continues_before_the_first_row(hurried, capsys, note):
+    """A stage that loads a model for a minute is not silent, and its notes have no count."""
     with progress.ProgressDisplay().stage("dpo", "dpo: the student learns") as report:
         if note:
             report(0, 0, note=note)
@@ -167,8 +167,8 @@ def test_a_log_goes_on_before_the_first_row(hurried, capsys, note):
     assert first == second == f"  0 s so far, {note}".rstrip(", ")
 
 
-def test_a_stage_that_comes_back_has_no_number_again(hurried, capsys):
-    """eval exports the students that training has not."""
+def test_a_repeated_stage_is_not_numbered_again(hurried, capsys):
+    """eval exports the students that training did not."""
     display = progress.ProgressDisplay({"export": 1, "eval": 2})
     for name in ("export", "eval", "export"):
         with display.stage(name, f"{name}: work"):

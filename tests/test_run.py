@@ -73,7 +73,7 @@ def test_drops_are_replaced_stage_by_stage(run):
     assert [(d.stage, d.id) for d in run.read("dropped.jsonl", Drop)] == [("b", "2"), ("a", "3")]
 
 
-def test_what_an_evaluation_drops_makes_no_run(run):
+def test_drops_of_an_evaluation_do_not_make_a_run(run):
     run.replace_drops("eval", [Drop(stage="eval", id="p", reason="overlaps_training")])
     assert not run.is_begun()
     run.append("problems.jsonl", [problem(1)])

@@ -1,4 +1,4 @@
-"""The shape of the code (DESIGN): imports point down, importing is light, functions are few and long, names are unique."""
+"""The shape of the code (DESIGN): imports point down, importing is fast, functions are few and long, names are unique."""
 
 import ast
 import importlib.util
@@ -43,7 +43,7 @@ LAYERS = {
     **dict.fromkeys(("sclite.teacher", "sclite.student"), 3),
     "sclite.run": 2,
 }
-"""Modules and packages from the top; every other module is the language of the method and stands at the bottom."""
+"""Modules and packages from the top; every other module is part of the method's vocabulary and at the bottom."""
 BOTTOM = 1
 HEAVY = "torch transformers trl peft unsloth litellm openai httpx datasets llama_cpp math_verify sympy matplotlib".split()  # noqa: SIM905
 
@@ -60,7 +60,7 @@ def layer(module: str) -> int:
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of every import, wherever it stands; `from a import b` gives a.b where that is a module."""
+    """(line, dotted name) of every import, wherever it is; `from a import b` gives a.b where that is a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -92,7 +92,7 @@ def test_imports_point_down():
     assert wrong == []
 
 
-def test_the_check_of_the_layers_knows_up_from_down():
+def test_the_layer_check_distinguishes_up_from_down():
     up = """data.pairs:train.sft student.self_correction:data.pairs student.self_correction:teacher.client trace:run
         data.attempts:student.endpoint pipeline:cli quickstart.tutor:quickstart.flow"""
     down = """data.pairs:data.attempts data.pairs:student.self_correction student.endpoint:teacher.client
@@ -102,7 +102,7 @@ def test_the_check_of_the_layers_knows_up_from_down():
             assert upward(f"sclite.{importer}", f"sclite.{imported}") == expected, (importer, imported)
 
 
-def test_the_language_of_the_method_has_no_circle():
+def test_modules_at_the_bottom_have_no_import_cycle():
     """Modules at the bottom may use one another, in one direction."""
     graph = {
         module: {
@@ -132,7 +132,7 @@ def test_importing_any_module_loads_nothing_heavy():
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
 
 
-def test_help_waits_for_neither_pydantic_nor_rich():
+def test_help_imports_neither_pydantic_nor_rich():
     code = "import sys, sclite.__main__, sclite.cli; print({'pydantic', 'rich', 'numpy', 'jinja2'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "set()\n"
 
@@ -147,7 +147,7 @@ PRIVATE_ELSEWHERE = {
 
 
 def test_functions_are_few_and_long():
-    """An interface of many functions of a few lines, each called once, is harder to read than the code inline."""
+    """Many functions of a few lines, each called once, are harder to read than the code inline."""
     functions, words = [], Counter()
     for tree in TREES.values():
         for node in ast.walk(tree):
@@ -244,7 +244,7 @@ def test_every_setting_in_the_documentation_exists(page):
     assert {key for key in named if not key.endswith((".jsonl", ".yaml", ".py"))} <= known
 
 
-def test_command_lines_are_found_where_they_stand():
+def test_command_lines_are_found_in_code_blocks_and_backticks():
     text = "Say `sclite eval F --limit 5`.\n```sh\n$ sclite a b # why\nx && .venv/bin/sclite c\nsclite d \\\n  --e\n```\n"
     assert command_lines(text) == ["sclite a b", "sclite c", "sclite d    --e", "sclite eval F --limit 5"]
 
@@ -279,7 +279,7 @@ def test_every_third_party_import_is_declared():
     assert missing == set()
 
 
-def test_every_prompt_is_a_file_that_the_wheel_takes_along():
+def test_every_prompt_is_a_file_that_the_wheel_includes():
     shipped = {path.stem: path.read_text(encoding="utf-8").strip() for path in (ROOT / "prompts").iterdir()}
     assert shipped
     assert all(shipped.values())
@@ -291,7 +291,7 @@ def test_every_prompt_is_a_file_that_the_wheel_takes_along():
 
 @pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="no git checkout")
 def test_nothing_that_is_shipped_is_ignored_by_git():
-    """Hatchling leaves out what .gitignore names."""
+    """Hatchling leaves out what .gitignore lists."""
     shipped = [p for top in ("sclite", "prompts") for p in (ROOT / top).rglob("*") if p.is_file()]
     names = "\n".join(str(p.relative_to(ROOT)) for p in shipped if "__pycache__" not in p.parts)
     asked = ["git", "check-ignore", "--stdin", "--no-index"]
@@ -300,7 +300,7 @@ def test_nothing_that_is_shipped_is_ignored_by_git():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("hatchling") is None, reason="hatchling is not installed")
-def test_the_wheel_holds_every_prompt_and_data_file(tmp_path):
+def test_the_wheel_contains_every_prompt_and_data_file(tmp_path):
     wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path]
     subprocess.run([*wheel, ROOT], check=True, capture_output=True)
     held = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
@@ -328,7 +328,7 @@ def test_only_console_and_progress_print():
 
 
 def test_nobody_swallows_every_exception():
-    """`except Exception` stands only where it is raised again."""
+    """`except Exception` is allowed only if it re-raises."""
     wrong = []
     for module, tree in TREES.items():
         for node in ast.walk(tree):
@@ -340,14 +340,14 @@ def test_nobody_swallows_every_exception():
 
 
 def test_no_pattern_has_a_possessive_group():
-    """Python 3.11.2, which is Debian 12's, never matches some of them; an atomic group says the same."""
+    """Python 3.11.2, Debian 12's, never matches some of them; an atomic group is equivalent."""
     found = [
         name for name, path in FILES.items() if re.search(r"\)[*+?]\+", path.read_text(encoding="utf-8"))
     ]
     assert found == []
 
 
-def test_every_module_says_in_its_first_line_what_it_is():
+def test_every_module_has_a_docstring():
     silent = [m for m, tree in TREES.items() if FILES[m].stat().st_size and not ast.get_docstring(tree)]
     assert silent == []
 

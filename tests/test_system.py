@@ -1,4 +1,4 @@
-"""Full disks, closed pipes, long names and ASCII terminals end in one line and an exit code."""
+"""Full disks, closed pipes, long names and ASCII terminals: one error line and an exit code."""
 
 import json
 import os
@@ -33,12 +33,12 @@ SHOWN = ("status", "status --json", "show", "show problems", "show problems --js
 
 
 @pytest.mark.parametrize("command", [*SHOWN, "doctor --json", "--help"])
-def test_a_full_stdout_is_an_error_in_one_line_and_a_closed_pipe_is_none(shown, command):
+def test_a_full_stdout_is_a_one_line_error_and_a_closed_pipe_is_not(shown, command):
     words = [*command.split(), *(["--run", shown.folder] if command.startswith("s") else [])]
     with open("/dev/full", "w") as full:
         done = process(*words, stdout=full)
     assert done.returncode == 1
-    assert "the output: No space left on device" in done.stderr
+    assert "standard output: No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
     reading, writing = os.pipe()
     os.close(reading)
@@ -49,7 +49,7 @@ def test_a_full_stdout_is_an_error_in_one_line_and_a_closed_pipe_is_none(shown, 
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_closed_stdout_is_no_error(shown):
+def test_a_closed_stdout_is_not_an_error(shown):
     done = process("show", "--run", shown.folder, stdout=None, preexec_fn=lambda: os.close(1))
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -9,7 +9,7 @@ def test_threads_spin_for_microseconds_unless_the_environment_says_otherwise(mon
     monkeypatch.setattr(os, "environ", {})
     wait_briefly()
     assert os.environ["OMP_WAIT_POLICY"] == "passive"
-    assert 0 < int(os.environ["GOMP_SPINCOUNT"]) <= 10_000  # 100,000 stood still beside busy processes
+    assert 0 < int(os.environ["GOMP_SPINCOUNT"]) <= 10_000  # 100,000 stalled on a busy machine
     os.environ["GOMP_SPINCOUNT"] = "7"
     wait_briefly()
     assert os.environ["GOMP_SPINCOUNT"] == "7"

@@ -1,4 +1,4 @@
-"""build-data, train and chat, in that order and with nothing between them, are a whole run; `sclite run` is the same in one."""
+"""build-data, train and chat, with nothing in between, make a complete run; `sclite run` does the same in one command."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_nothing_was_trained_on_the_problems_of_the_threshold(trained):
 
 @pytest.fixture
 def command(sclite, monkeypatch, trained):
-    """Runs a command in the folder; returns what it prints."""
+    """Run a command in the folder; return its output."""
     monkeypatch.chdir(trained)
 
     def call(*arguments: str) -> str:
@@ -48,7 +48,7 @@ def command(sclite, monkeypatch, trained):
     return call
 
 
-def test_afterwards_all_is_done_and_train_repairs_what_is_missing(trained, command):
+def test_afterwards_all_is_done_and_train_restores_what_is_missing(trained, command):
     status = json.loads(command("status", "--json"))
     assert {name for name, stage in status["stages"].items() if stage["state"] != "done"} == {"eval"}
     assert status["next"].startswith("sclite chat")

@@ -113,7 +113,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_megabyte_is_parsed(text):
-    parse(text)  # a second; in quadratic time hours
+    parse(text)  # takes a second; in quadratic time, hours
 
 
 FORGIVEN = {
@@ -201,7 +201,7 @@ SENTENCE = "Natalia sold 72 clips altogether, in April and May."
         ("<Step1>a</Step1><Answer>1</Answer><Answer>2</Answer>", ["a"], "2", {"second_answer"}),
         (f"<Step1>{LATEX}\n</Step1>\n<Answer>$x<5$</Answer>", [LATEX], "$x<5$", set()),
         (f"<Step1>a</Step1><Answer>\n{SENTENCE}\n</Answer>", ["a"], SENTENCE, set()),
-        # lookalikes are no tags: a long s, and a Cyrillic letter
+        # lookalikes are not tags: a long s, and a Cyrillic letter
         ("<Step1>a <cauſe> b</Step1><Answer>1</Answer>", ["a <cauſe> b"], "1", set()),
         ("<Step1>a <Keу> b</Step1><Answer>1</Answer>", ["a <Keу> b"], "1", set()),
         ("<Step1>a <think>b</think></Step1><Answer>1</Answer>", ["a <think>b</think>"], "1", set()),

@@ -1,4 +1,4 @@
-"""`sclite train` on a tiny student: out of memory, processes of its own, warnings, the plan, and what it refuses."""
+"""`sclite train` on a tiny student: out of memory, separate processes, warnings, the plan, and errors."""
 
 import importlib.util
 import json
@@ -58,7 +58,7 @@ def train_sft(context: Context):
 
 
 def limit_memory(monkeypatch, rows: int, from_step: int = 0) -> list[int]:
-    """Let forward passes of more rows run out of memory, as a GPU would; returns the sizes that are tried."""
+    """Make forward passes with more rows run out of memory, as on a GPU; returns the sizes tried."""
     tried, real = [], sft.negative_log_likelihood
 
     def limited(model, batch):
@@ -148,7 +148,7 @@ def test_in_its_own_process_a_stage_trains_the_same_and_reports_each_step(folder
     assert one == other
 
 
-def test_long_rows_are_named_before_the_first_step_and_in_the_final_line(folder, tmp_path):
+def test_long_rows_are_reported_before_the_first_step_and_in_the_final_line(folder, tmp_path):
     context = context_of(folder, tmp_path)
     tokenizer, unseen = load_tokenizer(context.config.student.model), pipeline.unseen(context)
     templates = [row for row in context.run.read("templates.jsonl", Template) if row.id not in unseen]
@@ -194,7 +194,7 @@ def test_the_plan_has_the_steps_rows_and_micro_batch_of_the_training(folder, tmp
         assert planned["micro_batch"] == sizes.pop(0)
 
 
-def test_the_plan_leaves_out_what_the_threshold_is_fitted_on(folder, tmp_path):
+def test_the_plan_omits_the_problems_for_the_threshold(folder, tmp_path):
     context = context_of(folder, tmp_path)
     write_toy(context.run, 200)
     trained = 200 - len(pipeline.unseen(context, "sft"))
@@ -221,13 +221,13 @@ MOST = "corrections: at most 10 by openai/teacher, about $"
     ("teacher", "paid", "line"),
     [
         ({**SUMS, "max_cost": 0.5}, 12, f"{MOST}0.20"),
-        ({**SUMS, "max_cost": 0.4}, 12, f"{MOST}0.20; teacher.max_cost is $0.4, $0.24 is spent"),
+        ({**SUMS, "max_cost": 0.4}, 12, f"{MOST}0.20; teacher.max_cost is $0.4, of which $0.24 is spent"),
         (PRICED, 0, MOST),
         (SUMS, 0, ""),
     ],
     ids=["from the templates", "beyond the limit", "from the price", "unknown"],
 )
-def test_train_names_the_cost_of_the_corrections_first(
+def test_train_shows_the_cost_of_the_corrections_first(
     folder, tmp_path, monkeypatch, capsys, teacher, paid, line
 ):
     def start(*_):

@@ -237,7 +237,7 @@ def train_all(config: Config, run: Run, count: int = 6) -> None:
 
 
 def start_training(config: Config, run: Run, stage: str) -> subprocess.Popen:
-    """Train one stage in a process of its own."""
+    """Train one stage in its own process."""
     command = [sys.executable, "-c", _CHILD.format(stage=stage), config.model_dump_json(), str(run.folder)]
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
 
@@ -250,7 +250,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
 
 
 class Said(list):
-    """A progress that keeps the warnings it is to show."""
+    """A progress display that records its warnings."""
 
     def __call__(self, *_, warning="", **__):
         self.extend([warning] if warning else [])
@@ -301,7 +301,7 @@ class ScriptedStudent(Student):
 
 
 class SameVerdict:
-    """A grader that finds every answer right, or every one wrong."""
+    """A grader that grades every answer right, or every answer wrong."""
 
     def __init__(self, right: bool):
         self.right = right

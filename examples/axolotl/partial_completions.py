@@ -17,7 +17,7 @@ class Trainer(AxolotlDPOTrainer):
 
 
 def encode(row, tokenizer):
-    """The token ids of a pair: chat, pieces of the prefix, and completions are tokenized separately, nothing is added."""
+    """The token IDs of a pair: chat, prefix pieces and completions are tokenized separately; nothing is added."""
     chat = row["prompt"].removesuffix("".join(row["prefix"]))
     pieces = [chat, *row["prefix"], row["chosen"], row["rejected"]]
     *prompt, chosen, rejected = tokenizer(pieces, add_special_tokens=False)["input_ids"]

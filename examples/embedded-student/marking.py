@@ -36,7 +36,7 @@ REMEDIES = (
 
 
 def two_marks(draw: random.Random, part: int) -> tuple[str, str]:
-    """The names of the two notes on a wrong line. From few pairs a student learns the names, from many the form.
+    """The names of the two notes on a wrong line. With few pairs a student learns the names, with many the form.
 
     Cause and Correction occur with other names, but never together: that is sclite's own format.
     """

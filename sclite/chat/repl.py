@@ -34,10 +34,10 @@ def run_chat(
     example: str = "",
     as_json: bool = False,
 ) -> int:
-    """Answer one question, or those that are typed or piped in. Returns the exit code: that of the last error in a pipe.
+    """Answer one question, or those typed or piped in. Returns the exit code (of the last error, in a pipe).
 
     `off`: why answers are not reviewed, "" if they are. `endpoint`: the student, if it is not the GGUF `path`; its
-    reviews are free. A student of one kind of problem has an `example`.
+    reviews are free. `example`: a problem to show if the student solves one kind only.
     """
     mode = config.review.mode if endpoint is None else "free"
     settings = Settings.of(config, cutoff, "" if off else mode)
@@ -45,7 +45,7 @@ def run_chat(
         if endpoint is not None:
             student, context, about = endpoint, 0, ""
         else:
-            # one sequence keeps the solution while the other one reviews it
+            # one sequence keeps the solution while the other reviews it
             engine = stack.enter_context(open_gguf(path, config, parallel=2))
             student, context = engine, engine.context
             about = f": {engine.description}, on the {'GPU' if engine.offloaded else 'CPU'}"
@@ -60,10 +60,10 @@ def run_chat(
         if console.is_interactive():
             console.note(f"[dim]{escape(chat.name + about)}[/]")
             if example:
-                console.note(f"This model only knows problems like this one:\n{escape(example)}")
+                console.note(f"This model only solves problems like this one:\n{escape(example)}")
             converse(chat)
             return DONE
-        # each line of standard input is answered with one line; an error gives an empty line, or an object
+        # each line of stdin gets one line of output; an error gets an empty line, or an object
         code = DONE
         for number, line in enumerate(map(str.strip, iter(console.read_line, "")), 1):
             if not line:
@@ -81,7 +81,7 @@ def run_chat(
                 continue
             console.print(escape(" ".join(answer.result.split())))
             if answer.final.answer is None:  # perhaps a model that writes no steps
-                why = f"no answer can be read in the reply, so all of it is printed ({answer.note})"
+                why = f"no answer can be read from the reply, so all of it is printed ({answer.note})"
                 console.note(f"[yellow]note:[/] line {number}: {escape(why)}")
         return code
 
@@ -93,7 +93,7 @@ def converse(chat: Chat) -> None:
     console.note("Type or paste a problem; /help lists the commands.")
     session, keyboard, warned = open_prompt(), sys.stdin.fileno(), False
     echoing, silent = termios.tcgetattr(keyboard), termios.tcgetattr(keyboard)
-    silent[3] &= ~termios.ECHO  # the local modes: what is typed during an answer would break its view
+    silent[3] &= ~termios.ECHO  # the local modes: typing during an answer would break its view
     try:
         while not chat.left:
             used = ""
@@ -107,7 +107,7 @@ def converse(chat: Chat) -> None:
                 if warned:
                     return
                 warned = True
-                console.note("[dim]Ctrl-C again, Ctrl-D or /bye leaves.[/]")
+                console.note("[dim]Press Ctrl-C again, or Ctrl-D, to exit.[/]")
                 continue
             except EOFError:
                 return
@@ -127,13 +127,13 @@ def converse(chat: Chat) -> None:
                 console.note("[dim]stopped[/]")
             finally:
                 termios.tcsetattr(keyboard, termios.TCSADRAIN, echoing)
-    finally:  # what was typed ahead must not reach the shell
+    finally:  # typed-ahead input must not reach the shell
         with suppress(OSError, termios.error):
             termios.tcflush(keyboard, termios.TCIFLUSH)
 
 
 def open_prompt() -> "PromptSession[str]":
-    """The prompt: Enter sends, Alt-Enter and an open triple quote start a new line, Ctrl-C clears what is typed."""
+    """The prompt: Enter sends, Alt-Enter and an open triple quote start a new line, Ctrl-C clears the input."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.enums import DEFAULT_BUFFER
@@ -144,14 +144,14 @@ def open_prompt() -> "PromptSession[str]":
     from prompt_toolkit.output import create_output
 
     keys, dumb = KeyBindings(), os.environ.get("TERM") == "dumb"
-    typing = has_focus(DEFAULT_BUFFER)  # and not searching in the history
+    typing = has_focus(DEFAULT_BUFFER)  # not while searching the history
 
     @keys.add("enter", filter=typing)
     def send(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
         text = buffer.text.strip()
         quoted = text.startswith('"""') and (len(text) < 6 or not text.endswith('"""'))
-        pasted = dumb and event.key_processor.input_queue  # which it does not mark: all comes at once
+        pasted = dumb and event.key_processor.input_queue  # a dumb terminal does not mark a paste
         if quoted or pasted:
             buffer.insert_text("\n")
         else:

@@ -33,8 +33,8 @@ from sclite.student.step_scores import Cutoff
 T = TypeVar("T")
 KEY = "SCLITE_API_KEY"
 MOST_BYTES = 1_000_000
-"""The largest body."""
-LEFT = "the client has left"
+"""Maximum size of a request body."""
+LEFT = "the client disconnected"
 LOCAL = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.I)
 
 
@@ -57,7 +57,7 @@ class Api:
     def authorize(self, request: HttpRequest, public: bool = False) -> None:
         """Raises ApiError without the right key, which a `public` route does not need."""
         host, origin = request.headers.get("host", ""), request.headers.get("origin", "")
-        # without a key, no other web page may use the server, nor one that resolves its own name to this machine
+        # without a key, neither other sites nor pages that rebind their name to this machine may use the server
         if not self.key and not LOCAL.fullmatch(host):
             message = f"the host {host!r} is not this machine; set {KEY} to allow other names"
             raise ApiError(400, message, "invalid_host")
@@ -65,8 +65,8 @@ class Api:
         if foreign and not self.key:
             message = f"web pages of {origin} cannot use this server without a key"
             raise ApiError(403, message, "invalid_origin")
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        if self.key and not public and not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
+        key = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+        if self.key and not public and not hmac.compare_digest(key.encode("latin-1"), self.key.encode()):
             raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
 
     async def complete(self, request: HttpRequest) -> Response:
@@ -78,19 +78,19 @@ class Api:
                 body += part
                 if len(body) > MOST_BYTES:
                     raise ApiError(413, f"the body is larger than {MOST_BYTES:,} bytes", "request_too_large")
-            asked = Completion.model_validate_json(body)
+            query = Completion.model_validate_json(body)
         except ClientDisconnect:
             raise ApiError(499, LEFT) from None
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             raise ApiError(400, f"{place or 'the body'}: {first['msg']}", None, place or None) from None
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
-        items = self.service.run(asked)
-        # an error before the first item has a status of its own
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": query.model}
+        items = self.service.run(query)
+        # an error before the first item gets its own status
         start = await unless_disconnected(request, anext(items))
-        if asked.stream:
-            events = stream_events(asked, head | {"object": "chat.completion.chunk"}, start, items)
+        if query.stream:
+            events = stream_events(query, head | {"object": "chat.completion.chunk"}, start, items)
             return StreamingResponse(events, 200, {"cache-control": "no-store"}, "text/event-stream")
 
         async def gather() -> list[Piece | End]:
@@ -98,7 +98,7 @@ class Api:
 
         found = await unless_disconnected(request, gather())
         choices: list[dict[str, Any]] = [
-            {"index": index, "message": {"role": "assistant", "content": ""}} for index in range(asked.n)
+            {"index": index, "message": {"role": "assistant", "content": ""}} for index in range(query.n)
         ]
         for item in found:
             choice = choices[item.index]
@@ -154,7 +154,7 @@ class Api:
 
 
 async def unless_disconnected(request: HttpRequest, wanted: Awaitable[T]) -> T:
-    """The result of `wanted`; it is cancelled, with ApiError, if the client leaves before."""
+    """The result of `wanted`; cancels it and raises ApiError if the client disconnects first."""
     waiting = asyncio.ensure_future(wanted)
     try:
         while not (await asyncio.wait([waiting], timeout=0.5))[0]:
@@ -168,15 +168,15 @@ async def unless_disconnected(request: HttpRequest, wanted: Awaitable[T]) -> T:
 
 
 async def stream_events(
-    asked: Completion, head: dict[str, Any], start: Piece | End, items: AsyncGenerator[Piece | End, None]
+    query: Completion, head: dict[str, Any], start: Piece | End, items: AsyncGenerator[Piece | End, None]
 ) -> AsyncIterator[str]:
-    """Server-sent events: the role, each piece, each end, the usage if wanted; a later error is an event too."""
+    """Server-sent events: the role, each piece, each end, the usage if requested; a later error is an event too."""
 
     def chunk(**fields: Any) -> str:
         return f"data: {json.dumps(head | fields)}\n\n"
 
     ends: list[End] = []
-    for index in range(asked.n):
+    for index in range(query.n):
         yield chunk(choices=[{"index": index, "delta": {"role": "assistant"}, "finish_reason": None}])
     item: Piece | End | None = start
     try:
@@ -194,18 +194,18 @@ async def stream_events(
         return
     finally:
         await items.aclose()
-    if asked.stream_options is not None and asked.stream_options.include_usage:
+    if query.stream_options is not None and query.stream_options.include_usage:
         yield chunk(choices=[], usage=usage(ends))
     yield "data: [DONE]\n\n"
 
 
 def reviewed(end: End) -> dict[str, Any]:
-    """The steps and their review as data, beside OpenAI's fields."""
+    """The steps and their review as data, in addition to OpenAI's fields."""
     return {} if end.answer is None else {"sclite": end.answer.as_json()}
 
 
 def usage(items: Sequence[Piece | End]) -> dict[str, Any]:
-    """The token counts of a response: the prompt once, and all that was written; `sclite` has prefill tokens and seconds."""
+    """The token counts of a response: the prompt once, and all generated tokens; `sclite` has prefill tokens and seconds."""
     ends = [item for item in items if isinstance(item, End)]
     prompt, written = max(end.prompt_tokens for end in ends), sum(end.tokens for end in ends)
     answers = [end.answer for end in ends if end.answer is not None]
@@ -221,7 +221,7 @@ def usage(items: Sequence[Piece | End]) -> dict[str, Any]:
 
 
 class Server(uvicorn.Server):
-    """Finishes what is in flight at the first signal, stops that at the second, and waits for nobody at the third."""
+    """Finishes requests in flight at the first signal, stops them at the second, and drops connections at the third."""
 
     def __init__(self, service: Service, key: str = "", port: int = 0):
         options: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off"}
@@ -229,14 +229,14 @@ class Server(uvicorn.Server):
         self.service, self.stopped = service, False
 
     def handle_exit(self, sig: int, frame: object) -> None:
-        """A handler of SIGTERM and SIGINT. uvicorn's own would end the connections with a traceback each."""
+        """A handler of SIGTERM and SIGINT. uvicorn's own would print a traceback per connection."""
         if self.should_exit:
             for connection in self.server_state.connections if self.stopped else ():
                 connection.transport.abort()  # its client has stalled
             self.service.stop()
             self.stopped = True
         elif count := self.service.active:
-            console.note(f"finishing {count} answer{'s' * (count != 1)}; Ctrl-C again stops")
+            console.note(f"finishing {count} answer{'s' * (count != 1)}; press Ctrl-C again to stop")
         self.should_exit = True
 
 

@@ -1,4 +1,4 @@
-"""What the server does for a request: its limits, its choices in threads, and what they write as it comes."""
+"""Handles the server's requests: limits, choices in threads, and what they write, as it arrives."""
 
 import asyncio
 import random
@@ -24,17 +24,17 @@ RAW = ":raw"
 MOST_CHOICES, MOST_SECONDS = 8, 600.0
 """Limits of one request: choices, and time for all of them."""
 QUEUE = 16
-"""Choices that may wait, for each one that the engine decodes at once."""
+"""Choices that may wait per choice that the engine decodes in parallel."""
 
 
 class TextPart(BaseModel):
-    """A part of a message; only text is understood, where it is read."""
+    """A part of a message; only text parts are supported."""
 
     type: str
     text: str = ""
 
 
-# text is taken for a list of one part: an error in a union names each of its types
+# text becomes a list of one part: an error in a union would list each of its types
 Parts = Annotated[
     list[TextPart], BeforeValidator(lambda v: [TextPart(type="text", text=v)] if isinstance(v, str) else v)
 ]
@@ -75,10 +75,10 @@ class Completion(BaseModel):
 
     @property
     def question(self) -> Message | None:
-        """The last message of the user that has any content."""
-        asked = (m for m in reversed(self.messages) if m.role == "user")
+        """The last user message with any content."""
+        users = (m for m in reversed(self.messages) if m.role == "user")
         return next(
-            (m for m in asked if any(p.type != "text" or p.text.strip() for p in m.content or ())), None
+            (m for m in users if any(p.type != "text" or p.text.strip() for p in m.content or ())), None
         )
 
     @property
@@ -131,7 +131,7 @@ def plain_text(trace: str, complete: bool) -> str:
         name = tag_name(tag[2])
         return "" if tag[1] else f"{tag[3]}. " if name == "step" else NAMES[name]
 
-    begun = r"</?[A-Z]\w*\Z" if complete else r"<[^<>]{0,30}\Z"  # also where a reply was cut off
+    begun = r"</?[A-Z]\w*\Z" if complete else r"<[^<>]{0,30}\Z"  # also if a reply was cut off
     return re.sub(r"\n{2,}", "\n", re.sub(begun, "", TAG.sub(plain, trace))).removeprefix("\n")
 
 
@@ -151,51 +151,51 @@ class Service:
         self.counts: defaultdict[str, float] = defaultdict(float)
         self.began = int(time.time())
 
-    async def run(self, asked: Completion) -> AsyncGenerator[Piece | End, None]:
-        """What the choices write, as it comes. Closing it frees the engine. Raises ApiError."""
-        if asked.model not in self.names:
-            raise ApiError(404, f"the model {asked.model!r} does not exist", "model_not_found", "model")
-        if asked.question is None:
-            raise ApiError(400, "there is no message of the user", None, "messages")
-        for message in [asked.question] if asked.model == self.name else asked.messages:
+    async def run(self, query: Completion) -> AsyncGenerator[Piece | End, None]:
+        """Yield what the choices write, as it arrives. Closing it frees the engine. Raises ApiError."""
+        if query.model not in self.names:
+            raise ApiError(404, f"the model {query.model!r} does not exist", "model_not_found", "model")
+        if query.question is None:
+            raise ApiError(400, "there is no user message", None, "messages")
+        for message in [query.question] if query.model == self.name else query.messages:
             if other := next((part.type for part in message.content or () if part.type != "text"), ""):
-                why = f"a message has a part of type {other!r}; only text is understood"
+                why = f"a message has a part of type {other!r}; only text is supported"
                 raise ApiError(400, why, None, "messages")
-        tokens = asked.max_completion_tokens or asked.max_tokens or self.settings.max_tokens
-        warmth = asked.temperature or 0.0
+        tokens = query.max_completion_tokens or query.max_tokens or self.settings.max_tokens
+        temperature = query.temperature or 0.0
         settings = replace(
             self.settings,
             max_tokens=min(tokens, self.settings.max_tokens),
-            temperature=warmth if warmth > 0.001 else 0.0,
-            top_p=asked.top_p or 1.0,
-            seed=random.randrange(2**31) if asked.seed is None else abs(asked.seed),
+            temperature=temperature if temperature > 0.001 else 0.0,
+            top_p=query.top_p or 1.0,
+            seed=random.randrange(2**31) if query.seed is None else abs(query.seed),
         )
-        answer = self._reviewed if asked.model == self.name else self._raw
-        if self.active + asked.n > self.most:
+        answer = self._reviewed if query.model == self.name else self._raw
+        if self.active + query.n > self.most:
             raise ApiError(429, "too many requests are waiting; try again later", "rate_limit_exceeded")
         loop, cancel = asyncio.get_running_loop(), Event()
         found: asyncio.Queue[Piece | End | Exception] = asyncio.Queue()
-        began, left = time.monotonic(), asked.n
+        began, left = time.monotonic(), query.n
 
         def put(item: Piece | End | Exception) -> None:
             with suppress(RuntimeError):  # the loop is closed: the server has stopped
                 loop.call_soon_threadsafe(found.put_nowait, item)
 
         def work(index: int) -> None:
-            for piece in answer(asked, replace(settings, seed=settings.seed + index), index, cancel):
+            for piece in answer(query, replace(settings, seed=settings.seed + index), index, cancel):
                 put(piece)
 
         def check(done: Future[None]) -> None:
             if not done.cancelled() and isinstance(error := done.exception(), Exception):
-                # the chat template may refuse the messages
+                # the chat template may reject the messages
                 status = 400 if isinstance(error, DataError) else 500
                 put(ApiError(status, error.message) if isinstance(error, ScliteError) else error)
 
         late = ApiError(504, f"no answer within {self.seconds:.0f} seconds", "timeout")
         deadline = loop.call_later(self.seconds, found.put_nowait, late)
-        self.active += asked.n
+        self.active += query.n
         self.put_into.add(put)
-        choices = [self.pool.submit(work, index) for index in range(asked.n)]
+        choices = [self.pool.submit(work, index) for index in range(query.n)]
         for each in choices:
             each.add_done_callback(check)
         try:
@@ -219,7 +219,7 @@ class Service:
             cancel.set()
             for each in choices:
                 each.cancel()
-            self.active -= asked.n
+            self.active -= query.n
             self.put_into.remove(put)
 
     def stop(self) -> None:
@@ -227,14 +227,14 @@ class Service:
         for put in list(self.put_into):
             put(ApiError(503, "the server is shutting down", "shutting_down"))
 
-    def _raw(self, asked: Completion, settings: Settings, index: int, cancel: Event) -> Iterator[Piece | End]:
-        """The model's reply to the messages as they are."""
+    def _raw(self, query: Completion, settings: Settings, index: int, cancel: Event) -> Iterator[Piece | End]:
+        """The model's reply to the unchanged messages."""
         roles = {"developer": "system"}
-        messages = tuple({"role": roles.get(m.role, m.role), "content": m.text} for m in asked.messages)
-        request = settings.request(messages, asked.stops)
+        messages = tuple({"role": roles.get(m.role, m.role), "content": m.text} for m in query.messages)
+        request = settings.request(messages, query.stops)
         began = time.monotonic()
-        held, hold = "", max(map(len, asked.stops), default=0)  # a stop string is not part of the reply
-        for found in self.student.stream(request, cancel, asked.stream):
+        held, hold = "", max(map(len, query.stops), default=0)  # a stop string is not part of the reply
+        for found in self.student.stream(request, cancel, query.stream):
             if isinstance(found, str):
                 held += found
                 if len(held) > hold:
@@ -242,21 +242,21 @@ class Service:
                     held = held[len(held) - hold :]
             elif isinstance(found, Reply):
                 check_reply(found)
-                stop = next((stop for stop in asked.stops if held.endswith(stop)), "")
+                stop = next((stop for stop in query.stops if held.endswith(stop)), "")
                 yield Piece(index, "content", held.removesuffix(stop))
                 finish = "length" if found.finish == "length" else "stop"
                 counts = found.prompt_tokens, found.tokens, found.prefill_tokens
                 yield End(index, finish, *counts, time.monotonic() - began)
 
     def _reviewed(
-        self, asked: Completion, settings: Settings, index: int, cancel: Event
+        self, query: Completion, settings: Settings, index: int, cancel: Event
     ) -> Iterator[Piece | End]:
         """The last question solved and reviewed: students are trained on single problems."""
-        assert asked.question is not None  # `run` has checked it
-        question, accused, written, sent = asked.question.text, None, "", ""
-        # without a review, what is written is the content at once, unless a stop string may end it
-        field, shown = "reasoning_content" if settings.mode else "content", settings.mode or not asked.stops
-        for event in stream(self.student, solve_and_review(question, settings), cancel, asked.stream):
+        assert query.question is not None  # `run` has checked it
+        question, accused, written, sent = query.question.text, None, "", ""
+        # without a review, the text is streamed as content, unless a stop string may end it
+        field, shown = "reasoning_content" if settings.mode else "content", settings.mode or not query.stops
+        for event in stream(self.student, solve_and_review(question, settings), cancel, query.stream):
             written += event if isinstance(event, str) else ""
             whole = plain_text(written, complete=not isinstance(event, str))
             text, sent = whole[len(sent) :], whole
@@ -278,8 +278,8 @@ class Service:
                 if final.steps and settings.mode:
                     content = "\n".join(f"{n}. {step.text}" for n, step in enumerate(final.steps, 1))
                     content += "" if final.answer is None else f"\n\nAnswer: {final.answer}"
-                ends = [at for stop in asked.stops if (at := content.find(stop)) >= 0]
-                if settings.mode or asked.stops:
+                ends = [at for stop in query.stops if (at := content.find(stop)) >= 0]
+                if settings.mode or query.stops:
                     yield Piece(index, "content", content[: min(ends, default=len(content))])
                 finish = "length" if event.first.finish == "length" and not ends else "stop"
                 counts = event.first.prompt_tokens, event.tokens, event.prefill
@@ -287,6 +287,6 @@ class Service:
 
 
 def check_reply(reply: Reply) -> None:
-    """Raises ApiError if the student could not reply, which means that the prompt is too long."""
+    """Raises ApiError if the student could not reply because the prompt is too long."""
     if reply.finish == "error":
         raise ApiError(400, reply.error or "no reply", "context_length_exceeded", "messages")

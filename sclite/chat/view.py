@@ -1,4 +1,4 @@
-"""An answer on the screen: numbered steps, the probability of an error beside each, the correction as it is written."""
+"""An answer on the screen: numbered steps, each with the probability of an error, and the correction as it is written."""
 
 import re
 import time
@@ -44,7 +44,7 @@ class Line:
 
 
 def step_lines(steps: Iterable[Step], start: int = 1) -> list[Line]:
-    """The lines of steps; a step with a correction of its own gives two."""
+    """The lines of steps; a step with a correction gives two."""
     lines = []
     for number, step in enumerate(steps, start):
         wrong = step.correction is not None
@@ -59,7 +59,7 @@ class AnswerView:
 
     def __init__(self) -> None:
         self.lines: list[Line] = []
-        self.kept = 0  # lines before those that the text now being written replaces
+        self.kept = 0  # lines before those that the current text replaces
         self.part, self.text, self.unread, self.tries = "start", "", False, 0
         self.first_answer: str | None = None
         self.final: str | None = None
@@ -88,11 +88,11 @@ class AnswerView:
                 if event.accused is not None:
                     self.first_answer, self.final = self.first_answer or self.final, None
                     place = self._live()[event.accused - 1]
-                    del self.lines[place + 1 :]  # they rest on the wrong step
+                    del self.lines[place + 1 :]  # they depend on the wrong step
                     self.lines[place] = replace(self.lines[place], flagged=True)
             elif isinstance(event, Corrected):
                 live = self._live()
-                if self.part == "review":  # free: it is read only when it is complete
+                if self.part == "review":  # free: parsed only when complete
                     self.first_answer, place = self.final, live[min(event.step, len(live)) - 1]
                 else:
                     place = max(i for i, line in enumerate(self.lines) if line.flagged)
@@ -104,22 +104,22 @@ class AnswerView:
                 if review is not None and review.trace is not None:
                     fixed = [i for i, line in enumerate(self.lines) if line.corrects]
                     flagged = [i for i, line in enumerate(self.lines) if line.flagged]
-                    # where a later round has failed, what it flagged stands
+                    # if a later round failed, keep what it flagged
                     count = max(flagged) if review.note else 1 + max(fixed)
                     done = sum(not line.flagged for line in self.lines[:count])
                     self.lines[count:] = step_lines(event.final.steps[done:], done + 1)
-                else:  # nothing was corrected, or it could not be read: the first solution stands
+                else:  # nothing was corrected, or it could not be parsed: keep the first solution
                     self.first_answer = None
                     self.lines = step_lines(steps) if steps else [Line(0, event.first.text.strip())]
                     for place, odds in zip(self._live(), review.scores if review else (), strict=False):
                         self.lines[place] = replace(self.lines[place], odds=odds)
 
     def _live(self) -> list[int]:
-        """Indices of the lines that stand for the steps of the current solution."""
+        """Indices of the lines that show the steps of the current solution."""
         return [i for i, line in enumerate(self.lines) if not line.flagged]
 
     def _read(self) -> None:
-        """Take in the text that has come since the last time: parsing it for each token would take longer than a draw."""
+        """Parse the text received since the last call: parsing it for each token would take longer than drawing."""
         if not self.unread:
             return
         self.unread, text = False, _PARTIAL_TAG.sub("", self.text)
@@ -139,7 +139,7 @@ class AnswerView:
     # -- lines of text ---------------------------------------------------------------------------------------------
 
     def render(self, width: int, complete: bool = False) -> "list[Text]":
-        """The lines, wrapped to a width. `complete` leaves out those that may still change: the last step, the answer."""
+        """The lines, wrapped to a width. `complete` omits those that may still change: the last step, the answer."""
         from rich.text import Text
 
         with self.lock:
@@ -172,7 +172,7 @@ class AnswerView:
             return rows
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterator[Text | Spinner]":
-        """The lines with what happens now below them; only their end if they are taller than the terminal."""
+        """The lines with the current activity below; only the last ones if they are taller than the terminal."""
         from rich.spinner import Spinner
 
         rows = self.render(options.max_width)
@@ -180,12 +180,12 @@ class AnswerView:
             yield from rows
             return
         yield from rows[-max(1, console.height - 3) :]
-        doing = f"{DOING[self.part]} · {time.monotonic() - self.began:.0f} s · Ctrl-C stops"
+        doing = f"{DOING[self.part]} · {time.monotonic() - self.began:.0f} s · Ctrl-C to stop"
         yield Spinner("dots", f"[dim]{doing}[/]")
 
 
 def _hang(head: "Text", text: "Text", width: int, indent: int) -> "list[Text]":
-    """`head` and a text whose further lines are indented."""
+    """`head` followed by a text whose other lines are indented."""
     from rich.text import Text
 
     head = head.copy()
@@ -203,7 +203,7 @@ def showing(view: AnswerView) -> Iterator[Callable[[], None]]:
     """Show the view while it grows, and keep it on the screen; yields a function to call after each event."""
     out = console.make_console()
     if not out.is_terminal or out.is_dumb_terminal:
-        # without cursor control complete steps, in a pipe only the end
+        # without cursor control, print complete steps; in a pipe, only the end
         printed = tries = 0
 
         def append() -> None:
@@ -254,7 +254,7 @@ def readable(text: str) -> str:
     """LaTeX as plain text: \\frac{1}{2} is 1/2, $x^2$ is x²; other text is unchanged."""
     text = _MATH.sub(lambda found: next(group for group in found.groups() if group is not None), text)
     if "\\" in text:
-        for _ in range(4):  # one inside another
+        for _ in range(4):  # for nested ones
             text = _ROOT.sub(lambda found: f"√{_bracketed(found[1])}", text)
             text = _FRACTION.sub(lambda found: f"{_bracketed(found[1])}/{_bracketed(found[2])}", text)
             text = _WRAPPER.sub(r"\1", text)

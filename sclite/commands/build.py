@@ -31,7 +31,7 @@ def build_data(
         str | None, typer.Option(metavar="PART", help="Build only templates or corrections.")
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Discard replies of another teacher or prompt; pay again.")
+        bool, typer.Option("--fresh", help="Discard replies from another teacher or prompt; pay again.")
     ] = False,
     max_cost: MaxCostOption = None,
     yes: YesOption = False,
@@ -55,7 +55,7 @@ def build_data(
     chosen = {"problems.source": problems, "problems.limit": limit, "teacher.max_cost": max_cost}
     context = common.context(chosen)
     pipeline.check_sources(context, student=only != "templates")
-    # corrections follow where there is a student to make attempts
+    # corrections need a student to make attempts
     both = only is None and bool("sft" in context.students() or context.config.attempts.student)
     if dry_run:
         context.dry = True
@@ -67,7 +67,7 @@ def build_data(
         if common.json:
             console.print_json(found)
         elif request is None:
-            console.print(f"No requests for {only or 'templates'} are left to send.")
+            console.print(f"No requests for {only or 'templates'} left to send.")
         else:
             settings = [f"{name} {value}" for name, value in request.items() if name != "messages"]
             console.print(console.escape(", ".join(settings)))
@@ -92,8 +92,8 @@ def build_data(
             pipeline.build_templates(context, fresh)
         sft = both and read_status(context.config, context.run)["stages"]["sft"]
         if sft and sft["state"] == STALE and context.config.attempts.kind == "trained":
-            # it would be trained again, and its attempts and their corrections would be lost
-            retrain = "`sclite train --fresh` trains it again and corrects its attempts"
+            # retraining it would discard its attempts and their corrections
+            retrain = "`sclite train --fresh` retrains it and corrects its new attempts"
             context.display.print(f"corrections: skipped, SFT is stale ({'; '.join(sft['why'])}); {retrain}")
         elif both or only == "corrections":
             pipeline.build_corrections(context, fresh, alone=True)

@@ -1,4 +1,4 @@
-"""The commands that show what a run holds: status, show, report and runs."""
+"""The commands that inspect a run: status, show, report and runs."""
 
 import os
 import sys
@@ -29,7 +29,7 @@ def status(*, common: Common) -> None:
     from sclite.run import Run
 
     config = common.of_existing_run().load()
-    with console.spinner("checking what is done"):
+    with console.spinner("checking the stages"):
         found = read_status(config, Run(config.run))
     if common.json:
         console.print_json(found)
@@ -49,11 +49,11 @@ def status(*, common: Common) -> None:
     if found["dropped"]:
         console.print(escape(f"Dropped: {_format_counts(found['dropped'])} (`sclite show drops`)"))
     if paid := found["ledger"]:
-        unknown = f", {paid['unpriced']:,} of unknown price" if paid["unpriced"] else ""
+        unknown = f", {paid['unpriced']:,} at an unknown price" if paid["unpriced"] else ""
         tokens = f"{paid['prompt_tokens']:,} tokens in, {paid['completion_tokens']:,} out"
-        lost = f", at most ${paid['lost_usd']:.4f} for replies that were lost" if paid["lost_usd"] else ""
+        lost = f", at most ${paid['lost_usd']:.4f} for lost replies" if paid["lost_usd"] else ""
         console.print(f"Requests: {paid['requests']:,}, {tokens}, ${paid['cost_usd']:.4f}{lost}{unknown}")
-    when = " when that process has finished" if found["busy"] else ""
+    when = ", once that process has finished" if found["busy"] else ""
     console.print(f"Next{when}: [bold cyan]{escape(found['next'])}[/]", wrap=False)
 
 
@@ -68,7 +68,7 @@ def show(
         str | None, typer.Option(metavar="KIND", help="Only rows of this kind, such as wrong.")
     ] = None,
     id: Annotated[
-        str | None, typer.Option(metavar="PREFIX", help="Only rows whose id starts with this.")
+        str | None, typer.Option(metavar="PREFIX", help="Only rows whose ID starts with PREFIX.")
     ] = None,
     first: Annotated[int, typer.Option("--from", metavar="N", min=1, help="Start at row N.")] = 1,
     limit: Annotated[
@@ -101,7 +101,7 @@ def show(
         console.print_table(str(run.folder), ("command", "kinds", "rows"), lines, texts=2)
         return
     what = what or "templates"
-    limit = 1 if labels and limit is None and id is None else limit  # the tokens of a row fill a page
+    limit = 1 if labels and limit is None and id is None else limit  # the tokens of one row fill a page
     total, chosen = rows.choose_rows(run, what, reason, kind, id, first, limit)
     tokens = None
     if labels:
@@ -145,14 +145,14 @@ def report(*, common: Common) -> None:
 
 
 def runs(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder that holds the runs.")] = Path(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder with the runs.")] = Path(
         "runs"
     ),
     json: JsonOption = False,
 ) -> None:
     """List the runs with student, stage, accuracy and size.
 
-    The stage is the last one that has begun; the accuracies are those of the student that was trained last.
+    Shows the last stage that has started, and the accuracy of the last trained student.
     """
     from sclite.evaluate.results import summaries
     from sclite.inspect.status import DONE, NOT_BEGUN, read_status
@@ -171,7 +171,7 @@ def runs(
             stages = read_status(config, Run(path))["stages"]
             begun = [name for name in stages if stages[name]["state"] != NOT_BEGUN]
             row |= {"stage": begun[-1], "state": stages[begun[-1]]["state"]} if begun else {}
-        except ScliteError as error:  # one damaged run does not hide the others
+        except ScliteError as error:  # one damaged run must not hide the others
             row["error"] = error.message
         if evaluated := summaries(Run(path)):
             models = evaluated[0]["models"]
@@ -179,8 +179,8 @@ def runs(
             row |= {name: models.get(last, {}).get(name) for name in ("acc_t1", "acc_t2", "n")}
         found.append(row)
     if not found:
-        hint = "name the folder that holds your runs, as in `sclite runs FOLDER`"
-        raise DataError(f"{folder} holds no run", hint)
+        hint = "pass the folder that contains your runs: `sclite runs FOLDER`"
+        raise DataError(f"{folder} contains no run", hint)
     if json:
         console.print_json({"runs": found})
         return

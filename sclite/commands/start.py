@@ -32,7 +32,7 @@ def quickstart(
     loaded = common.load({"problems.limit": problems}, flow.DEFAULTS)
     if source := loaded.problems.source:
         raise UsageError(
-            f"the run {loaded.run} has the problems of {source}", "choose another folder with --run"
+            f"the run {loaded.run} has problems from {source}", "choose another folder with --run"
         )
     run = Run(loaded.run)
     with run.recording(loaded):
@@ -47,8 +47,8 @@ def quickstart(
     summaries.print_example(run.rows(summary["models"]["dpo"]["rows"], Outcome, whole=False))
     console.print("\nNext steps:")
     chat = console.escape(f"sclite chat --self-correct --run {quote(str(loaded.run))}")
-    console.print(f"  [bold cyan]{chat}[/]  talk to the student", wrap=False)
-    console.print("  [bold cyan]sclite init[/]  a configuration for your own problems", wrap=False)
+    console.print(f"  [bold cyan]{chat}[/]  chat with the student", wrap=False)
+    console.print("  [bold cyan]sclite init[/]  write a configuration for your own problems", wrap=False)
 
 
 EXAMPLES: dict[str, Any] = {
@@ -84,7 +84,7 @@ def init(config: ConfigOption = None, json: JsonOption = False) -> None:
     path = config or Path(settings.FILE)
     if path.exists():
         raise UsageError(f"{path} already exists", "edit it, or remove it first")
-    # every key with its default in a comment, but for the student, which depends on the memory of the largest GPU
+    # every key is commented out, except the student, which depends on the memory of the largest GPU
     gpus, chosen = doctor.probe_torch()["gpus"], {"student.model": "embedded"}
     if gpus:
         large = max(gpu["total_gb"] for gpu in gpus) >= 15
@@ -124,7 +124,7 @@ def init(config: ConfigOption = None, json: JsonOption = False) -> None:
     )
     console.print(f"Next: {following}", wrap=False)
     if not gpus:
-        limits = "learns the quickstart's word problems only; set student.model for others"
+        limits = "can only learn the quickstart's word problems; set student.model for others"
         console.note(f"[yellow]note:[/] the bundled student {limits}")
 
 
@@ -132,7 +132,7 @@ def init(config: ConfigOption = None, json: JsonOption = False) -> None:
 def doctor(*, common: Common) -> None:
     """Check the environment and suggest fixes.
 
-    Teacher and Hub are checked if the configuration names them. Exits with code 1 if something required is missing.
+    The teacher and the Hub are checked only if they are configured. Exits with code 1 if something required is missing.
     """
     from sclite import config, doctor
 

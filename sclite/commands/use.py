@@ -42,8 +42,8 @@ def evaluate(
     context = common.context({"eval.source": problems, "eval.limit": limit})
     names = context.students()
     if models is not None:
-        given = [name.strip() for name in models.split(",") if name.strip()]
-        names = list(dict.fromkeys(name for name in (*STUDENTS, *given) if name in given))
+        requested = [name.strip() for name in models.split(",") if name.strip()]
+        names = list(dict.fromkeys(name for name in (*STUDENTS, *requested) if name in requested))
     if not names or any(name not in STUDENTS and not name.startswith("ollama/") for name in names):
         hint = f"use any of {', '.join(STUDENTS)}, or ollama/NAME"
         raise UsageError(f"invalid value for --models: {models}", hint)
@@ -60,13 +60,13 @@ def evaluate(
 @common_options
 def export(
     quant: Annotated[
-        str | None, typer.Option(metavar="TYPES", help="q4_k_m (default), q8_0 .., or several: q4_k_m,q8_0.")
+        str | None, typer.Option(metavar="TYPES", help="Such as q8_0, or q4_k_m,q8_0 (default: q4_k_m).")
     ] = None,
     ollama: Annotated[
         str | None, typer.Option(metavar="NAME", help="Also create this model in Ollama (gguf only).")
     ] = None,
     push: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Upload files and card to the Hub: OWNER/NAME.")
+        str | None, typer.Option(metavar="REPO", help="Upload the files and a card to OWNER/NAME on the Hub.")
     ] = None,
     format: Annotated[
         str,
@@ -80,7 +80,7 @@ def export(
         typer.Option("--imatrix/--no-imatrix", help="Use an importance matrix (default: below 5 bits)."),
     ] = None,
     keep_template: Annotated[
-        bool | None, typer.Option("--keep-template", help="Export the model's own chat template as it is.")
+        bool | None, typer.Option("--keep-template", help="Export the model's own chat template unchanged.")
     ] = None,
     *,
     common: Common,
@@ -139,7 +139,7 @@ def export(
     if url and not common.json:
         console.print(f"Uploaded to {console.escape(url)}", wrap=False)
         if not settings.license:
-            console.note("[yellow]note:[/] this upload names no license; set export.license")
+            console.note("[yellow]note:[/] this upload has no license; set export.license")
     if format != "gguf":
         summaries.print_files(format, report, settings.license, common.json)
     else:
@@ -147,9 +147,9 @@ def export(
         fitted = common.json or bool(compared) or not context.config.review.needs_fit
         # reads the whole GGUF
         fitted = fitted or load_threshold(context.config, context.run, gguf) is not None
-        same = [each for each in common.settings or [] if each.startswith("export.")]
-        own = [key for key in ("quant", "imatrix", "keep_template") if chosen[key] is not None]
-        same += [f"export.{key}={str(chosen[key]).lower()}" for key in own]
+        same = [setting for setting in common.settings or [] if setting.startswith("export.")]
+        options = [key for key in ("quant", "imatrix", "keep_template") if chosen[key] is not None]
+        same += [f"export.{key}={str(chosen[key]).lower()}" for key in options]
         summaries.print_export(context, report, same, compared, fitted, common.json)
 
 
@@ -165,14 +165,14 @@ def chat(
         bool | None,
         typer.Option(
             "--self-correct/--no-self-correct",
-            help="Review each answer and correct its wrong step (default: where a threshold is known).",
+            help="Review each answer and correct its wrong step (default: if a threshold is known).",
         ),
     ] = None,
     model: Annotated[
         Path | None,
         typer.Option(
             metavar="MODEL",
-            help="A GGUF file, ollama/NAME, or another LiteLLM model (default: that of the run).",
+            help="A GGUF file, ollama/NAME, or another LiteLLM model (default: the run's).",
         ),
     ] = None,
     *,
@@ -188,13 +188,13 @@ def chat(
     from sclite.run import Run
 
     if model is None and question and re.fullmatch(r"[a-z][a-z0-9_]+/[A-Za-z][\w.:/-]*|\S+\.gguf", question):
-        model, question = Path(question), None  # ollama/qwen3:8b and dpo.gguf are no questions
+        model, question = Path(question), None  # ollama/qwen3:8b and dpo.gguf are not questions
     if question is not None and not question.strip():
         raise UsageError("the question is empty", "run `sclite chat` without a question to type it")
     if common.json and question is None and console.is_interactive():
         raise UsageError("--json needs a question", "sclite chat --json 'What is 17 + 25?'")
     context = common.of_existing_run().context()
-    # a model behind an API, such as ollama/qwen3:8b, even beside a folder ollama; not a path, right or wrong
+    # a model behind an API, such as ollama/qwen3:8b, even if a folder is called ollama; not a path, existing or not
     remote = model is not None and not (
         str(model).startswith(("/", ".", "~"))
         or model.suffix == ".gguf"
@@ -210,15 +210,15 @@ def chat(
         if model is not None and remote:
             path, cutoff, off = model, None, exports.REVIEW_OFF if self_correct is False else ""
             payer = context
-            if not context.run.is_begun():  # nothing is written where there is no run
+            if not context.run.is_begun():  # write nothing if there is no run
                 payer = replace(context, run=Run(stack.enter_context(TemporaryDirectory())))
-            stack.enter_context(payer.run.lock())  # the ledger is that of one process
+            stack.enter_context(payer.run.lock())  # only one process may use the ledger
             settings = context.config.attempts.model_copy(update={"student": str(model)})
             endpoint = stack.enter_context(payer.endpoint(settings, "chat"))
         else:
             path, cutoff, off = exports.for_chat(context, model, self_correct)
-        given = (path, context.config, cutoff, context.run, off, endpoint, question, example)
-        code = run_chat(*given, as_json=common.json)
+        arguments = (path, context.config, cutoff, context.run, off, endpoint, question, example)
+        code = run_chat(*arguments, as_json=common.json)
     if code:
         raise typer.Exit(code)
 
@@ -226,23 +226,23 @@ def chat(
 @common_options
 def serve(
     model: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A GGUF file (default: that of the run).")
+        Path | None, typer.Option(metavar="FILE", help="A GGUF file (default: the run's).")
     ] = None,
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The model's name (default: that of the file).")
+        str | None, typer.Option(metavar="NAME", help="The model's name (default: the file's).")
     ] = None,
     host: Annotated[str, typer.Option(metavar="HOST", help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="PORT", min=0, max=65535, help="0: any free port.")] = 8000,
     parallel: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Answers at once (default: up to 32).")
+        int | None, typer.Option(metavar="N", min=1, help="Concurrent answers (default: up to 32).")
     ] = None,
     *,
     common: Common,
 ) -> None:
     """Serve the trained model over an OpenAI-compatible API.
 
-    It reviews and corrects its answers. The model NAME:raw replies without a review. Other machines need the key in
-    SCLITE_API_KEY. With --json, prints the address as one object once it listens.
+    Answers are reviewed and corrected; the model NAME:raw skips the review. Other machines need the key in
+    SCLITE_API_KEY. With --json, prints the address as one object once the server is listening.
     """
     from sclite import exports
 

@@ -67,7 +67,7 @@ def write_attempts(
 ) -> Report:
     """Sample `attempts.samples` attempts per problem, or import `attempts.source`; writes attempts.jsonl.
 
-    The file of a resumed run equals that of an uninterrupted one. Calls that failed are repeated by the next run.
+    The file of a resumed run equals that of an uninterrupted one. The next run retries failed calls.
     """
     settings = config.attempts
     if run.is_imported("attempts", "attempts.jsonl") and not settings.source:
@@ -131,7 +131,7 @@ def _validate_imported(run: Run, problems: Sequence[Problem]) -> Report:
 
 def find_fatal_issue(parsed: ParsedTrace) -> str:
     """The issue that makes the steps of an attempt ambiguous, or ""."""
-    # the parser repairs others, and such attempts are worth the most: who doubts a step often closes it wrongly
+    # the parser repairs others; such attempts are worth the most: a student that doubts a step often misplaces tags
     return next((str(issue) for issue in parsed.issues if issue.name in _FATAL_ISSUES), "")
 
 
@@ -160,9 +160,9 @@ def _sample(
     rows: list[Attempt] = []
     written = run.read("attempts.jsonl", Attempt, whole=False)
     if run.read_json("attempts.begun.json") == inputs:
-        own = (row for row in written if not from_feedback(row))
-        for row, (problem, sample) in zip(own, jobs, strict=False):
-            # the ids differ where earlier rows were damaged; failed calls to an endpoint are repeated
+        sampled = (row for row in written if not from_feedback(row))
+        for row, (problem, sample) in zip(sampled, jobs, strict=False):
+            # the IDs differ if earlier rows were damaged; failed calls to an endpoint are retried
             if (row.id, row.sample) != (problem.id, sample) or (endpoint and _call_failed(row)):
                 break
             rows.append(row)
@@ -184,7 +184,7 @@ def _sample(
         ]
         waiting: dict[int, Reply] = {}
         begin = 0
-        for reply in student.generate(requests):  # in any order; blocks are written in that of the requests
+        for reply in student.generate(requests):  # in any order; blocks are written in request order
             waiting[reply.index] = reply
             while (block := range(begin, min(begin + size, len(pending)))) and waiting.keys() >= {*block}:
                 begin = block.stop

@@ -15,7 +15,7 @@ SHARES = f"shares {NGRAM} words in a row, or the whole question, with"
 _WORD = re.compile(r"\w+")
 _SIGN = re.compile(r"\w+|[^\w\s.,;:!?\"'`’‘“”$]")
 Question = tuple[str, str]
-"""(the name that reports use, the text)."""
+"""(its name in reports, its text)."""
 
 
 def ngram_hashes(question: str) -> Iterator[int]:

@@ -91,16 +91,16 @@ def write_corrections(
                 drops.append(_drop(attempt, result.rejection.reason, result.rejection.text, result.raw))
             elif (made := result.made) is not None:
                 step, noted = next((n, step) for n, step in enumerate(made.steps, 1) if step.cause)
-                given = {"id": attempt.id, "sample": attempt.sample, "requests": result.requests}
+                ids = {"id": attempt.id, "sample": attempt.sample, "requests": result.requests}
                 parts = {"cause": noted.cause, "correction": noted.correction, "trace": render(made)}
-                reviews.append(Review(**given, step=step, **parts))
+                reviews.append(Review(**ids, step=step, **parts))
             progress(done, len(wrong), teacher.ledger.spent_usd)
         report.cost_usd = teacher.ledger.cost_usd("corrections")
         run.replace_drops("corrections", drops)
         report.dropped = dict(Counter(drop.reason for drop in drops))
         if not reviews:
             reasons = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in report.dropped.items())
-            other = "use an attempts.student that writes <Step1> .."
+            other = "use an attempts.student that writes <Step1> ..., <Step2> ..."
             if not reasons:
                 other = "use harder problems"
             elif config.attempts.kind == "trained":
@@ -110,7 +110,7 @@ def write_corrections(
         right = [a for a in attempts if a.correct is True and not a.parsed.issues]
         share = config.attempts.confirmation_share
         wanted = round(len(reviews) * share / (1 - share))
-        judged = list(filter(from_feedback, right))  # the user's own verdicts are always among them
+        judged = list(filter(from_feedback, right))  # always includes the user's own verdicts
         others = [a for a in right if not from_feedback(a)]
         more = max(0, min(len(others), wanted - len(judged)))
         confirmed = [
@@ -142,7 +142,7 @@ def count_pending_corrections(config: Config, run: Run) -> int | None:
 
 
 def check_review(text: str, attempt: Attempt, problem: Problem, grader: Grader) -> Trace | Rejection:
-    """A teacher's review of an attempt, with the attempt's own text (keys included) up to the wrong step; or why not."""
+    """A teacher's review of an attempt, with the attempt's own text (keys included) up to the wrong step; or a rejection."""
     parsed, work = parse_reply(text), attempt.parsed.work
     review = parsed.trace
     if parsed.issues:
@@ -150,11 +150,11 @@ def check_review(text: str, attempt: Attempt, problem: Problem, grader: Grader) 
     if rejection := step_rejection(work, review, attempt.first_error, _without_style):
         return rejection
     step = first_corrected(review)
-    assert step is not None  # or `step_rejection` would have said so
+    assert step is not None  # else `step_rejection` would have rejected it
     notes = review.steps[step - 1]
     # the rest is the student's text
-    own = (Step("", None, notes.cause, notes.correction), *review.steps[step:])
-    written = render(replace(review, steps=own))
+    added = (Step("", None, notes.cause, notes.correction), *review.steps[step:])
+    written = render(replace(review, steps=added))
     if "\ufffd" in written:
         return Rejection("broken_text", "it contains broken characters")
     if find_leak(written):
@@ -171,9 +171,9 @@ def check_review(text: str, attempt: Attempt, problem: Problem, grader: Grader) 
 def step_rejection(
     work: Trace, review: Trace, label: int | None, key: Callable[[str], object] = str.split
 ) -> Rejection | None:
-    """Why a review does not accuse exactly one step, with cause and correction, and keep the text up to it; else None.
+    """Why a review does not flag exactly one step, with cause and correction, and keep the text up to it; else None.
 
-    Two texts are the same if their keys are.
+    Two texts are equal if their keys are equal.
     """
     step = first_corrected(review)
     if step is None:
@@ -196,7 +196,7 @@ def step_rejection(
 
 
 def _without_style(text: str) -> str:
-    """What a teacher's copy of a step must have, which the student's own text replaces: no blanks, dollars, bold or final period."""
+    """A step without blanks, dollar signs, bold and final period, in which a teacher's copy may differ from the student's text."""
     plain = unicodedata.normalize("NFKC", html.unescape(text)).translate(_SAME_SIGNS).casefold()
     return re.sub(r"\\[()\[\]]|[\s$*`\\]", "", plain).rstrip(".")
 

@@ -30,15 +30,15 @@ def write_feedback(
     """Add the answers judged with /good and /bad to attempts.jsonl, and their questions to problems.jsonl.
 
     The first attempt and the final text are graded by the gold answer. An answer is dropped if the grade contradicts the
-    user, or if its question overlaps the evaluation or `fit`, the problems of the threshold.
+    user, or if its question overlaps the evaluation or `fit`, the problems for the threshold.
     """
     problems, attempts = run.read("problems.jsonl", Problem), run.read("attempts.jsonl", Attempt)
-    given = {normalize_question(row.question): row for row in problems if not from_feedback(row)}
+    by_question = {normalize_question(row.question): row for row in problems if not from_feedback(row)}
     judged = [*filter(from_feedback, problems), *filter(from_feedback, attempts)]
     sources = [config.eval.source, config.eval.subset, config.eval.split, config.problems.avoid]
     inputs: dict[str, object] = {
         "feedback": run.file_digest(FEEDBACK),
-        "golds": digest([[row.id, row.question, row.answer] for row in given.values()]),
+        "golds": digest([[row.id, row.question, row.answer] for row in by_question.values()]),
         "avoid": digest([sources, [row.id for row in fit]]),
         "teacher": digest(identity(config.teacher)),
         "rows": digest([row.model_dump() for row in judged]),
@@ -46,9 +46,9 @@ def write_feedback(
     if manifest := run.done("feedback", inputs):
         return Report.of(manifest)
     report, drops, verdicts = Report("feedback"), list[Drop](), Counter[bool]()
-    asked, added = list[Problem](), list[Attempt]()
+    used, added = list[Problem](), list[Attempt]()
     with timed(report):
-        for rows, gold in _find_golds(config, run, teacher, grader, fit, given, drops, progress):
+        for rows, gold in _find_golds(config, run, teacher, grader, fit, by_question, drops, progress):
             if isinstance(gold, Rejection):
                 drops += [_drop(row, gold.reason, gold.text) for row in rows]
                 continue
@@ -65,12 +65,12 @@ def write_feedback(
             for text in dict.fromkeys(texts):
                 answer = answer_of(parse(text))
                 right = grader.equal(answer, gold.answer)
-                # not a running number: if a verdict is removed, the corrections of the others are not paid for again
+                # not a running number: if a verdict is removed, other corrections are not paid for again
                 sample = int(digest(text)[:8], 16)
                 added.append(Attempt(id=gold.id, sample=sample, trace=text, answer=answer, correct=right))
-            asked += [gold] if texts else []
+            used += [gold] if texts else []
         # first, because a resumed run of the attempts appends to them
-        run.replace("problems.jsonl", [*asked, *(row for row in problems if not from_feedback(row))])
+        run.replace("problems.jsonl", [*used, *(row for row in problems if not from_feedback(row))])
         _replace_attempts(run, [*added, *(row for row in attempts if not from_feedback(row))])
         run.replace_drops("feedback", drops)
         if signed := run.manifest("problems"):
@@ -79,18 +79,18 @@ def write_feedback(
     report.counts = {"good": verdicts[True], "bad": verdicts[False]}
     report.dropped = dict(Counter(drop.reason for drop in drops))
     report.cost_usd = teacher.ledger.cost_usd("feedback")
-    inputs["rows"] = digest([row.model_dump() for row in (*asked, *added)])
+    inputs["rows"] = digest([row.model_dump() for row in (*used, *added)])
     run.sign("feedback", with_unanswered(inputs, count_unanswered(report.dropped)), report)
     return report
 
 
 def remove_orphans(run: Run) -> None:
-    """Remove judged attempts whose problem is gone, as after a copy of the user's problems.jsonl into the run."""
+    """Remove judged attempts whose problem is gone, for example after the user replaced problems.jsonl in the run."""
     known = {row.id for row in run.rows("problems.jsonl", Problem)}
     judged = filter(from_feedback, run.rows("attempts.jsonl", Attempt, whole=False))
     if any(row.id not in known for row in judged):
         again = "`sclite build-data --only corrections` adds them again"
-        run.warn(f"problems.jsonl has lost problems of the chat's feedback, which is not used now; {again}")
+        run.warn(f"problems.jsonl lacks problems of the chat feedback, which is now unused; {again}")
         attempts = run.read("attempts.jsonl", Attempt)
         _replace_attempts(run, [row for row in attempts if row.id in known or not from_feedback(row)])
 
@@ -107,14 +107,14 @@ def _find_golds(
     teacher: Teacher,
     grader: Grader,
     fit: Sequence[Problem],
-    given: Mapping[str, Problem],
+    by_question: Mapping[str, Problem],
     drops: list[Drop],
     progress: Progress,
 ) -> list[tuple[list[Feedback], Problem | Rejection]]:
     """(the judged answers, the gold answer or why there is none) of each question.
 
     The gold answer is that of the run's problem with the same question, else an answer that the user judged good, else
-    one at which the teacher arrives twice. The last verdict on an answer counts; unusable answers go to `drops`.
+    one that the teacher reaches twice. The last verdict on an answer counts; unusable answers go to `drops`.
     """
     threshold = ((f"{problem.id}, a problem of the threshold", problem.question) for problem in fit)
     avoid = build_index([*questions_to_avoid(config), *threshold])
@@ -129,8 +129,8 @@ def _find_golds(
     golds: dict[str, Problem | Rejection] = {}
     for question, rows in judged.items():
         right = [row for row in rows if row.good]
-        if question in given:
-            golds[question] = given[question].model_copy(update={"id": _id(question)})
+        if question in by_question:
+            golds[question] = by_question[question].model_copy(update={"id": _id(question)})
         elif right:
             answer = answer_of(right[-1].parsed) or ""
             golds[question] = Problem(id=_id(question), question=right[-1].question, answer=answer)
@@ -139,7 +139,7 @@ def _find_golds(
 
     def ask(question: str, sample: int) -> Job[ParsedTrace]:
         messages = prompts.solve_messages(unknown[question], config.prompts.folder)
-        # `parse` rejects nothing: an unreadable solution is not asked for again
+        # `parse` rejects nothing: an unreadable solution is not requested again
         return Job(question, lambda _: messages, parse, sample)
 
     jobs = [ask(question, sample) for question in unknown for sample in range(2)]

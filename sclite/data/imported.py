@@ -32,13 +32,13 @@ class LabelledWork(BaseModel):
     steps: Annotated[list[str | int | float], Field(min_length=1)]
     answer: str | int | float | None = None
     first_error_step: int | None = None
-    label: object = None  # of another benchmark, may count from 0
+    label: object = None  # from another benchmark, may count from 0
 
     @property
     def final_answer(self) -> str | None:
         """Its `answer`, else the one in its last step."""
-        given = extract(str(self.steps[-1])) if self.answer is None else str(self.answer)
-        return clean(given or "") or None
+        answer = extract(str(self.steps[-1])) if self.answer is None else str(self.answer)
+        return clean(answer or "") or None
 
     @property
     def trace(self) -> Trace:

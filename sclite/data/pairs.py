@@ -1,9 +1,9 @@
-"""Preference pairs from reviews: a decision for every step up to the first wrong one, a content for that one.
+"""Preference pairs from reviews: a decision pair for every step up to the first wrong one, a content pair for that one.
 
 The student's own corrections are sampled here: a wrong one is rejected, and a right one, if any, is chosen over the
 teacher's (self-written text is worth more). The run's adapter after the warm-up, or a GGUF, writes them guided, from
-`<Cause>` at the step that the teacher accuses. An endpoint writes a free review of the whole attempt, which is used if
-it accuses the same step and keeps those before it. Without a student there are decision pairs only.
+`<Cause>` at the step that the teacher flags. An endpoint writes a free review of the whole attempt, which is used if it
+flags the same step and keeps those before it. Without a student there are decision pairs only.
 """
 
 from collections import Counter
@@ -50,7 +50,7 @@ class OwnReview(Row):
 
 @dataclass(frozen=True)
 class Case:
-    """A wrong attempt: its work, the step that the teacher accuses, and what the student writes about it."""
+    """A wrong attempt: its work, the step that the teacher flags, and the student's own corrections."""
 
     review: Review
     step: int
@@ -167,9 +167,9 @@ def _sample_own(
     grader: Grader,
     progress: Progress,
 ) -> None:
-    """Add to each case what the student writes about it, `attempts.reviews` times."""
+    """Add `attempts.reviews` of the student's own corrections to each case."""
     settings, whole = config.attempts, config.attempts.kind == "endpoint"
-    if whole:  # a request's seed is that of its round, so that other rows do not change it
+    if whole:  # the seed depends only on the round, so that other rows do not change it
         asked, size = [*cases] * settings.reviews, len(cases)
     else:
         asked, size = [case for case in cases for _ in range(settings.reviews)], config.student.batch
@@ -195,12 +195,12 @@ def _sample_own(
             scripts = [free(case.problem.question, case.work, review) for case in block]
             written = run_together(student, scripts, show)
         else:
-            given = [(case.problem.question, case.work, case.step) for case in block]
-            written = correct_steps(student, given, review)
+            mistakes = [(case.problem.question, case.work, case.step) for case in block]
+            written = correct_steps(student, mistakes, review)
             show(len(block), 0)
         verdicts = grader.equal_many(
-            (None if own.correction is None else (own.trace or case.work).answer, case.problem.answer)
-            for case, own in zip(block, written, strict=True)
+            (None if result.correction is None else (result.trace or case.work).answer, case.problem.answer)
+            for case, result in zip(block, written, strict=True)
         )
         for case, own, right in zip(block, written, verdicts, strict=True):
             of, reason = {"id": case.review.id, "sample": case.review.sample}, unusable_reason(own, case)
@@ -238,9 +238,9 @@ def continuation(reviewed: Reviewed | Review) -> str:
 def make_pairs(
     review: Review, work: Trace, own: Sequence[Own] = (), reasons: Sequence[str] = ()
 ) -> tuple[list[Pair], Drop | None]:
-    """The pairs of a review: each step that it judges is a decision, to accuse the wrong one and close the right ones.
+    """The pairs of a review: a decision per judged step, which flags the wrong one and closes the right ones, and a content.
 
-    The content is the chosen cause and correction against a wrong one by the student; a drop says why there is none.
+    The content compares the chosen cause and correction with a wrong one by the student; a drop says why there is none.
     """
     of = {"id": review.id, "sample": review.sample, "attempt": render(work)}
     pairs = [

@@ -1,4 +1,4 @@
-"""Converts a row in any of the usual formats (GSM8K, MATH, MetaMath, plain ..) to a problem.
+"""Converts a row in any of the usual formats (GSM8K, MATH, MetaMath, plain, ...) to a problem.
 
 The columns are found by name (`USUAL`), the answer in a solution by `#### 72`, the last box or "The answer is 72".
 """
@@ -22,7 +22,7 @@ USUAL = {
     "solution": ("solution", "response", "r1_solution_1", "generated_solution"),
     "id": ("id", "unique_id"),
 }
-"""The columns that are read by default; the first one that a row has filled in counts. Case is ignored."""
+"""The columns that are read by default; the first non-empty one counts. Case is ignored."""
 _FIELDS = set(Problem.model_fields)
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 _SAID = re.compile(r"\bthe (?:final |correct )?answer is:?[ \t]+", re.I)
@@ -36,19 +36,19 @@ def read_problem(row: Cells | BadRow, columns: Mapping[str, str]) -> Problem:
     """The problem in a row; `columns` maps question, answer, solution and id to column names. Raises BadRow."""
     answer, solution = _cells(row, columns, "answer", "solution")
     id_, question = read_question(row, columns)
-    given, bad_answer = "", None
+    text, bad_answer = "", None
     try:
-        given = to_text(answer, "the answer")
-        given = "" if given.lower() in ("proof", "notfound") else given  # NuminaMath's words for none
+        text = to_text(answer, "the answer")
+        text = "" if text.lower() in ("proof", "notfound") else text  # NuminaMath's words for none
     except BadRow as error:  # the solution may still have it
         bad_answer = error
-    gold, worked = _extract_gold(given) if "####" in given or _is_worked(given) else (given, "")
-    # the thoughts of a reasoning model are no worked solution, and ten times as long
+    gold, worked = _extract_gold(text) if "####" in text or _is_worked(text) else (text, "")
+    # the thoughts of a reasoning model are not a worked solution, and ten times as long
     solution_gold, stripped = _extract_gold(without_thoughts(to_text(solution, "the solution")))
     if not gold and not solution_gold:
         if bad_answer:
             raise bad_answer
-        if given:
+        if text:
             why = f"no answer: {columns.get('answer', 'answer')} is a worked solution without {MARKS}"
             raise BadRow("no_answer", why, "set problems.answer_column to the column of the final answer")
         raise BadRow("no_answer", "no answer", f"add `answer`, or end the solution with {MARKS}")
@@ -63,14 +63,14 @@ def read_problem(row: Cells | BadRow, columns: Mapping[str, str]) -> Problem:
 
 
 def read_question(row: Cells | BadRow, columns: Mapping[str, str]) -> tuple[str, str]:
-    """(id, question) of a row, which needs no answer; without an id of its own, a hash of the question. Raises BadRow."""
+    """(id, question) of a row, which needs no answer; the default id is a hash of the question. Raises BadRow."""
     cell, named = _cells(row, columns, "question", "id")
     question = to_text(cell, "the question")
     if not question:
         raise BadRow("no_question", "the question is empty", "fill it in or remove the row")
-    own = to_text(named, "the id") if isinstance(named, str | int | float) else ""
-    if own and not own.startswith(FROM_FEEDBACK):
-        return own, question
+    id_ = to_text(named, "the id") if isinstance(named, str | int | float) else ""
+    if id_ and not id_.startswith(FROM_FEEDBACK):
+        return id_, question
     return hashlib.sha256(question.encode()).hexdigest()[:12], question
 
 
@@ -122,7 +122,7 @@ def _is_worked(text: str) -> bool:
 
 def _extract_gold(text: str) -> tuple[str, str]:
     """(answer, text without its mark) of a worked solution: after `####`, in its last box, or from its last line."""
-    # `####` may also start a Markdown heading: an answer after it that is not a number has a line of its own
+    # `####` may also start a Markdown heading: an answer that is not a number counts only at the start of a line
     before, mark, after = text.rpartition("####")
     answer, *rest = [line.strip() for line in after.strip().splitlines()] or [""]
     answer = _LEAD.sub("", answer, count=1) if _LEAD.match(answer) else answer

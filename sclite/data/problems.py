@@ -31,12 +31,12 @@ def load_problems(
     """The first `limit` distinct problems of a local file or a Hub dataset, named by `key` in the configuration.
 
     A row goes to `drops` if it is unusable, repeats an id or a question, or overlaps the index `avoid` (`build_index`).
-    For a question that is `known`, that is the name of what it overlaps, or "". Raises DataError if no row is usable;
-    without unusable rows, none is left if all overlap.
+    `known` has the name of what a question overlaps, or "", without a check. Raises DataError if no row is usable;
+    if all rows are usable but overlap, the list is empty.
     """
     name, columns, avoid, known = source.source, source.columns(), avoid or {}, known or {}
     if not name:
-        hint = f"set it, as in --set {key}=train.jsonl, to a file with {FORMS}"
+        hint = f"set it (--set {key}=train.jsonl) to a file with {FORMS}"
         raise UsageError(f"{key} is not set", hint)
     drops = [] if drops is None else drops
     problems: list[Problem] = []
@@ -89,10 +89,10 @@ def gather_problems(
 ) -> list[Problem]:
     """All problems of the run, from problems.source or an imported problems.jsonl, that overlap no question to avoid.
 
-    Problems that came with the run are never replaced. What was gathered is read from the run if its source is gone or
-    `reread` is false, also if its rows were edited, or another source or other questions to avoid are named now. Once SFT has
-    begun, these remove none of it and bring none back, except with `fresh`: the evaluation skips what was trained on.
-    Nothing is written unless `keep`.
+    Problems that came with the run are never replaced. Earlier problems are read from the run if their source is gone or
+    `reread` is false, even if rows were edited, or another source or other questions to avoid are set now. Once SFT has
+    started, questions to avoid neither remove nor restore problems, except with `fresh`: the evaluation skips what was
+    trained on. Nothing is written unless `keep`.
     """
     chosen, report = config.problems, report or Report("problems")
     drops, known = list[Drop](), dict[Question, str]()
@@ -107,31 +107,31 @@ def gather_problems(
     gone = is_local_source(source) and not Path(source).exists()
     unchecked = not source and before["problems"] != run.file_digest("problems.jsonl")
     settled = not unchecked and (not reread or (gone and not changed))
-    own, has_begun, avoided = list[Problem](), run.path("sft").exists(), questions_to_avoid(config)
+    existing, has_begun, avoided = list[Problem](), run.path("sft").exists(), questions_to_avoid(config)
     if manifest is not None:
-        own = [row for row in trainable_problems(run, whole=settled) if not from_feedback(row)]
+        existing = [row for row in trainable_problems(run, whole=settled) if not from_feedback(row)]
         if has_begun and not fresh:
-            known = {(row.id, row.question): "" for row in own}
+            known = {(row.id, row.question): "" for row in existing}
             known |= dict.fromkeys(_overlapping(run), "an earlier set to avoid")
-    if manifest is not None and own and settled:
+    if manifest is not None and existing and settled:
         if changed:
             why = "problems.source or its columns have changed since the run was built"
             run.warn(f"{why}: `sclite build-data` reads {source}")
         if before["avoid"] != inputs["avoid"] and not has_begun:
             hint = "`sclite build-data`, with the same --limit, drops those that overlap"
             run.warn(f"eval.source or problems.avoid has changed since the problems were read: {hint}")
-        if gone and chosen.limit is not None and chosen.limit < len(own):
-            why = f"the run's {len(own)} problems cannot be limited"
+        if gone and chosen.limit is not None and chosen.limit < len(existing):
+            why = f"the run's {len(existing)} problems cannot be limited"
             raise UsageError(f"{source} does not exist, and {why}", "remove --limit (problems.limit)")
-        report.counts, report.dropped = {"problems": len(own)}, manifest["dropped"]
+        report.counts, report.dropped = {"problems": len(existing)}, manifest["dropped"]
         report.skipped, report.figures["gone"] = True, gone
-        return own
+        return existing
     with timed(report):
         if source:
             problems = load_problems(chosen, chosen.limit, drops, build_index(avoided), known=known)
         else:
             path = run.path("problems.jsonl")
-            hint = f"set problems.source, as in --set problems.source=train.jsonl, to a file with {FORMS}"
+            hint = f"set problems.source (--set problems.source=train.jsonl) to a file with {FORMS}"
             rows = [row for row in run.require("problems.jsonl", Problem, hint) if not from_feedback(row)]
             if repeated := [id for id, count in Counter(row.id for row in rows).items() if count > 1]:
                 raise DataError(f"{path}: the id {repeated[0]} occurs twice", "make ids unique")
@@ -162,9 +162,9 @@ def _overlapping(run: Run) -> set[Question]:
 
 
 def trainable_problems(run: Run, whole: bool = True) -> list[Problem]:
-    """The run's problems without those that overlap a question to avoid, which an imported problems.jsonl still holds."""
-    left_out, rows = _overlapping(run), run.rows("problems.jsonl", Problem, whole)
-    return [row for row in rows if (row.id, row.question) not in left_out]
+    """The run's problems without those that overlap a question to avoid, which an imported problems.jsonl still contains."""
+    overlapping, rows = _overlapping(run), run.rows("problems.jsonl", Problem, whole)
+    return [row for row in rows if (row.id, row.question) not in overlapping]
 
 
 def _drop(problem: Problem, reason: str, detail: str) -> Drop:
@@ -190,12 +190,12 @@ def split_for_stages(
 
 
 def _draw(problem: Problem, seed: int | str) -> float:
-    """A number in [0, 1) that depends on the id and the seed alone."""
+    """A number in [0, 1) that depends only on the id and the seed."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{problem.id}".encode()).digest()[:8]) / 2**64
 
 
 class Split(NamedTuple):
-    """The problems of a run by their use. Each problem is in one list."""
+    """The problems of a run by use. Each problem is in one list."""
 
     sft: list[Problem]
     stage2: list[Problem]
@@ -216,7 +216,7 @@ def split_problems(config: Config, problems: Iterable[Problem]) -> Split:
         first = rest - round(rest * settings.correction_share)
         return Split(found[:first], found[first:rest], found[rest:])
     seed = f"fit:{config.seed}"
-    if share:  # the draw of number FIT_COUNT + 1 falls as problems are added, and takes none out of training
+    if share:  # the draw of number FIT_COUNT + 1 falls as problems are added, so that none leaves training
         share = max(share, sorted(_draw(problem, seed) for problem in found)[FIT_COUNT])
     trained, fit = split_for_stages(found, share, seed)
     return Split(*split_for_stages(trained, settings.correction_share, config.seed), fit)

@@ -1,7 +1,7 @@
 """Reads the rows of a local file or a Hub dataset one by one, each with its line or row number.
 
-CSV and JSON are left to the standard library: `datasets` infers one type per column, which makes 7.0 of the answer 007
-and nothing of None and NA, and one bad row makes the whole file unreadable.
+CSV and JSON are read with the standard library: `datasets` infers one type per column, which turns the answer 007 into
+7.0 and None and NA into nothing, and one bad row makes the whole file unreadable.
 """
 
 import codecs
@@ -72,7 +72,7 @@ def read_rows(source: Source, key: str) -> NumberedRows:
         text = "".join(_read_lines(path))
         rows, issue, fix = _parse_json(text) if text.strip() else ([], "", "")
         if issue or not isinstance(rows, list):
-            usual = "write [{..}, {..}], or name a file with one object per line .jsonl"
+            usual = "write [{..}, {..}], or rename a file with one object per line to .jsonl"
             raise DataError(f"{path}, {issue or 'not a list of objects'}", fix or usual)
         for number, row in enumerate(rows, 1):
             bad = BadRow("row_not_readable", "not a JSON object", _OBJECTS, str(row))
@@ -172,16 +172,16 @@ def _dataset_rows(source: Source, key: str, path: Path | None) -> NumberedRows:
             raise DataError(why, "it must be a Parquet file") from error
         if isinstance(error, datasets.exceptions.DatasetNotFoundError):
             if "is a gated dataset" in str(error):
-                login = "accept its terms on the Hub, then log in (`hf auth login`) or export HF_TOKEN=.."
+                login = "accept its terms on the Hub, then log in (`hf auth login`) or export HF_TOKEN=..."
                 raise DataError(f"the dataset {name} is gated: {_shorten(error)}", login) from error
             why = f"{name} is neither a local file nor a dataset on the Hub"
             raise DataError(why, f"check {key}") from error
         if isinstance(error, OSError) and (error.errno is None or isinstance(error, ConnectionError)):
             raise NetworkError(f"the dataset {name} cannot be reached: {_shorten(error)}", hint) from error
-        if not isinstance(error, OSError):  # else it is this disk, not the network
-            hint = f"set {section}.subset or {section}.split, as in --set {section}.subset=main"
-            if key == "problems.avoid":  # which names a source alone
-                hint = "download it, and name the file"
+        if not isinstance(error, OSError):  # else the disk is to blame, not the network
+            hint = f"set {section}.subset or {section}.split, for example --set {section}.subset=main"
+            if key == "problems.avoid":  # it has no subset or split
+                hint = "download it, and use the file"
         # `datasets` lists the subsets on its second line
         lines = 2 if not isinstance(error, OSError) and "config" in str(error).lower() else 1
         raise DataError(f"the dataset {name}: {_shorten(error, lines)}", hint) from error

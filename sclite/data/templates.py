@@ -82,7 +82,7 @@ def write_templates(
         manifest = run.done("templates", inputs, "templates.jsonl")
         if manifest is not None and not fresh:
             return Report.of(manifest)
-        # a larger token budget brings more rows, and those that are there stay as they are
+        # a larger token budget adds rows and leaves the existing ones unchanged
         basis = basis_of(config.teacher, inputs["prompts"])
         drops = _request_missing(config, run, teacher, grader, problems, basis, fresh, progress)
         run.reorder("templates.jsonl", Template, (problem.id for problem in problems))
@@ -97,7 +97,7 @@ def write_templates(
         if not requests:
             why = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items()) or "no problems"
             first = next((drop.detail for drop in drops.values()), "")
-            message = f"none of the {len(problems)} problems gave a template: {why}; the first: {first}"
+            message = f"none of the {len(problems)} problems yielded a template: {why}; the first: {first}"
             hint = f"see {run.path('dropped.jsonl')}"
             raise DataError(message, hint)
     signed = with_unanswered(inputs, count_unanswered(report.dropped))
@@ -106,7 +106,7 @@ def write_templates(
 
 
 def check_template(reply: str, problem: Problem, grader: Grader) -> Trace | Rejection:
-    """The template in a teacher's reply for this problem, or why it is none."""
+    """The template in a teacher's reply for this problem, or why there is none."""
     parsed = parse_reply(reply)
     if parsed.issues:
         named = "; ".join(str(error) for error in parsed.issues[:3])
@@ -130,7 +130,7 @@ def check_template(reply: str, problem: Problem, grader: Grader) -> Trace | Reje
 
 
 def parse_reply(text: str) -> ParsedTrace:
-    """As `parse`, of a teacher that escapes < and & between the tags as in XML."""
+    """Like `parse`, for a teacher that escapes < and & between the tags as in XML."""
     return parse(re.sub("&(?:lt|gt|amp);", lambda entity: html.unescape(entity[0]), text))
 
 
@@ -159,13 +159,13 @@ def _request_missing(
     again = fresh or (before is None and run.path("templates.begun.json").is_file())
     if not again and any(True for _ in run.rows("templates.jsonl", Template, whole=False)):
         trained = run.path("sft/adapter").is_dir()
-        keep = ". To keep them and go on with the corrections, add --only corrections" if trained else ""
+        keep = ". To keep them and continue with the corrections, add --only corrections" if trained else ""
         refuse_other_basis(before, basis, run.path("templates.jsonl"), keep)
     by_id = {problem.id: problem for problem in problems}
     wanted = {problem.id: (problem.question, problem.answer) for problem in problems}
     rows = run.rows("templates.jsonl", Template, whole=False)
     kept = {row.id: None for row in rows if wanted.get(row.id) == (row.question, row.answer)}  # in order
-    # the manifest would vouch for rows that go
+    # the manifest would list rows that are removed
     run.path("done/templates.json").unlink(missing_ok=True)
     if again:
         kept.clear()
@@ -189,11 +189,11 @@ def _request_missing(
                         run.replace("templates.jsonl", [])
                     run.write_json("templates.begun.json", basis)
                     add = open_files.enter_context(run.appending("templates.jsonl"))
-                given = by_id[result.id].model_dump(include={"id", "question", "answer"})
-                add([Template(**given, trace=render(result.made), requests=result.requests)])
+                problem = by_id[result.id].model_dump(include={"id", "question", "answer"})
+                add([Template(**problem, trace=render(result.made), requests=result.requests)])
             progress(done, total, teacher.ledger.spent_usd)
     unanswered = count_unanswered(Counter(drop.reason for drop in drops.values()))
-    if again and add is None and unanswered < len(drops):  # no reply of the new teacher is a template
+    if again and add is None and unanswered < len(drops):  # no reply of the new teacher is usable
         run.replace("templates.jsonl", [])
     return drops
 

@@ -21,7 +21,7 @@ FIRST_PASS = "sft/first_pass.json"
 
 @dataclass(frozen=True)
 class FirstAnswers:
-    """A student's first answers to some problems: replies, what they hold, verdicts (None: unknown)."""
+    """A student's first answers to some problems: replies, parsed traces, verdicts (None: unknown)."""
 
     problems: Sequence[Problem]
     replies: list[Reply]
@@ -30,7 +30,7 @@ class FirstAnswers:
 
     @property
     def reviewable(self) -> list[Trace]:
-        """What is reviewed of each answer: nothing of one that was cut off, as in chat."""
+        """The trace to review of each answer; empty if the answer was cut off, as in chat."""
         pairs = zip(self.replies, self.parsed, strict=True)
         return [Trace() if reply.finish == "length" else parsed.trace for reply, parsed in pairs]
 
@@ -87,12 +87,12 @@ def check_first_pass(
 
 
 def grade(grader: Grader, answers: Iterable[str | None], problems: Sequence[Problem]) -> list[bool | None]:
-    """Whether each answer is the right one of its problem; None if that could not be decided."""
+    """Whether each answer is right; None if that could not be decided."""
     return grader.equal_many(zip(answers, (problem.answer for problem in problems), strict=True))
 
 
 def review_settings(config: Config, cutoff: Cutoff | None = None) -> ReviewSettings:
-    """How a configuration reviews; without a cutoff for corrections of given steps only."""
+    """The review settings of a configuration; without a cutoff, for corrections of given steps only."""
     cutoff = cutoff or Cutoff()
     limits = config.review.rounds, config.eval.max_tokens, config.prompts.folder
     return ReviewSettings(cutoff.threshold, *limits, confidence_weight=cutoff.confidence_weight)

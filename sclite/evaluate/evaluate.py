@@ -50,19 +50,19 @@ def review_answers(
     judge: Judge | None,
     endpoint: bool = False,
 ) -> list[Outcome]:
-    """Turn 2: review each first answer and grade the result. One of an `endpoint` without a reply is unknown."""
+    """Turn 2: review each first answer and grade the result. With an `endpoint`, an answer without a reply is unknown."""
     settings, mode = review_settings(config, cutoff), config.review.mode
-    asked = zip(first.problems, first.reviewable, strict=True)
-    scripts = [review(problem.question, trace, settings, mode) for problem, trace in asked]
+    pairs = zip(first.problems, first.reviewable, strict=True)
+    scripts = [review(problem.question, trace, settings, mode) for problem, trace in pairs]
     reviewed = run_together(student, scripts)
     second = grade(grader, [review.answer for review in reviewed], first.problems)
     rows = []
     columns = first.problems, first.replies, first.parsed, first.correct, reviewed, second
-    for problem, reply, parsed, correct, own, verdict in zip(*columns, strict=True):
+    for problem, reply, parsed, correct, result, verdict in zip(*columns, strict=True):
         work = parsed.work
         judged = judge(problem.question, work) if judge is not None and work.steps else None
         true_step, known = judged or None, judged is not None
-        after = verdict if own.trace else correct
+        after = verdict if result.trace else correct
         labelled = range(1, (true_step or len(work.steps)) + 1) if known else ()
         rows.append(
             Outcome(
@@ -70,23 +70,23 @@ def review_answers(
                 question=problem.question,
                 gold=problem.answer,
                 first=reply.text,
-                second=render(own.trace) if own.trace else None,
+                second=render(result.trace) if result.trace else None,
                 correct1=correct,
-                correct2=None if endpoint and own.note == NO_REPLY else after,
-                accused=own.accused,
-                cause=own.cause,
-                correction=own.correction,
+                correct2=None if endpoint and result.note == NO_REPLY else after,
+                accused=result.accused,
+                cause=result.cause,
+                correction=result.correction,
                 true_step=true_step,
                 true_known=known,
-                step_scores=tuple(round(score, 4) for score in own.scores),
+                step_scores=tuple(round(score, 4) for score in result.scores),
                 step_labels=tuple(step == true_step for step in labelled),
                 format_ok=not parsed.issues,
                 cut=reply.finish == "length",
                 tokens1=reply.tokens,
-                tokens2=own.tokens,
+                tokens2=result.tokens,
                 prefill1=reply.prefill_tokens,
-                prefill2=own.prefill,
-                note=own.note,
+                prefill2=result.prefill,
+                note=result.note,
             )
         )
     return rows
@@ -95,7 +95,7 @@ def review_answers(
 def located_correction_rate(
     student: Student, rows: Sequence[Outcome], first: FirstAnswers, config: Config, grader: Grader
 ) -> float | None:
-    """The share of wrong answers that are corrected if the true first wrong step is given; None if none is known."""
+    """The share of wrong answers that are corrected when given the true first wrong step; None if none is known."""
     cases = [
         (problem, (problem.question, parsed.work, o.true_step))
         for o, problem, parsed in zip(rows, first.problems, first.parsed, strict=True)
@@ -118,7 +118,7 @@ def evaluate_model(
     judge: Judge | None = None,
     version: str = "",
 ) -> dict[str, Any]:
-    """Evaluate one student with and without review; writes <name>.jsonl and <name>.json into the folder of results.
+    """Evaluate one student with and without review; writes <name>.jsonl and <name>.json to the results folder.
 
     Free reviews have files of their own, <name>-free. The threshold is fitted, unless one is set or stored for the `gguf`.
     Returns stored figures if nothing has changed. A model behind an API has a `version` and no `gguf`; its figures are not
@@ -129,9 +129,9 @@ def evaluate_model(
     fits = config.review.needs_fit
     chosen = config.eval.model_dump(exclude={"baselines", "votes"})
     settings = [chosen, config.review.model_dump(), prompts_digest(config)]
-    given = [[p.model_dump() for p in each] for each in (problems, held_out.fitting)]
+    rows_used = [[p.model_dump() for p in part] for part in (problems, held_out.fitting)]
     identity = version or run.file_digest(str(gguf.resolve()))
-    signature = digest([identity, settings, given, judge is not None])
+    signature = digest([identity, settings, rows_used, judge is not None])
     stored = load_threshold(config, run, gguf) if fits else None
     kept = run.read_json(f"{file}.json", dict[str, Any]) or {}
     same_fit = kept.get("off") == NO_STEPS or kept.get("fitted") == (stored and stored.model_dump())
@@ -153,7 +153,7 @@ def evaluate_model(
     rows = review_answers(student, first, config, grader, cutoff, judge, bool(version))
     ended = time.monotonic()
     figures = compute_metrics(rows, seed=config.seed)
-    # calls that failed, unlike prompts that are too long, are sent again by the next evaluation
+    # failed calls, unlike prompts that are too long, are retried by the next evaluation
     failed = any(r.finish == "error" for r in first.replies) or any(row.note == NO_REPLY for row in rows)
     figures |= {
         "signature": "" if version and failed else signature,
@@ -162,7 +162,7 @@ def evaluate_model(
         "threshold": config.review.threshold if fitted is None else fitted.threshold,
         "fitted": fitted and fitted.model_dump(),
         "off": off,
-        # an endpoint cannot continue a given beginning
+        # an endpoint cannot continue a given prefix
         "correction_rate_given_location": None
         if version
         else located_correction_rate(student, rows, first, config, grader),
@@ -181,7 +181,7 @@ def cutoff_of(config: Config, figures: Mapping[str, Any]) -> Cutoff:
 
 
 def summary_notes(figures: Mapping[str, Any], held_out: HeldOut, max_tokens: int) -> list[str]:
-    """What a reader of the figures of all students must know."""
+    """What a reader of all students' figures must know."""
     notes = [f"skipped ({reason.replace('_', ' ')}): {n:,}" for reason, n in held_out.dropped.items()]
     notes += [f"review is off for {name}: {each['off']}" for name, each in figures.items() if each["off"]]
     if {"sft", "dpo"} <= figures.keys():

@@ -18,9 +18,9 @@ LogOdds = Annotated[float, Field(gt=-NEVER, lt=NEVER)]
 class Outcome(Row):
     """One model's result on one problem. None means unknown: a failed call, a timeout, a grader error.
 
-    If review changes nothing, the first answer stands and `correct2` is `correct1`; `accused` is the flagged step. `true_step` None with
+    If review changes nothing, `correct2` is `correct1`; `accused` is the flagged step. `true_step` None with
     `true_known`: no step is wrong. `step_labels` end at the first wrong step: one that follows from it is neither right
-    nor wrong. `tokens1` and `tokens2` were generated, `prefill1` and `prefill2` computed of the prompts.
+    nor wrong. `tokens1` and `tokens2` count generated tokens, `prefill1` and `prefill2` computed prompt tokens.
     """
 
     id: str
@@ -41,7 +41,7 @@ class Outcome(Row):
     cut: bool = False
     tokens1: int = 0
     tokens2: int = 0
-    prefill1: int = Field(0, exclude=True)  # depends on the cache, so it is not part of a row that is written
+    prefill1: int = Field(0, exclude=True)  # depends on the cache, so it is not written
     prefill2: int = Field(0, exclude=True)
     note: str = ""
 
@@ -56,7 +56,7 @@ def compute_metrics(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: in
 
     Outcomes with an unknown answer are excluded and counted in `unknown`; `n` counts the rest. Over n: acc_t1, acc_t2,
     difference, wrong_to_right, right_to_wrong, format_validity, tokens. Over subsets: location (labelled wrong work
-    whose first wrong step is accused), acceptance (right work where nothing is accused), location_f1 (their harmonic
+    whose first wrong step is flagged), acceptance (right work where nothing is flagged), location_f1 (their harmonic
     mean: ProcessBench, arXiv 2412.06559), correction_rate_own (corrected, among wrong answers whose step was located),
     auc. A lucky answer after a wrong step is wrong work.
 

@@ -18,7 +18,7 @@ NOT_CURVES = set(
     ["step", "epoch", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "memory_gb", "margin_max"]
 )
 NAMES = {"loss": "loss", "dpo_loss": "DPO loss", "margin": "margin, chosen minus rejected"}
-LEVELS = {"dpo_loss": math.log(2), "margin": 0.0}  # where DPO starts if its reference model is right
+LEVELS = {"dpo_loss": math.log(2), "margin": 0.0}  # where DPO starts if its reference model is correct
 
 
 def write_report(
@@ -27,7 +27,7 @@ def write_report(
     examples: Sequence[tuple[str, Outcome]],
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> None:
-    """Write the page by rename.
+    """Write the page atomically.
 
     `summary`: {"models": {name: figures}, "baselines": {label: figures}, "n": number of problems, "notes": [sentence, ..],
     "source": their name}, with figures from `metrics.compute_metrics`. `examples`: (model, outcome). `curves`: {stage:
@@ -45,7 +45,7 @@ def write_report(
     models = f"{', '.join(names)} and {last}" if names else last
     problems = f"{summary['n']:,} held-out problems from {summary['source']}"
     measured = [row for row in rows if row.get("acc_t2") is not None]
-    headline = "No results."  # else the accuracy of the best model, and no more than was measured
+    headline = "No results."  # else the accuracy of the best model, and no claim beyond the measurement
     if measured:
         best = max(measured, key=lambda row: row["acc_t2"])
         headline = f"{best['name']} gets {percent(best['acc_t2'])} % right after reviewing its own answers"
@@ -93,7 +93,7 @@ def interval(pair: Sequence[float] | None, signed: bool = False, digits: int | N
 
 
 def example_parts(shown: Outcome, model: str = "") -> dict[str, Any]:
-    """An example for the template: the steps up to the accused one, its cause and correction, the new steps.
+    """An example for the template: the steps up to the flagged one, its cause and correction, the new steps.
 
     "texts" are the first and the second text, split at their tags: [(title, [(tag name or "", piece), ..])].
     """
@@ -102,7 +102,7 @@ def example_parts(shown: Outcome, model: str = "") -> dict[str, Any]:
         {"number": k, "text": step.text, "accused": k == shown.accused, "wrong": k == shown.true_step}
         for k, step in enumerate(first.steps, 1)
     ]
-    if shown.accused and second.steps:  # review discarded the steps after the accused one
+    if shown.accused and second.steps:  # review discarded the steps after the flagged one
         steps = steps[: shown.accused]
         for number, step in enumerate(second.steps[shown.accused :], shown.accused + 1):
             steps.append({"number": number, "text": step.text, "accused": False, "wrong": False})

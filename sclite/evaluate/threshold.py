@@ -29,21 +29,21 @@ FITTED_ON = "export/fitted_on.json"
 MIN_PROBLEMS = 50
 """With fewer problems, one answer moves the threshold far."""
 ALPHA, Z = 0.05, 1.645
-"""The one-sided level, and its normal quantile, at which a threshold is too harmful, or gains less than another one."""
+"""One-sided significance level, and its normal quantile, for the tests of a threshold's harm and gain."""
 WEIGHTS, MARGIN = (0.0, 0.5), 0.05
-"""The weights of the confidence in a step's score that are tried, and the AUC by which one must beat the last."""
+"""The weights of the confidence in a step's score to try, and the AUC margin by which one must beat the last."""
 BLOCK, MAX_SHARE = 0.1, 0.6
-"""Shares of the problems: how many have steps corrected per block, and at most in all."""
+"""Shares of the problems whose steps are corrected: per block, and at most in total."""
 MANY_PROBLEMS = 200
-"""From this number on, half of the problems show first whether the student's corrections fix anything."""
+"""From this number on, half of the problems are tried first, to see if the student's corrections fix anything."""
 
 
 @dataclass
 class Trial:
-    """One problem to fit the threshold on: is the first answer right, and the log-odds of an error in each step.
+    """One problem to fit the threshold on: whether the first answer is right, and the log-odds of an error in each step.
 
-    The step scores give the `confidence` a `weight`, the `review` the rest.
-    `results`: is the final answer right after correcting a step (from 1), for those that were tried. None is unknown.
+    Step scores give the `confidence` the `weight`, and the `review` the rest.
+    `results`: whether the final answer is right after correcting a step (from 1), for the steps tried. None is unknown.
     """
 
     problem: Problem
@@ -60,9 +60,9 @@ class Trial:
         return pool(self.review, self.confidence, self.weight)
 
     def accusable_steps(self, floor: float = -math.inf) -> list[tuple[int, float, float]]:
-        """(step, lowest, upper bound) of the thresholds of at least `floor` that accuse a step; for each such step.
+        """Each step that a threshold of at least `floor` can flag: (step, lowest, upper bound of these thresholds).
 
-        A threshold accuses the first step that scores above it, so only steps that score above all earlier ones count.
+        A threshold flags the first step that scores above it, so only steps that score above all earlier ones count.
         """
         found, highest = [], -math.inf
         for step, score in enumerate(self.scores, 1):
@@ -75,9 +75,9 @@ class Trial:
 class FittedThreshold(BaseModel):
     """A fitted threshold, or the reason why review stays off, with what it does on the n graded fitting problems.
 
-    It holds for step scores in which the confidence has the weight `confidence_weight`, chosen from `weights`.
-    Accuracies, wrong_to_right and right_to_wrong are shares of n. `assumed` counts accused steps whose correction was
-    not tried. `best_*` describe the most accurate threshold without the bound on harm: what the bound gives up.
+    It applies to step scores in which the confidence has the weight `confidence_weight`, chosen from `weights`.
+    Accuracies, wrong_to_right and right_to_wrong are shares of n. `assumed` counts flagged steps whose correction was
+    not tried. `best_*` describe the most accurate threshold without the bound on harm: what the bound costs.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -117,7 +117,7 @@ class FittedThreshold(BaseModel):
 
     @property
     def given_up(self) -> str:
-        """What the bound on harm gives up, or an empty string."""
+        """What the bound on harm costs, or an empty string."""
         allowed = most_spoiled(self.n, self.max_harm)
         if self.best_threshold is None or round(self.best_right_to_wrong * self.n) <= allowed:
             return ""
@@ -146,12 +146,12 @@ def most_spoiled(n: int, max_harm: float) -> int:
 
 
 def fit_threshold(trials: Sequence[Trial], max_harm: float) -> FittedThreshold:
-    """The middle of the log-odds thresholds that are as good as the best one which does not spoil too many answers.
+    """Choose the middle of the thresholds that are as good as the best one that does not spoil too many answers.
 
-    The first step whose log-odds exceed the threshold is accused; if none does, the first answer stands. Candidates are
+    The first step whose log-odds exceed the threshold is flagged; if none does, the first answer is kept. Candidates are
     the midpoints between adjacent distinct log-odds, and one below all. A threshold may spoil `most_spoiled` right
-    answers. As good as the best is one that helps and does not gain significantly less (sign test on the answers on which
-    both differ, normal approximation). An unknown result of an accused step counts as the worse outcome, so a caller may
+    answers. It is as good as the best if it helps and does not gain significantly less (sign test on the answers on which
+    both differ, normal approximation). An unknown result of a flagged step counts as the worse outcome, so a caller may
     try only the corrections that could matter. Problems with an unknown first answer are skipped.
 
     Why the middle: of 60 to 400 problems drawn from 1,500 of the quickstart, it gained as much on the others as the
@@ -203,7 +203,7 @@ def fit_threshold(trials: Sequence[Trial], max_harm: float) -> FittedThreshold:
 
 
 def choose_weight(trials: Sequence[Trial], weights: Sequence[float]) -> float:
-    """The weight of the confidence that best ranks the answers which a correction fixes above those which it spoils.
+    """The weight of the confidence that best ranks the answers that a correction fixes above those that it spoils.
 
     Answers are ranked by their highest step score (AUC), where its correction was tried. It is the last weight unless
     another one is better by MARGIN.
@@ -229,7 +229,7 @@ def choose_weight(trials: Sequence[Trial], weights: Sequence[float]) -> float:
 
 
 def try_corrections(student: Student, trials: Sequence[Trial], config: Config, grader: Grader) -> None:
-    """Correct the steps that the fitted threshold may accuse, and add the results to the trials.
+    """Correct the steps that the fitted threshold may flag, and add the results to the trials.
 
     Highest scores first, until two blocks in a row fix no more answers than they spoil, or MAX_SHARE is reached.
     """
@@ -270,25 +270,27 @@ def prompts_digest(config: Config) -> str:
 
 def weights_to_try(config: Config) -> list[float]:
     """The weights of the confidence that a fit chooses from: the configured one, or WEIGHTS."""
-    given = config.review.confidence_weight
-    return list(WEIGHTS) if given is None else [given]
+    weight = config.review.confidence_weight
+    return list(WEIGHTS) if weight is None else [weight]
 
 
 def find_threshold(
     known: Mapping[str, FittedThreshold], gguf_digest: str, config: Config
 ) -> FittedThreshold | None:
-    """What was fitted on a file with these prompts and weights, for this `review.max_harm` or the next lower, else higher one."""
+    """The fit for a GGUF with these prompts and weights, at this `review.max_harm`, else the next lower, else higher one."""
     limit = config.review.max_harm
-    own = [fit for key, fit in known.items() if key.startswith(gguf_digest)]
-    own = [
-        fit for fit in own if (fit.prompts, fit.weights) == (prompts_digest(config), weights_to_try(config))
+    same = [fit for key, fit in known.items() if key.startswith(gguf_digest)]
+    same = [
+        fit for fit in same if (fit.prompts, fit.weights) == (prompts_digest(config), weights_to_try(config))
     ]
     # the newest of equals
-    return min(reversed(own), key=lambda fit: (fit.max_harm > limit, abs(fit.max_harm - limit)), default=None)
+    return min(
+        reversed(same), key=lambda fit: (fit.max_harm > limit, abs(fit.max_harm - limit)), default=None
+    )
 
 
 def load_threshold(config: Config, run: Run, gguf: Path) -> FittedThreshold | None:
-    """What was fitted on this very file (`find_threshold`), in this run or beside the file; None if nothing was."""
+    """The fit for this exact file (`find_threshold`), stored in this run or next to the file; None if there is none."""
     beside = gguf.parent / Path(FILE).name
     for name in dict.fromkeys((str(run.path(FILE).resolve()), str(beside.resolve()))):
         known = run.read_json(name, dict[str, FittedThreshold]) or {}
@@ -298,7 +300,7 @@ def load_threshold(config: Config, run: Run, gguf: Path) -> FittedThreshold | No
 
 
 def store_threshold(config: Config, run: Run, gguf: Path, fitted: FittedThreshold) -> FittedThreshold:
-    """Store what was fitted on a file for chat, eval and the server, in place of an earlier fit for the same settings."""
+    """Store the fit for a file, for chat, eval and the server; it replaces an earlier one for the same settings."""
     fitted = fitted.model_copy(update={"prompts": prompts_digest(config), "weights": weights_to_try(config)})
     known = run.read_json(FILE, dict[str, FittedThreshold]) or {}
     purpose = digest([fitted.prompts, fitted.weights, fitted.max_harm])
@@ -310,7 +312,7 @@ def store_threshold(config: Config, run: Run, gguf: Path, fitted: FittedThreshol
 
 
 def is_current(config: Config, fitted: FittedThreshold | None, count: int) -> bool:
-    """Whether a stored fit is of as many problems and the same max_harm; too few problems replace none."""
+    """Whether a stored fit used as many problems and the same max_harm; too few problems never replace one."""
     if fitted is None or count < MIN_PROBLEMS:
         return fitted is not None
     return fitted.problems >= count and fitted.max_harm == config.review.max_harm
@@ -321,15 +323,15 @@ def ensure_threshold(
 ) -> FittedThreshold:
     """The threshold of a GGUF, which `student` runs: the stored one if it is current, else fitted now and stored.
 
-    The problems are used nowhere else. Of many, every other one is used first, and the rest only if a correction fixed
-    any of those. Fewer than MIN_PROBLEMS need no student: review stays off.
+    The problems are used nowhere else. If there are many, half are tried first, and the rest only if a correction fixed
+    any of them. Fewer than MIN_PROBLEMS need no student: review stays off.
     """
     stored, total = load_threshold(config, run, gguf), len(problems)
     if stored is not None and is_current(config, stored, total):
         return stored
     fitted = FittedThreshold(threshold=None, problems=total, max_harm=config.review.max_harm)
     if total < MIN_PROBLEMS or student is None:
-        fitted.off = f"{total} problems are too few to fit its threshold, {MIN_PROBLEMS} are needed"
+        fitted.off = f"{total} problems are too few to fit the threshold ({MIN_PROBLEMS} needed)"
         return store_threshold(config, run, gguf, fitted)
     questions = {digest(problem.question) for problem in problems}
     run.write_json(FITTED_ON, sorted(questions.union(run.read_json(FITTED_ON, list[str]) or [])))
@@ -337,8 +339,8 @@ def ensure_threshold(
     trials: list[Trial] = []
     for part in (problems[::2], problems[1::2]) if total >= MANY_PROBLEMS else (problems,):
         first = solve_problems(student, part, config, grader)
-        asked, folder = zip(part, first.reviewable, strict=True), config.prompts.folder
-        scripts = [read_odds(problem.question, trace, folder, weights) for problem, trace in asked]
+        pairs, folder = zip(part, first.reviewable, strict=True), config.prompts.folder
+        scripts = [read_odds(problem.question, trace, folder, weights) for problem, trace in pairs]
         found = zip(part, first.parsed, first.correct, run_together(student, scripts), strict=True)
         trials += [Trial(problem, parsed.work, correct, *odds) for problem, parsed, correct, odds in found]
         for weight in weights:

@@ -1,4 +1,4 @@
-"""The cards that the Hub shows: of an exported dataset and of an exported model, filled into the Markdown files of this folder.
+"""The cards of an exported dataset and of an exported model on the Hub, from the Markdown templates in this folder.
 
 Every figure comes from the run; what the run does not record is written as unknown.
 """
@@ -38,7 +38,7 @@ def _public_name(name: str) -> str:
 
 
 def _public_model(name: str) -> str:
-    """A LiteLLM model, PROVIDER/NAME, where NAME may be the Hub ID or the folder that a local server calls its model."""
+    """A LiteLLM model, PROVIDER/NAME, where NAME may be the Hub ID or the folder that a local server uses as a name."""
     provider, _, model = name.partition("/")
     if not provider or name.endswith(".gguf"):
         return _public_name(name)
@@ -47,7 +47,7 @@ def _public_model(name: str) -> str:
 
 
 def model_title(config: Config, name: str) -> str:
-    """What an exported student (base, sft or dpo) is called on its card and in its GGUFs."""
+    """The name of an exported student (base, sft or dpo) on its card and in its GGUFs."""
     return f"{_public_name(config.student.model).rpartition('/')[2]}-{name}"
 
 
@@ -71,7 +71,7 @@ def _fill(template: str, config: Config, front: Mapping[str, Any], **values: Any
 
 
 def build_dataset_card(config: Config, run: Run, counts: Mapping[str, int]) -> str:
-    """The dataset card as Markdown; `counts` holds the number of rows of each file."""
+    """The dataset card as Markdown; `counts` has the number of rows of each file."""
     files, student = {name: count for name, count in counts.items() if count}, ""
     if config.attempts.source:
         student = f"; the corrected attempts were imported from {_public_name(config.attempts.source)}"
@@ -85,7 +85,7 @@ def build_dataset_card(config: Config, run: Run, counts: Mapping[str, int]) -> s
         sources.append(f"- Prompt {name}: {prompts.digest_prompts(name, folder=config.prompts.folder)}")
     sources += [f"- Stage {stage}: sclite {m['sclite']}" for stage, m in manifests.items() if "sclite" in m]
     if judged := sum(map(from_feedback, run.rows("reviews.jsonl", Review))):
-        sources.append(f"- Reviews of answers that were judged in the chat: {judged} (`feedback-..`)")
+        sources.append(f"- Reviews of answers judged in the chat: {judged} (`feedback-..`)")
     packages = ", ".join(f"{name} {version(name)}" for name in ("transformers", "litellm"))
     totals = None
     if run.path(LEDGER).is_file():
@@ -121,16 +121,16 @@ def build_model_card(config: Config, run: Run, name: str, form: str, figures: Ma
         rates = "{num_train_epochs:g} epochs, learning rate {learning_rate:g}".format(**used[stage])
         lora = "; LoRA r {r}, alpha {lora_alpha}".format(**used["lora"]) if "lora" in used else ""
         settings.insert(0, f"- {stage}: {counts}, {rates}, seed {used['seed']}{lora}")
-        adapter = used.get("warmup/adapter", used.get("sft/adapter"))  # from which it started
+        adapter = used.get("warmup/adapter", used.get("sft/adapter"))  # the one it started from
     evaluations, current = dict[str, Any](), {each: source_digest(config, run, each) for each in STUDENTS}
     for path in sorted(run.path("eval").glob("*/summary.json")):
         summary = run.read_json(str(path.relative_to(run.folder)), dict[str, Any]) or {"models": {}}
-        own = {
+        models = {
             each if row["made_from"] else _public_model(each): row  # "" is a model behind an API
             for each, row in summary["models"].items()
             if row["made_from"] in ("", current.get(each))
         }
-        evaluations |= {path.parent.name: own} if own else {}
+        evaluations |= {path.parent.name: models} if models else {}
     front = {
         "base_model": base if _HUB_ID.fullmatch(base) else None,
         "pipeline_tag": "text-generation",

@@ -1,7 +1,7 @@
-"""Derive a chat format from what a chat template renders, and write it as a small Jinja template and as a Go template.
+"""Derive a chat format from the output of a chat template, and write it as a small Jinja template and as a Go template.
 
-Runtimes differ in what they give to a chat template (tools, thinking, the date), and Ollama needs a Go template. So the
-exported model gets a template that looks at roles and contents alone and renders what the student was trained on.
+Runtimes differ in what they pass to a chat template (tools, thinking, the date), and Ollama needs a Go template. So the
+exported model gets a template that uses only roles and contents and renders what the student was trained on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Render = Callable[[Messages, bool], str]
 """Renders messages, with (True) or without (False) the prompt for an answer."""
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
 SPACES = " \n"
-"""What is tried at the ends of a content. A template that strips both strips all whitespace."""
+"""The whitespace that is tried at the ends of a content. A template that strips both strips all whitespace."""
 
 
 def _chat(roles: str, *contents: str) -> Messages:
@@ -49,11 +49,11 @@ CHATS: dict[str, Messages] = {
     "empty system": _chat("suau", "", *_MANY[1:4]),
     "unicode": _chat("suau", "Réponds en français.", "数学: ∑ 2ⁿ?", "∞ 🙂", "Größe? ｜end｜"),
 }
-"""The chats of which a derived template must make the same text as the original."""
+"""Chats that a derived template must render exactly as the original does."""
 
 
 class Turn(NamedTuple):
-    """The messages of a role: the text around a content, and what of SPACES is stripped from its two ends."""
+    """The messages of a role: the text around a content, and which SPACES are stripped from its two ends."""
 
     before: str
     after: str
@@ -65,7 +65,7 @@ class Turn(NamedTuple):
 class ChatFormat:
     """Every chat is `start`, its turns, and then `opening` (the prompt for an answer) or `closing`.
 
-    `system_in`: the system text is a turn of its own ("own"), or comes before the content of the "first" or "last" user
+    `system_in`: the system text is a separate turn ("own"), or comes before the content of the "first" or "last" user
     turn, which is then `host`. `final` and `prefilled` are the assistant's turn at the end of a chat, without and with the
     prompt for an answer. `dropped` is the original's default system prompt, which the derived templates do not have.
     """
@@ -101,13 +101,13 @@ class ChatFormat:
         def show(turn: Turn, *inside: str) -> str:
             return write(_quote(turn.before), *inside, content("message", turn), _quote(turn.after))
 
-        own = self.system_in == "own"
-        system = "message" if own else "messages[0]"
+        separate = self.system_in == "own"
+        system = "message" if separate else "messages[0]"
         has_system = f'{system}["role"] == "system"'
         if not self.empty_system:
             has_system += f' and {system}["content"]'
         lines = [write(_quote(self.start))] if self.start else []
-        if own:
+        if separate:
             lines += ["{%- for message in messages -%}", f"{{%- if {has_system} -%}}", show(self.system)]
         else:
             host = 'turns | length - 1 if turns[-1]["role"] == "user" else 0'
@@ -135,7 +135,7 @@ class ChatFormat:
         return "\n".join([*lines, *last])
 
     def go_template(self, bos: str = "") -> str:
-        """The format as a Go template for Ollama. `bos`: the text of the BOS token, if the runtime adds it by itself.
+        """The format as a Go template for Ollama. `bos`: the text of the BOS token, if the runtime adds it itself.
 
         A final assistant message follows the opening and stays open: Ollama continues it.
         """
@@ -182,9 +182,9 @@ class ChatFormat:
 
 
 def derive_format(render: Render, bos: str = "") -> ChatFormat:
-    """The format of what `render` makes of chats. `bos` is the text of the BOS token.
+    """Derive the format from the way `render` renders chats. `bos` is the text of the BOS token.
 
-    Raises DataError, with the reason, for a template that looks at more than roles and contents.
+    Raises DataError, with the reason, for a template that uses more than roles and contents.
     """
 
     def gaps(roles: str, generation_prompt: bool) -> tuple[str, list[str]]:
@@ -198,7 +198,7 @@ def derive_format(render: Render, bos: str = "") -> ChatFormat:
         return "".join(roles[i] for i in order), re.split("|".join(marks), text)
 
     def stripped(roles: str, index: int, generation_prompt: bool = True) -> tuple[str, str]:
-        """What of SPACES is stripped from the left and right end of the content at `index`."""
+        """Which SPACES are stripped from the left and right end of the content at `index`."""
 
         def length(before: str, after: str) -> int:
             contents = [f"{before}Q{after}" if i == index else "Q" for i in range(len(roles))]
@@ -261,16 +261,16 @@ def derive_format(render: Render, bos: str = "") -> ChatFormat:
                 pairs = enumerate(zip(text, wanted, strict=False))
                 at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(wanted)))
                 raise _refusal(
-                    f"it looks at more than roles and contents. The chat {name!r} has "
+                    f"it uses more than roles and contents. The chat {name!r} has "
                     f"{wanted[max(0, at - 20) : at + 40]!r}, expected from shorter chats: {text[max(0, at - 20) : at + 40]!r}"
                 )
     return form
 
 
 def trained_format(config: Config, tokenizer: PreTrainedTokenizerBase) -> ChatFormat | None:
-    """The format on which a student is trained; None if its own template is kept.
+    """The format that a student is trained on; None if its own template is kept.
 
-    Raises DataError, with the reason, for a template that looks at more than roles and contents.
+    Raises DataError, with the reason, for a template that uses more than roles and contents.
     """
     if config.export.keep_template:
         return None
@@ -278,7 +278,7 @@ def trained_format(config: Config, tokenizer: PreTrainedTokenizerBase) -> ChatFo
 
 
 def write_format(form: ChatFormat, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Make the format that of a model folder: its chat template, its end token, and whether text begins with BOS.
+    """Apply the format to a model folder: its chat template, its end token, and whether text begins with BOS.
 
     Runtimes put BOS before a prompt if the tokenizer does so with plain texts; training follows the chat template.
     """
@@ -292,7 +292,7 @@ def write_format(form: ChatFormat, tokenizer: PreTrainedTokenizerBase, folder: P
     if bos and not form.start.startswith(bos):
         changes["add_bos_token"] = False  # without it, llama.cpp adds one for some vocabularies
         if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
-            _edit(folder / "tokenizer.json", {"post_processor": None})  # counts more than add_bos_token
+            _edit(folder / "tokenizer.json", {"post_processor": None})  # takes precedence over add_bos_token
     _edit(folder / "tokenizer_config.json", changes)
     if "eos_token" in changes:
         _edit(folder / "generation_config.json", {"eos_token_id": end})
@@ -316,7 +316,7 @@ _ATOM = re.compile(r"<[^<>\n]{1,60}>|\[[^\[\]\n]{1,60}\]|\w+|.", re.DOTALL)
 
 
 def _shared(*texts: str, end: bool = False) -> str:
-    """The longest common start, or end, that does not part a word or a tag."""
+    """The longest common start, or end, that does not split a word or a tag."""
     order = -1 if end else 1
     places = zip(*(_ATOM.findall(text)[::order] for text in texts), strict=False)
     found = [atoms[0] for atoms in takewhile(lambda atoms: len(set(atoms)) == 1, places)]
@@ -327,7 +327,7 @@ def _shared(*texts: str, end: bool = False) -> str:
 
 
 def _quote(text: str) -> str:
-    """A literal in Jinja and in Go; empty if the text is."""
+    """A literal in Jinja and in Go; empty if the text is empty."""
     return json.dumps(text, ensure_ascii=False) if text else ""
 
 

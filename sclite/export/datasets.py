@@ -94,7 +94,7 @@ def _problem(row: Pair | Review, problems: dict[str, Problem]) -> Problem:
 def _pair_rows(
     config: Config, pairs: list[Pair], reviews: list[Review], problems: dict[str, Problem]
 ) -> tuple[Rows, Rows]:
-    """Each pair in TRL's standard format, and with the fields of Math-Step-DPO-10K.
+    """Each pair in TRL's standard format, and in the fields of Math-Step-DPO-10K.
 
     TRL: `prompt` is the review chat rendered with the chat template, followed by the assistant's pieces in `prefix`. It cannot
     be conversational: trainers would open a second assistant turn after the prefix. Step-DPO: `prompt` is the user turn and

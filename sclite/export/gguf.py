@@ -25,9 +25,9 @@ EXTRACTED = (SCRIPT, "convert_lora_to_gguf.py", "conversion", "gguf-py", "LICENS
 SHA256 = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
 """Digests of the source distributions of all llama-cpp-python versions that pyproject.toml admits; no other is run."""
 SMALL = 50_000_000
-"""Parameters below which a model that `write_gguf` supports is written without the converter."""
+"""With fewer parameters, a model that `write_gguf` supports is written without the converter."""
 LARGE = 3_000_000_000
-"""Parameters from which the converter is tried on the base model: a smaller model is merged as fast as that."""
+"""From this many parameters on, the converter is tried on the base model first: a smaller model is merged as fast."""
 
 
 def convert_model(folder: Path, out: Path, *, outtype: str = "f16", title: str = "") -> Path:
@@ -96,7 +96,7 @@ def run_script(source: Path, script: str, arguments: list[str], out: Path | None
     part = out.with_name(out.name + ".part") if out else None
     command = [sys.executable, str(source / script), *arguments]
     command += ["--outfile", str(part)] if part else []
-    # offline, because a configuration could name code on the Hub
+    # offline, because a configuration could refer to code on the Hub
     environment = {**os.environ, "PYTHONPATH": str(source / "gguf-py"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         command, env=environment, input="", capture_output=True, text=True, errors="replace", check=False
@@ -105,7 +105,7 @@ def run_script(source: Path, script: str, arguments: list[str], out: Path | None
         if part:
             part.unlink(missing_ok=True)
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        # neither the marks below a line of a traceback nor a progress bar
+        # drop the markers in a traceback and progress bars
         lines = [line for line in lines if line.strip("^~ ") and not re.search(r"\d+%\|", line)]
         reason = lines[-1] if lines else "no reason given"
         if reason == "AssertionError":

@@ -1,6 +1,6 @@
 """Write a Llama with a SentencePiece vocabulary as a GGUF, without llama.cpp's converter and without a download.
 
-The result equals that of convert_hf_to_gguf.py, which a test checks. Other models are not supported.
+The result equals that of convert_hf_to_gguf.py, as a test checks. Other models are not supported.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def write_gguf(folder: Path, out: Path, *, outtype: str = "f16", title: str = ""
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
-    """Tokens, scores and types from tokenizer.model; special ids and the chat template from the files beside it."""
+    """Tokens, scores and types from tokenizer.model; special ids and the chat template from the files next to it."""
     import gguf
     import sentencepiece
 

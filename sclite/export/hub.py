@@ -9,15 +9,15 @@ from sclite.errors import DataError, NetworkError, UsageError
 from sclite.teacher.failures import redact
 
 CREATE_TOKEN = (
-    "create one with write access at https://huggingface.co/settings/tokens, then: export HF_TOKEN=.."
+    "create one with write access at https://huggingface.co/settings/tokens, then: export HF_TOKEN=..."
 )
 
 
 def open_repository(settings: Export, kind: str = "model") -> str:
     """Create the repository `export.push`, a "model" or a "dataset", unless it exists. Returns its URL.
 
-    The token is that of the environment (HF_TOKEN) or of `hf auth login`; it is not stored. Raises UsageError for an
-    invalid name, a missing token or a public repository where `export.private` is set, NetworkError if the Hub refuses or cannot be reached.
+    The token comes from the environment (HF_TOKEN) or from `hf auth login`; it is not stored. Raises UsageError for an
+    invalid name, a missing token or a public repository if `export.private` is set, NetworkError if the Hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HFValidationError
@@ -27,10 +27,10 @@ def open_repository(settings: Export, kind: str = "model") -> str:
     try:
         validate_repo_id(name if "/" in name else "")
     except HFValidationError:
-        message = f"export.push = {name!r} is not the name of a repository"
+        message = f"export.push = {name!r} is not a repository name"
         raise UsageError(message, "write --push OWNER/NAME") from None
     if not get_token():
-        raise UsageError("there is no token for the Hub", CREATE_TOKEN)
+        raise UsageError("no Hugging Face Hub token found", CREATE_TOKEN)
     with _hub_errors(name):
         url = HfApi().create_repo(name, private=settings.private, repo_type=kind, exist_ok=True)
         public = settings.private and not HfApi().repo_info(name, repo_type=kind).private
@@ -48,7 +48,7 @@ def files_of(folder: Path, names: Sequence[str] = ()) -> dict[str, Path]:
 
 
 def upload(settings: Export, files: Mapping[str, Path], kind: str = "model") -> None:
-    """Upload files, by their names in the repository, in one commit; what has not changed is skipped."""
+    """Upload files, by their names in the repository, in one commit; unchanged files are skipped."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     with _hub_errors(settings.push):
@@ -58,7 +58,7 @@ def upload(settings: Export, files: Mapping[str, Path], kind: str = "model") -> 
 
 @contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
-    """Raise what the Hub's client raises as a NetworkError that says what to do."""
+    """Convert errors of the Hub's client to a NetworkError with a hint."""
     import httpx
     from huggingface_hub import get_token
 
@@ -74,9 +74,9 @@ def _hub_errors(name: str) -> Iterator[None]:
         if token := get_token():  # maybe from a file, which `redact` does not know
             reason = reason.replace(token, "***")
         message = f"cannot upload to {name}: {reason}"
-        hint = "check the network; re-run to resume, what has arrived is not sent again"
+        hint = "check the network; re-run to resume, uploaded data is not sent again"
         if status == 401:
-            message = f"the Hub refuses the token: {reason}"
+            message = f"the Hub rejects the token: {reason}"
             hint = CREATE_TOKEN
         elif status in (403, 404):
             message = f"the Hub does not let this token write to {name}: {reason}"

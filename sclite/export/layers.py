@@ -20,7 +20,7 @@ TIED = re.compile(r"(embed_tokens|wte|word_embeddings|embed_in)\.")
 
 
 class TrainedWeights:
-    """`model`: base and adapter in transformers, without weights; and its parameters by name, read when they are accessed."""
+    """`model`: base and adapter in transformers, without weights; and its parameters by name, read on access."""
 
     def __init__(self, base: Path, adapter: Path | None):
         import torch
@@ -108,9 +108,9 @@ class TrainedWeights:
 
 
 def load_layered(base: Path, adapter: Path | None) -> PreTrainedModel | PeftModel:
-    """Base and adapter in float32, of which each layer, the embedding and the head have weights only while they run.
+    """Base and adapter in float32, where each layer, the embedding and the head have weights only while they run.
 
-    Each forward pass reads all files, so it should have all sequences. The peak is about 1.5 times the largest layer,
+    Each forward pass reads all files, so it should get all sequences. The peak is about 1.5 times the largest layer,
     embedding or head in float32, and the activations. Raises DataError if transformers names the weights differently.
     """
     import torch
@@ -131,7 +131,7 @@ def load_layered(base: Path, adapter: Path | None) -> PreTrainedModel | PeftMode
         if block in list(layers):
             for name in empty:
                 if not re.search("lora_|modules_to_save", name):
-                    weights.base_name(prefix + name)  # now, not after minutes
+                    weights.base_name(prefix + name)  # fail now, not after minutes
 
         def attach(module: torch.nn.Module, _: object, prefix: str = prefix) -> None:
             state = {name: weights[prefix + name] for name, _ in module.named_parameters()}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SHARD_BYTES = 500_000_000
 COPIED = (".json", ".model", ".jinja", ".txt", ".tiktoken")
 SAMPLING = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p", "do_sample")
-"""Settings of the base that would apply to the trained student, which was checked without them."""
+"""Settings of the base that would affect the trained student, which was checked without them."""
 KEEPS_BASE_WEIGHTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that do not change the base weights; PiSSA, OLoRA, CorDA and others do."""
 
@@ -30,9 +30,9 @@ def merge(base_folder: Path, adapter_folder: Path | None, out_folder: Path, *, o
 
     The sum is computed in float32 and stored as float32, matrices as float16 if the GGUF will be 16-bit anyway
     (`outtype`): rounding to bfloat16 would lose most of a small adapter. Tensors without an adapter keep their type, but
-    bfloat16 matrices become float16, too, if the others do: the converter would make float32 of them, 0.9 GB of memory for
-    an embedding of 152k tokens and 1,536 values. Code and `auto_map` are not copied. `out_folder` is new or empty. Raises
-    DataError for adapters that PEFT would load differently, adapters of another base, and damaged files.
+    bfloat16 matrices become float16, too, if the others do: the converter would turn them into float32, 0.9 GB of memory
+    for an embedding of 152k tokens and 1,536 values. Code and `auto_map` are not copied. `out_folder` is new or empty.
+    Raises DataError for adapters that PEFT would load differently, adapters of another base, and damaged files.
     """
     base, untie = BaseWeights(base_folder, adapter_folder), False
     tensors: Iterable[tuple[str, torch.Tensor]] = ((name, base[name]) for name in base)

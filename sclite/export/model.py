@@ -33,9 +33,9 @@ from sclite.student.loader import check_tokenizer, fetch_model, load_tokenizer, 
 from sclite.student.origin import FILE as RECORD_OF_ORIGIN
 from sclite.student.origin import chat_digest, read_origin
 
-UNFINISHED = "export/unfinished"  # where files stay until they have passed their checks
+UNFINISHED = "export/unfinished"  # for files until they have passed their checks
 CALIBRATION_TOKENS = 8192
-"""Tokens of the run on which the importance matrix is measured, other ones than those on which probabilities are compared."""
+"""Tokens of the run that the importance matrix is measured on; probabilities are compared on others."""
 
 
 def describe_sizes(config: Config) -> str:
@@ -47,8 +47,8 @@ def describe_sizes(config: Config) -> str:
 def export_model(config: Config, run: Run, name: str) -> Report:
     """Write export/<name>-<type>.gguf of base, sft or dpo for each quantization type, and export/parity.json.
 
-    Skipped if the GGUFs are undamaged and made from the same adapter. A file gets its final name only after llama.cpp has
-    loaded it and all match the trained model; a killed export keeps the files that it has finished for the next one.
+    Skipped if the GGUFs are intact and were made from the same adapter. A file gets its final name only after llama.cpp has
+    loaded it and all match the trained model; files that a killed export has finished are kept for the next one.
     Raises DataError if the adapter is missing or cannot be merged, or llama.cpp cannot load the result; ScliteError if a
     GGUF does not match the trained model, or the disk is too small.
     """
@@ -63,7 +63,7 @@ def export_model(config: Config, run: Run, name: str) -> Report:
         found = Report.of(manifest)
         found.stage = report.stage
         found.figures["gguf"] = str(folder / names[0])  # the run may have been moved
-        if run.read_json("export/parity.json") != found.figures["parity"]:  # it is of another student
+        if run.read_json("export/parity.json") != found.figures["parity"]:  # it belongs to another student
             run.write_json("export/parity.json", found.figures["parity"])
         _check_bounds(config, run, names, found.figures["parity"])
         return found
@@ -75,15 +75,15 @@ def export_model(config: Config, run: Run, name: str) -> Report:
             check_tokenizer(student.tokenizer, read_config(str(student.base)), str(student.base))
             full, parts, importance = _write_parts(config, run, name, student, samples)
             made = {quant: work / file for quant, file in zip(types, names, strict=True)}
-            asked = spread(
+            questions = spread(
                 [row.question for row in run.read("problems.jsonl", Problem)] or [QUESTION], parity.GREEDY
             )
-            chats = [prompts.solve_messages(each, config.prompts.folder) for each in asked]
+            chats = [prompts.solve_messages(question, config.prompts.folder) for question in questions]
             result = parity.compare_export(student, full, made, samples, chats) | {"importance": importance}
             run.write_json("export/parity.json", result)
             later = [run.path(adapter_weights(each)) for each in STUDENTS[STUDENTS.index(name) + 1 :]]
-            own = () if any(path.is_file() for path in later) else ("Modelfile", "README.md")
-            for file in (*names, *own):  # of an earlier export
+            shared = () if any(path.is_file() for path in later) else ("Modelfile", "README.md")
+            for file in (*names, *shared):  # of an earlier export
                 (folder / file).unlink(missing_ok=True)
             _check_bounds(config, run, names, result)
             for file in names:
@@ -121,14 +121,14 @@ def _check_space(folder: Path, needed: int) -> None:
     """Raise ScliteError if there are fewer bytes free."""
     if needed > (free := shutil.disk_usage(folder).free):
         raise ScliteError(
-            f"the export needs about {format_size(needed)} of disk space in {folder}, {format_size(free)} are free",
+            f"the export needs about {format_size(needed)} of disk space in {folder}, but only {format_size(free)} are free",
             "free some space, or export fewer or smaller types (export.quant)",
         )
 
 
 @contextmanager
 def _workplace(run: Run, name: str) -> Iterator[Path]:
-    """An empty folder in UNFINISHED, which is removed at the end."""
+    """Yield an empty folder in UNFINISHED, and remove it at the end."""
     work = run.path(UNFINISHED) / name
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -150,7 +150,7 @@ def _load(config: Config, adapter: Path | None) -> Trained:
         message = f"the chat template of {base} is not the one that {adapter} was trained with"
         raise DataError(
             message,
-            "set student.model to the folder of the model as it was then, or train again with --fresh",
+            "set student.model to a folder with the original model, or train again with --fresh",
         )
     return Trained(base, adapter, tokenizer)
 
@@ -158,7 +158,7 @@ def _load(config: Config, adapter: Path | None) -> Trained:
 def _write_parts(
     config: Config, run: Run, name: str, student: Trained, samples: list[Sample]
 ) -> tuple[Path, dict[str, dict[str, Any]], list[str]]:
-    """The 16- or 32-bit GGUF and its quantizations, in the folder UNFINISHED; those that a killed export has finished are kept.
+    """The 16- or 32-bit GGUF and its quantizations, in the folder UNFINISHED; keeps those that a killed export has finished.
 
     Returns the former, what is known of each file by its name, and the types that use an importance matrix.
     """
@@ -169,7 +169,7 @@ def _write_parts(
     found = run.read_json(record, dict[str, Any]) or {}
     parts: dict[str, dict[str, Any]] = {}
     for file, about in found.get("files", {}).items() if found.get("source") == source else ():
-        # the merged folder and the full file were renamed when they were whole: their digests are not worth the time
+        # the merged folder and the full file were renamed once complete: checking their digests would take too long
         if (work / file).exists() and about["sha256"] in ("", run.file_digest(f"{UNFINISHED}/{file}")):
             parts[file] = about
     for path in work.iterdir() if work.is_dir() else ():
@@ -196,7 +196,7 @@ def _write_parts(
         keep(full)
     shutil.rmtree(merged, ignore_errors=True)
     wanted, importance, (_, rest) = list[str](), None, split_samples(samples)
-    if config.export.imatrix is not False:  # it pays below 5 bits
+    if config.export.imatrix is not False:  # it helps below 5 bits
         wanted = [quant for quant in types if config.export.imatrix or re.match(r"(i?q|tq)[1-4]", quant)]
     if rest and any(quant in wanted for quant in missing):
         texts = list[list[int]]()
@@ -212,7 +212,7 @@ def _write_parts(
         )
         notes = [fallback] if odd else []
         if quant in wanted and not rest:
-            notes.append("made without an importance matrix, since the run has too few rows to measure one")
+            notes.append("written without an importance matrix: the run has too few rows to measure one")
         keep(work / file, run.file_digest(f"{UNFINISHED}/{file}"), "; ".join(notes))
     return full, parts, wanted if rest else []
 
@@ -221,7 +221,7 @@ def export_merged(config: Config, run: Run, name: str) -> dict[str, Any]:
     """Write export/<name>-merged: a Hugging Face folder in 16 bits, with its card, for vLLM, LM Studio and transformers.
 
     Returns its path, `merged`, chats_compared and chats_equal (in their token ids), and what parity.measure_difference finds
-    in transformers; top1_agreement and kl are None if it could not be run. Raises ScliteError if it is another model.
+    in transformers; top1_agreement and kl are None if it could not be run. Raises ScliteError if it is not the trained model.
     """
     adapter, out = run.path(f"{name}/adapter") if name != "base" else None, run.path(f"export/{name}-merged")
     student, samples = _load(config, adapter), read_samples(config, run)
@@ -249,7 +249,7 @@ def export_merged(config: Config, run: Run, name: str) -> dict[str, Any]:
             hint = "nothing was exported; use another base model, or report it with the model's name"
             raise ScliteError(f"{out.name} does not match the trained model: {'; '.join(faults)}", hint)
         write_text(folder / "README.md", build_model_card(config, run, name, "merged", {}))
-        if out.exists():  # a kill never leaves a part of it under its final name
+        if out.exists():  # a kill never leaves a partial folder under its final name
             out.replace(work / "earlier")
         folder.replace(out)
     counts = {"chats_compared": len(samples), "chats_equal": equal}
@@ -257,10 +257,10 @@ def export_merged(config: Config, run: Run, name: str) -> dict[str, Any]:
 
 
 def export_lora(config: Config, run: Run, name: str) -> dict[str, Any]:
-    """Write the adapter of sft or dpo alone as export/<name>-lora.gguf, for llama.cpp's --lora, with its card beside it.
+    """Write only the adapter of sft or dpo as export/<name>-lora.gguf, for llama.cpp's --lora, with its card next to it.
 
-    Returns its path, `lora`, and the figures of compare_probabilities beside its base in 16 bits. Raises DataError for an
-    adapter that has no such form, ScliteError if llama.cpp makes another model of the two.
+    Returns its path, `lora`, and the figures of compare_probabilities on its 16-bit base. Raises DataError for an adapter
+    that cannot be written so, ScliteError if base and adapter in llama.cpp differ from the trained model.
     """
     adapter = run.path(f"{name if name != 'base' else 'sft'}/adapter")
     student, out = _load(config, adapter), run.path(f"export/{name}{LORA_FILE}")
@@ -273,7 +273,7 @@ def export_lora(config: Config, run: Run, name: str) -> dict[str, Any]:
         copy_settings(student.base, settings)  # the converter would run the code of a model folder
         arguments = [str(plain), "--base", str(settings), "--outtype", "f16"]
         run_script(converter(), "convert_lora_to_gguf.py", arguments, made, f"the adapter in {adapter}")
-        # without the record of what it was trained on: beside a GGUF it is not used on NF4 weights
+        # without the record of what it was trained on: with a GGUF it is not used on NF4 weights
         ignored = shutil.ignore_patterns(RECORD_OF_ORIGIN)
         shutil.copytree(adapter.resolve(), work / "adapter", ignore=ignored, copy_function=os.symlink)
         merged = merge(student.base, None, work / "merged", outtype="f16")
@@ -298,7 +298,7 @@ def write_sampling_gguf(config: Config, adapter: Path | None, work: Path, *, sma
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     merged = _merge(config, _load(config, adapter), work / "merged", "f16")
-    # llama.cpp treats spaces after the special tokens of Phi-3 by the name
+    # llama.cpp recognizes Phi-3, and its spaces after special tokens, by the name
     path = convert_model(merged, work / "f16.gguf", outtype="f16", title=model_title(config, "sft"))
     shutil.rmtree(merged)
     check_gguf(path)
@@ -310,7 +310,7 @@ def write_sampling_gguf(config: Config, adapter: Path | None, work: Path, *, sma
 
 
 def _merge(config: Config, student: Trained, out: Path, outtype: str) -> Path:
-    """Merge base and adapter, with the chat format that was trained."""
+    """Merge base and adapter, and write the chat format that was trained."""
     form = trained_format(config, student.tokenizer)
     merge(student.base, student.adapter, out, outtype=outtype)
     if form:

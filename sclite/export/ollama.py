@@ -1,4 +1,4 @@
-"""Write a Modelfile, run `ollama create`, and compare what the created model says with what the engine says."""
+"""Write a Modelfile, run `ollama create`, and compare the created model's reply with the engine's."""
 
 import re
 import shutil
@@ -23,7 +23,7 @@ from sclite.student.ollama_api import call_ollama, ollama_url
 from sclite.student.origin import read_origin
 
 REPLY_TOKENS, LOADING_SECONDS = 64, 600
-NEAR_TIE = 0.1  # nats between two next tokens, of which rounding chooses: caches and kernels differ
+NEAR_TIE = 0.1  # nats between two next tokens, between which rounding decides: caches and kernels differ
 
 
 def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, list[str]]:
@@ -47,7 +47,7 @@ def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, list[str
         write_text(run.path("export/README.md"), card)
     path, adapter = run.path("export/Modelfile"), run.path(f"{name}/adapter")
     write_text(path, text)
-    # an adapter from elsewhere has no record of its base weights, only the name of its base
+    # an imported adapter has no record of its base weights, only the name of its base
     if adapter.is_dir() and not read_origin(adapter).weights:
         base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
         if isinstance(base, str) and Path(base).name != Path(config.student.model).name:
@@ -61,16 +61,16 @@ def build_modelfile(
     """The text of a Modelfile for a GGUF in the same folder.
 
     `template` is a Go template, which versions before 0.30 need ("": none), `num_ctx` is in tokens. A text is written
-    between three quotes, or one for a stop; a text that could end early is refused.
+    between three quotes, or one for a stop; a text that could end early is rejected.
     """
     if '"""' in system or system.endswith('"'):
         hint = "change student_system.txt in prompts.folder"
-        raise DataError('a Modelfile cannot hold a system prompt that contains """ or ends in "', hint)
+        raise DataError('a Modelfile cannot contain a system prompt with """ in it or " at its end', hint)
     lines = [f"FROM ./{gguf_name}"]
     lines += [f'TEMPLATE """{template}"""'] if template else []
     lines += [f'SYSTEM """{system}"""'] if system else []
     if '"' in stop or "\n" in stop:
-        message = f"a Modelfile cannot hold the stop {stop!r}, which contains a quote or a newline"
+        message = f"a Modelfile cannot contain the stop {stop!r}, which has a quote or a newline"
         raise DataError(message, "use a student with another end token")
     lines += [f'PARAMETER stop "{stop}"'] if stop else []
     lines += [f"PARAMETER num_ctx {num_ctx}", "PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
@@ -78,7 +78,7 @@ def build_modelfile(
 
 
 def find_ollama(name: str) -> str:
-    """The path of ollama. Raises UsageError for an invalid name of a model, ScliteError if ollama is missing."""
+    """The path of ollama. Raises UsageError for an invalid model name, ScliteError if ollama is missing."""
     if not re.fullmatch(r"[A-Za-z0-9][\w./:-]*", name):
         hint = "use letters, digits and . _ - / : as in my-model:v1"
         raise UsageError(f"export.ollama = {name!r} is not a valid model name", hint)
@@ -102,8 +102,8 @@ def compare_replies(config: Config, gguf: Path, question: str) -> dict[str, Any]
     """Ask the model `export.ollama` and the engine the same question, greedily.
 
     Returns prompt_tokens, ollama_prompt_tokens (None if Ollama does not count them), tokens and equal_tokens of the reply,
-    and, where the two part, gap: by how many nats the engine prefers its own token (None: one reply has ended);
-    `summary` says it in a line. Raises ScliteError if the prompt has another length or the first token differs, TeacherError
+    and, where the two diverge, gap: by how many nats the engine prefers its own token (None: one reply has ended);
+    `summary` is one line of text. Raises ScliteError if the prompt has another length or the first token differs, TeacherError
     if Ollama does not answer.
     """
     name, chat = config.export.ollama, prompts.solve_messages(question, config.prompts.folder)

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-SHOWN = 5  # texts with different tokens that parity.json lists
+SHOWN = 5  # maximum number of texts with different tokens in parity.json
 GREEDY, GREEDY_TOKENS = 4, 48
-"""Greedy answers of the unquantized GGUF that the trained model reads, and their length in tokens."""
+"""Greedy answers of the unquantized GGUF that the trained model scores, and their length in tokens."""
 ANSWER_TOKENS = 512  # within which a greedy answer of an exported file must end
 NEAR_TIE = 0.5
-"""Nats between two next tokens, of which quantization may choose: a student with little to say has many such places."""
-ROWS = 256  # of a quantized tensor that are compared with the unquantized ones
+"""Nats between two next tokens, between which quantization may decide: an unsure student has many such positions."""
+ROWS = 256  # rows of a quantized tensor to compare with the unquantized ones
 UNQUANTIZED = {
     "mean_abs_logprob_diff": 0.004,
     "top1_agreement": 0.99,
@@ -75,8 +75,8 @@ def compare_export(
         same = filecmp.cmp(path, full, shallow=False)
         files[path.name] |= unquantized if same else compare_probabilities(references, path)
 
-    # the answers that the trained model would have given itself, and by how many nats it prefers another token in the rest:
-    # they differ at near ties, which rounding decides
+    # how many answers the trained model would have given itself, and by how many nats it prefers another token in the
+    # rest: they differ at near ties, which rounding decides
     gaps = []
     for answer in references[: len(answers)]:
         rows = answer.trained[:-1]
@@ -129,7 +129,7 @@ def compare_tokens(
 def compare_probabilities(
     references: Sequence[Reference], gguf: Path, lora: Path | None = None
 ) -> dict[str, Any]:
-    """`measure_difference` of a GGUF, or of that of a base model with an adapter beside it."""
+    """`measure_difference` of a GGUF, or of a base model's GGUF with the adapter `lora`."""
     longest = max(len(reference.ids) for reference in references)
     with Engine(gguf, gpu_layers=0, parallel=1, context=longest + 1, exact=True) as engine:
         if lora:
@@ -145,7 +145,7 @@ def compare_probabilities(
 
 
 def measure_difference(references: Sequence[Reference], exported: Iterable[np.ndarray]) -> dict[str, Any]:
-    """How the log-probabilities of an exported model differ from those of the trained one, of which each is a reference.
+    """How the log-probabilities of an exported model differ from those of the trained one, the references.
 
     positions; top1_agreement: share of positions with the same most probable token; top1_up_to_ties: the same, where a token
     that the trained model finds less probable by up to NEAR_TIE also counts; kl: from the trained model, in nats;
@@ -177,7 +177,7 @@ def measure_difference(references: Sequence[Reference], exported: Iterable[np.nd
 
 
 def find_changed_tensor(full: Path, quantized: Path) -> str | None:
-    """The name of a tensor of a quantized GGUF that is no rounding of the unquantized one's, by up to ROWS rows of each.
+    """The name of a quantized tensor that is not a rounding of the unquantized one, judged by up to ROWS rows of each.
 
     Rounding to at least 4 bits changes the scale of a tensor by less than 1 % (q4_1), to 2 or 3 bits by 7 % (q2_k).
     """
@@ -192,7 +192,7 @@ def find_changed_tensor(full: Path, quantized: Path) -> str | None:
         found, wanted = pair
         size, bits = float((found * found).sum()), 8 * tensor.n_bytes / tensor.n_elements
         bound = 0.025 if bits >= 4 else 0.15 if bits > 2.2 else 1e9
-        if not abs(float((found * wanted).sum()) - size) <= bound * size:  # also if it is not a number
+        if not abs(float((found * wanted).sum()) - size) <= bound * size:  # also true for NaN
             return tensor.name
     return None
 
@@ -200,7 +200,7 @@ def find_changed_tensor(full: Path, quantized: Path) -> str | None:
 def find_violations(result: Mapping[str, Any], settings: Export) -> list[str]:
     """The figures of parity.json that exceed their bounds, as messages.
 
-    NaN is within no bound, so each comparison asks whether a figure is within it.
+    NaN is never within a bound, so each comparison asks whether a figure is within it.
     """
     found = []
     if result["tokens_equal"] < result["tokens_compared"]:
@@ -228,7 +228,7 @@ def find_violations(result: Mapping[str, Any], settings: Export) -> list[str]:
 
 
 def find_excesses(figures: Mapping[str, Any], quant: str, settings: Export) -> list[str]:
-    """What of the probabilities of a model in the type `quant` exceeds its bound, as parts of messages."""
+    """The figures of a model in the type `quant` that exceed their bounds, as parts of messages."""
     found, kl, same = [], figures["kl"], figures["top1_up_to_ties"]
     most, least = (
         bounds[max(filter(quant.startswith, bounds), key=len)]
@@ -238,7 +238,7 @@ def find_excesses(figures: Mapping[str, Any], quant: str, settings: Export) -> l
         found.append(f"a KL divergence of {kl:.4f} nats (at most {most:g})")
     if not same >= least:
         found.append(
-            f"another next token at {1 - same:.1%} of positions, beside near ties (at most {1 - least:.1%})"
+            f"another next token at {1 - same:.1%} of positions, near ties aside (at most {1 - least:.1%})"
         )
     return found
 
@@ -260,11 +260,11 @@ def find_inexact(full: Mapping[str, Any]) -> list[str]:
 
 
 def summarize(result: Mapping[str, Any]) -> str:
-    """The figures on one line: the share of places where the most likely next token is the same, and the KL divergence."""
+    """The figures on one line: the share of positions with the same most likely next token, and the KL divergence."""
     answers = result["answers"]
     tokens = (
         f"Checked against the trained model: {result['tokens_equal']} of {result['tokens_compared']} texts have the same "
-        f"tokens; {answers['readable']} of {answers['asked']} answers end and can be read"
+        f"tokens; {answers['readable']} of {answers['asked']} answers are complete and readable"
     )
     if result["skipped"]:
         return f"{tokens}; probabilities not compared: {result['skipped']}"

@@ -18,14 +18,14 @@ from sclite.student.llama_cpp.engine import last_errors, llama
 if TYPE_CHECKING:
     import numpy as np
 
-ROW = 256  # row lengths must be divisible by this for K-quants and most IQ types
+ROW = 256  # K-quants and most IQ types need row lengths divisible by this
 UNUSABLE = ("nvfp4", "q1_0", "q2_0")
-"""Types that llama-cpp-python 0.3.36 names but cannot write (nvfp4), or that gguf 0.19 cannot read."""
+"""Types that llama-cpp-python 0.3.36 lists but cannot write (nvfp4), or that gguf 0.19 cannot read."""
 NO_IMPORTANCE = "set export.imatrix = false"
 
 
 def quantization_type(name: str) -> int:
-    """llama.cpp's number for a quantization type (q4_k_m, q8_0, f16 ..); raises UsageError for an unknown name."""
+    """llama.cpp's number for a quantization type (q4_k_m, q8_0, f16, ...); raises UsageError for an unknown name."""
     api, types = llama(), {}
     for constant in dir(api):
         found = re.fullmatch("LLAMA_FTYPE_(MOSTLY|ALL)_(.+)", constant)
@@ -37,9 +37,9 @@ def quantization_type(name: str) -> int:
 
 
 def estimate_bytes(parameters: int, name: str) -> int:
-    """About the size of a GGUF of this quantization type."""
+    """The approximate size of a GGUF of this quantization type."""
     bits = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
-    digits = re.sub(r"\D", "", name)  # some tensors of each type have more bits than its name says
+    digits = re.sub(r"\D", "", name)  # some tensors of each type have more bits than the name says
     return int(parameters * bits.get(name, int(digits[:1] or 8) + 0.9) / 8)
 
 
@@ -61,7 +61,7 @@ def quantize(
     parameters = api.llama_model_quantize_default_params()
     parameters.ftype, parameters.nthread = number, usable_cores()
     if importance:
-        # the last one, with no name, ends it
+        # the last one, without a name, terminates the list
         entries = (api.llama_model_imatrix_data * (len(importance) + 1))()
         for entry, (tensor, values) in zip(entries, importance.items(), strict=False):
             entry.name, entry.size = tensor.encode(), values.size
@@ -112,8 +112,8 @@ def _read(tensor: Tensor, numbers: type[ctypes.c_float] | type[ctypes.c_int32]) 
 def measure_importance(gguf: Path, sequences: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
     """The mean square of each input of every weight matrix, float32 by tensor name, over sequences of token ids.
 
-    It is what llama.cpp's imatrix tool measures: a callback sees every node of the graph before and after it is computed.
-    A tensor of several matrices, such as the experts of a mixture, has their means one after another; 1 for an unused one.
+    This is what llama.cpp's imatrix tool measures: a callback sees every node of the graph before and after it is computed.
+    A tensor of several matrices, such as the experts of a mixture, has their means one after another, 1 for an unused one.
     """
     import numpy as np
 
@@ -132,7 +132,7 @@ def measure_importance(gguf: Path, sequences: Sequence[Sequence[int]]) -> dict[s
         if ask or not product:
             return product or not ask
         inputs, name, matrices = _read(values, ctypes.c_float), weight.name.decode(), weight.ne[2]
-        if sources[2]:  # the experts that are chosen for each token, which may share an input
+        if sources[2]:  # the experts chosen for each token, which may share an input
             chosen = _read(Tensor.from_address(sources[2]), ctypes.c_int32)[0]
             inputs = np.broadcast_to(inputs, (*chosen.shape, inputs.shape[2]))
         else:

@@ -1,4 +1,4 @@
-"""The trained model, in transformers on the CPU: the tokens and probabilities that an export must equal."""
+"""The trained model, in transformers on the CPU: the tokens and probabilities that an export must reproduce."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-TOP = 20  # the most probable tokens of a position, over which the effect of the adapter is measured
-REFERENCE_BYTES = 400_000_000  # that the probabilities of the trained model may need
+TOP = 20  # the most probable tokens per position, on which the adapter's effect is measured
+REFERENCE_BYTES = 400_000_000  # maximum for the probabilities of the trained model
 
 
 @dataclass
 class Reference:
-    """The trained model's output on `ids`, where it predicts ids[start], ids[start + 1] .. and the token after the last.
+    """The trained model's output on `ids`, where it predicts ids[start], ids[start + 1], ... and the token after the last.
 
     `trained`: log-probabilities [predictions, vocabulary] in float32; `top`: the TOP tokens of each; `base`: their
     log-probabilities without the adapter.
@@ -42,7 +42,7 @@ class Reference:
 
 
 class Trained(NamedTuple):
-    """The student that an export must equal: the folders of its base model and of its adapter, if any, and its tokenizer."""
+    """The student that an export must match: the folders of its base model and its adapter, if any, and its tokenizer."""
 
     base: Path
     adapter: Path | None
@@ -64,7 +64,7 @@ class Trained(NamedTuple):
         return found
 
     def size(self, name: str) -> int:
-        """About the bytes of a file of this quantization type."""
+        """The approximate bytes of a file of this quantization type."""
         return estimate_bytes(BaseWeights(self.base).count_parameters(), name)
 
     def ram_shortage(self) -> str:
@@ -115,7 +115,7 @@ def compute_references(
             for ids, start in sequences:
                 yield model(torch.tensor([ids])).logits[0, start - 1 :].float().log_softmax(-1).numpy()
             return
-        # one batch, as each pass reads all weights; what follows a token changes nothing, so the padding needs no mask
+        # one batch, as each pass reads all weights; attention is causal, so the padding needs no mask
         batch = torch.zeros(len(sequences), max(len(ids) for ids, _ in sequences), dtype=torch.long)
         predicts = torch.zeros_like(batch, dtype=torch.bool)
         for row, (ids, start) in enumerate(sequences):

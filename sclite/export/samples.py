@@ -1,4 +1,4 @@
-"""Texts of a run on which an export is measured: prompts and traces as the student sees and writes them."""
+"""The texts of a run that an export is measured on: prompts and traces as the student sees and writes them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from sclite.trace import Step, Trace, all_pieces
 
 T = TypeVar("T")
 ROWS = 100  # of each file of the run
-HELD_OUT = 8  # samples of the run on which probabilities are compared
+HELD_OUT = 8  # samples of the run to compare probabilities on
 QUESTION = "Anna has 12 nuts and buys 3 more. How many does she have?"
 TRACE = Trace((Step("12 + 3 = 15.", "Add.", "The sum is 15.", "12 + 3 = 15."),), "Add what is bought.", "15")
 
 
 class Sample(NamedTuple):
-    """A chat, and the pieces of the answer that the run has for it."""
+    """A chat, and the pieces of its answer in the run."""
 
     chat: Messages
     pieces: list[str]
 
 
 def read_samples(config: Config, run: Run) -> list[Sample]:
-    """Solutions and reviews of the run, spread over its files, after one of each that every run has."""
+    """Solutions and reviews of the run, spread over its files, after a fixed one of each."""
     folder, attempts = config.prompts.folder, run.read("attempts.jsonl", Attempt)
     questions = {row.id: row.question for row in run.read("problems.jsonl", Problem)}
     traces = {(row.id, row.sample): row.trace for row in attempts}
@@ -48,14 +48,14 @@ def read_samples(config: Config, run: Run) -> list[Sample]:
 
 
 def spread(rows: list[T], count: int) -> list[T]:
-    """Up to `count` of the rows, at equal distances."""
+    """Up to `count` of the rows, evenly spaced."""
     return rows[:: max(1, -(-len(rows) // count))]
 
 
 def split_samples(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Samples on which probabilities are compared, the first two and up to HELD_OUT of the others; and the rest.
+    """The samples to compare probabilities on (the first two, and up to HELD_OUT of the others), and the rest.
 
-    Each are spread over the run's files, in an order that mixes these: memory may suffice for the first ones only.
+    Both are spread over the run's files, in an order that mixes the files: memory may suffice for the first ones only.
     """
 
     def mix(rows: list[Sample], count: int) -> list[Sample]:

@@ -44,7 +44,7 @@ def open_tensors(path: Path, hint: str = "download or save it again") -> safe_op
 
 
 class Tensors:
-    """The tensors in a folder's safetensors files, sharded or not, by name. Each is read when it is accessed."""
+    """The tensors in a folder's safetensors files, sharded or not, by name. Each is read on access."""
 
     def __init__(self, folder: Path):
         """Raises DataError if the folder has no safetensors weights or a shard is missing."""

@@ -30,7 +30,7 @@ _MISREAD = re.compile(r"'|\^ ?\{? ?T|(?<![_\d])\d+ \d|\^ ?(?:\\?\w+|\{[^{}]*\}) 
 
 
 def same_formula(given: str, gold: str) -> Verdict:
-    """Whether two formulas are equal; None if the comparison fails. Text that is no formula equals nothing."""
+    """Whether two formulas are equal; None if the comparison fails. Text that is not a formula equals nothing."""
     from math_verify import verify
     from sympy import And, Eq, Expr, Set, simplify
     from sympy.logic.boolalg import BooleanAtom
@@ -76,7 +76,7 @@ def same_formula(given: str, gold: str) -> Verdict:
 
 @functools.lru_cache(1024)  # gold answers recur with every attempt
 def _parse(text: str) -> Any:
-    """The formula in sympy, with `x < 1 or x > 3` as a set and i as the imaginary unit; None if it is no formula."""
+    """The formula in sympy, with `x < 1 or x > 3` as a set and i as the imaginary unit; None if it is not a formula."""
     from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from sympy import Basic, Float, I, Rational, Symbol, Union
@@ -94,7 +94,7 @@ def _parse(text: str) -> Any:
     try:
         read = latex2sympy(normalize_latex(text, normal), normalization_config=None, conversion_config=case)
     except Exception as error:
-        if type(error) is not Exception:  # the parser raises a bare Exception if this is no formula
+        if type(error) is not Exception:  # the parser raises a bare Exception if this is not a formula
             raise
         return None
     if not isinstance(read, Basic):

@@ -1,10 +1,10 @@
-r"""Equality of two answers, as far as it needs no algebra.
+r"""Equality of two answers, where it needs no algebra.
 
 Graders differ on these cases; the rules here (for numbers and units: sclite/grading/numbers.py) are:
 
 - 1, 2 and \{1, 2\} are sets: order does not matter. (1, 2) is ordered, and so is a list that is compared with it. A
   column vector equals the tuple of its entries. (1, 2], [1, 2] and (1, 2) all differ. "or", "and" and \pm make lists.
-- (C), C, "Option C" and "C. 12 apples" are the same choice, and "(C) 12" equals 12. 5:30 is a time, except beside 6 to
+- (C), C, "Option C" and "C. 12 apples" are the same choice, and "(C) 12" equals 12. 5:30 is a time, except next to 6 to
   36; 4:6 is a ratio.
 - x = 5 equals 5, unless the other answer has another name. A base (2516_8) may be missing on one side.
 """

@@ -18,7 +18,7 @@ from sclite.helper_process import HelperProcess
 MAX_LENGTH = 1000  # characters; sympy's parser takes minutes for longer texts
 MAX_PROCESSES = 16  # each takes 100 MB
 WORKER = ("sclite.grading.grader", "load_comparison", 4 << 30)
-"""What a worker runs, and the bytes of memory that it may take."""
+"""What a worker runs, and the bytes of memory that it may use."""
 _ENDLESS = re.compile(r"(\.\d{100})\d+$")  # 0.3333.. from a model that does not stop
 _DIGITS = re.compile(r"-?[0-9]+")
 
@@ -45,7 +45,7 @@ def compare_quickly(given: str | None, gold: str) -> tuple[Verdict, tuple[str, s
 
 
 class Grader(contextlib.AbstractContextManager["Grader"]):
-    """Compares answers, the hard ones in as many worker processes as cores, or `processes`. Thread-safe.
+    """Compares answers, hard ones in worker processes: `processes`, or one per core. Thread-safe.
 
     A comparison of more than `seconds` is killed, and the verdict is None. Workers start on demand and end with this
     process, however it ends.
@@ -54,7 +54,7 @@ class Grader(contextlib.AbstractContextManager["Grader"]):
     def __init__(self, seconds: float = 5.0, processes: int | None = None):
         self.seconds = seconds
         self.processes = processes or min(usable_cores(), MAX_PROCESSES)
-        # those that have started are taken first
+        # workers that have started are used first
         self.idle: queue.LifoQueue[HelperProcess] = queue.LifoQueue()
         for _ in range(self.processes):
             self.idle.put(HelperProcess("answer grader", *WORKER, "pip install 'math-verify[antlr4_13_2]'"))
@@ -65,7 +65,7 @@ class Grader(contextlib.AbstractContextManager["Grader"]):
             worker.end()
 
     def equal(self, given: str | None, gold: str) -> Verdict:
-        """Whether `given` equals `gold`; None if unknown. No answer is a wrong answer."""
+        """Whether `given` equals `gold`; None if unknown. A missing answer is wrong."""
         verdict, hard = compare_quickly(given, gold)
         return self._ask(*hard) if hard else verdict
 
@@ -74,8 +74,8 @@ class Grader(contextlib.AbstractContextManager["Grader"]):
         known = [compare_quickly(*pair) for pair in pairs]
         pool = ThreadPoolExecutor(self.processes)
         try:
-            asked = pool.map(lambda hard: self._ask(*hard), [hard for _, hard in known if hard])
-            return [next(asked) if hard else verdict for verdict, hard in known]
+            computed = pool.map(lambda hard: self._ask(*hard), [hard for _, hard in known if hard])
+            return [next(computed) if hard else verdict for verdict, hard in known]
         finally:
             pool.shutdown(cancel_futures=True)
 

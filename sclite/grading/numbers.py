@@ -96,7 +96,7 @@ _STOP = set("of the a an in each total all old altogether is are for at on".spli
 _EACH = re.compile(
     r"(?i)(?<=\S )(?<!\bof )(?<!\bfor )(?:in )?(?:an?|each|every) (?=(?:second|minute|hour|day|week|month|(?:square|cubic) [a-z]+)\b)"
 )
-# "in" that is no inch: "5 in total", "12 cookies in each box"
+# "in" that is not an inch: "5 in total", "12 cookies in each box"
 _PREPOSITION = re.compile(r"(?i)\bin (?=(?:total|all|the|each)\b)|(?<=\S )in (?=[a-z])")
 _SYMBOLS = {"A", "J", "N", "V", "W", "F", "K"}
 _ABBREVIATIONS = set("kB MB GB TB Hz hz hp kW kJ kN kV mA mV dB eV Pa qt".split())  # noqa: SIM905
@@ -113,7 +113,7 @@ Words = tuple[frozenset[str], ...]
 
 
 def _parse_unit(text: str, money: str = "") -> tuple[Fraction, Words] | None:
-    """(factor, words) of the text after a number and of the sign before it; None if it is no unit."""
+    """(factor, words) of the text after a number and the sign before it; None if it is not a unit."""
     bare = text.strip()
     if bare and (not re.search(r"[\w%¤€£¥₹'\"]", bare) or bare[0] == "^" or re.match(r"a(?: ?\^|$)", bare)):
         return None
@@ -203,7 +203,7 @@ def is_close(a: Any, b: Any, places: int) -> bool:
 
 
 def parse_quantity(text: str) -> Quantity | None:
-    """Parse a normalized number with its unit, as 5 ft 3 in in the smallest of its units; None for any other text."""
+    """Parse a normalized number with its unit (5 ft 3 in: in the smallest unit); None for any other text."""
     if len(text) > 120 or not any(c.isdigit() for c in text):
         return None
     if ratio := _RATIO.fullmatch(text):
@@ -248,7 +248,7 @@ def parse_quantity(text: str) -> Quantity | None:
     unit = _parse_unit(found["unit"] or "", (found["money"] or "")[-1:])
     if unit is not None:
         return Quantity(value, *unit, places)
-    # several quantities of one kind, as 5 ft 3 in
+    # several quantities of one kind, such as 5 ft 3 in
     texts = re.split(r"(?<=[A-Za-z'\"]),? ?(?:and )?(?=\d)", text)
     parts = [quantity for part in texts if (quantity := parse_quantity(part))] if 1 < len(texts) < 5 else []
     if not parts or len(parts) < len(texts) or {len(part.unit) for part in parts} != {1}:

@@ -73,9 +73,9 @@ def plan(
     unseen: frozenset[str] | None,
     fit: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
-    """The plan as JSON values. `gpu` is from `doctor`, with its processes; None: the CPU, and `fits` is about its RAM.
+    """The plan as JSON values. `gpu` comes from `doctor`, with its processes; None: the CPU, where `fits` is about RAM.
 
-    `unseen` are ids of the problems kept for stage 2 (None: unknown), `fit` of those for the review threshold. Without a
+    `unseen` has the IDs of the problems kept for stage 2 (None: unknown), `fit` those for the review threshold. Without a
     tokenizer the forecast is unknown.
     """
     model = architecture(read_config(model_name(config.student)), config.lora.target_modules)
@@ -119,7 +119,7 @@ def plan(
     sizes = {
         "adapters": len(STAGES) * adapter,
         "checkpoints": len(STAGES) * CHECKPOINTS * (adapter + optimizer_bytes(tensors, 8)),
-        "merged": sixteen,  # as full_gguf only for a while
+        "merged": sixteen,  # temporary, like full_gguf
         "full_gguf": sixteen * (2 if "f32" in config.export.types else 1),
         "gguf": sum(estimate_bytes(model.parameters, quant) for quant in config.export.types),
     }
@@ -143,7 +143,7 @@ def _forecast(
 ) -> dict[str, Any]:
     """Rows, tokens over all epochs, optimizer steps and hours, in the order that training takes them.
 
-    The speed is the median over the steps of this stage that the run has timed; the warm-up may take SFT's.
+    The speed is the median over this stage's steps in the run so far; the warm-up falls back to SFT's.
     """
     settings, folder = config.stage(stage), config.prompts.folder
     phases = ("warmup", "sft") if stage == "warmup" else (stage,)
@@ -173,7 +173,7 @@ def _forecast(
             pairs = [pair for pair in run.read("pairs.jsonl", Pair) if pair.id in questions]
             bundles = build_bundles(tokenizer, pairs, questions, folder)
             solved = solve_rows(tokenizer, replayed, folder) if pairs else []
-            # those that are too long are left out of both before the one is spread over the other
+            # drop the too long ones from both before spreading the replay over the bundles
             solved = [row for row in solved if len(row.ids) <= settings.max_length]
             long = {b.key for b in bundles if max(len(side.ids) for side in b.sides) > settings.max_length}
             kept = with_replay([b for b in bundles if b.key not in long], solved, config.dpo.replay_share)
@@ -204,8 +204,8 @@ def _forecast(
 def corrections_cost(config: Config, run: Run, unseen: frozenset[str] | None) -> dict[str, Any]:
     """What the teacher's corrections will cost, at the mean cost of a row of this run so far, repairs included.
 
-    That is of its corrections if there are any, else of its templates. `requests`: those left for the attempts that are
-    there; before there are any, at most one for each that will be sampled (`at_most`), unknown if they are imported.
+    The mean is that of its corrections if there are any, else of its templates. `requests`: those left for existing
+    attempts; before there are any, at most one per attempt to sample (`at_most`), unknown if attempts are imported.
     """
     requests = left = count_pending_corrections(config, run)
     if left is None and unseen is not None and not config.attempts.source:
@@ -251,7 +251,7 @@ def correction_cost_text(context: "Context", unseen: frozenset[str]) -> str:
     text = f"corrections: {most}{found['requests']:,} by {config.teacher.model}, about ${cost:.2f}"
     limit, spent = config.teacher.max_cost, found["spent_usd"] or 0.0
     if limit is not None and spent + cost > limit:
-        text += f"; teacher.max_cost is ${limit:g}, ${spent:.2f} is spent"
+        text += f"; teacher.max_cost is ${limit:g}, of which ${spent:.2f} is spent"
     return text
 
 
@@ -278,7 +278,7 @@ def print_plan(plan: Mapping[str, Any], json: bool = False) -> None:
     if plan["rough"]:
         console.print(f"[yellow]Rough estimate:[/] {escape(plan['rough'])}")
     if gpu is None:
-        console.print("No CUDA GPU: the memory is host RAM, roughly estimated.")
+        console.print("No CUDA GPU: memory is host RAM, roughly estimated.")
     else:
         console.print(f"{escape(gpu['name'])}: {gpu['free_gb']:.1f} of {gpu['total_gb']:.1f} GB free")
         if gpu["processes"] is None:
@@ -306,25 +306,23 @@ def print_plan(plan: Mapping[str, Any], json: bool = False) -> None:
     rows = [(name, *(_number(s[key]) for key in keys), _time(s["hours"], "–")) for name, s in stages.items()]
     console.print_table("Forecast", header, rows)
 
-    console.print(
-        f"Training time: {_time(plan['hours'], 'unknown until every stage of this run has run a step')}"
-    )
+    console.print(f"Training time: {_time(plan['hours'], 'unknown until every stage has run a step')}")
     disk = {name.replace("_", " "): format_size(1e9 * gb) for name, gb in plan["disk_gb"].items()}
     total = disk.pop("total")
     console.print(f"Disk: about {total} ({', '.join(f'{name} {gb}' for name, gb in disk.items())})")
     if templates := plan.get("templates"):
         cost = "cost unknown" if templates["cost_usd"] is None else f"about ${templates['cost_usd']:.2f}"
-        console.print(f"Templates by the teacher: {templates['requests']:,}, {cost}")
+        console.print(f"Templates from the teacher: {templates['requests']:,}, {cost}")
     teacher = plan["teacher"]
     if teacher["requests"] is None:
-        corrections = "unknown before there are problems, and attempts if they are imported"
+        corrections = "unknown until the run has problems (and attempts, if imported)"
     elif not teacher["requests"]:
-        spent = f"; the run has cost ${teacher['spent_usd']:.2f}" if teacher["spent_usd"] else ""
+        spent = f"; the run has cost ${teacher['spent_usd']:.2f} so far" if teacher["spent_usd"] else ""
         corrections = f"none left to request{spent}"
     else:
         cost = "cost unknown" if teacher["cost_usd"] is None else f"about ${teacher['cost_usd']:.2f}"
         corrections = f"{'at most ' if teacher['at_most'] else ''}{teacher['requests']:,}, {cost}"
-    console.print(f"Corrections by the teacher: {corrections}")
+    console.print(f"Corrections from the teacher: {corrections}")
     check_fit(plan)
 
 

@@ -28,7 +28,7 @@ KINDS: dict[str, Callable[[Any], str]] = {
 
 
 def require_run(run: Run) -> None:
-    """Raise DataError if the run folder does not exist, with the runs beside it as a hint."""
+    """Raise DataError if the run folder does not exist, with the runs next to it as a hint."""
     if run.folder.is_dir():
         return
     runs = sorted(str(path.parent) for path in run.folder.parent.glob(f"*/{RUN_FILE}"))
@@ -111,7 +111,7 @@ def highlight(text: str, wrong: int | None = None) -> Text:
 
 
 def format_row(row: AnyRow, number: int, total: int, problems: Mapping[str, Problem]) -> Text:
-    """Row `number` of `total`, followed by an empty line. Its question is looked up in `problems`, by id."""
+    """Row `number` of `total`, followed by an empty line. Its question is looked up in `problems` by ID."""
     heading: list[tuple[str, str]] = []
     match row:
         case Problem():

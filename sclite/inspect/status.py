@@ -109,7 +109,7 @@ def read_status(config: Config, run: Run) -> dict[str, Any]:
     hidden = kept | {problem.id for problem in split.fit}
     tried = [*taught, *split.fit] if config.attempts.source else split.stage2
     learned = (run.manifest("sft") or {"inputs": {}})["inputs"].get("templates.jsonl")
-    # another teacher, of the corrections, makes no templates stale that SFT has learned
+    # templates that SFT has learned do not become stale with another teacher for the corrections
     settled = {"teacher", "prompts", "repairs"} if learned == run.file_digest("templates.jsonl") else set()
 
     def templates_inputs() -> dict[str, Any]:
@@ -133,7 +133,7 @@ def read_status(config: Config, run: Run) -> dict[str, Any]:
 
     stale, older = "", _older_exports(stages)
     for name, stage in stages.items():
-        if stale and stage.state == DONE:  # what follows a stale stage is stale too
+        if stale and stage.state == DONE:  # stages after a stale one are stale too
             stage.state, stage.why = STALE, [f"{stale} is stale"]
         stale = stale or (name if stage.state == STALE and name not in older else "")
         stage.dropped = dict(dropped.get(name, Counter()).most_common())
@@ -159,9 +159,9 @@ def _read_stage(
     paid: Mapping[str, Any] | None = None,
     total: int | None = None,
 ) -> Stage:
-    """A stage: with a manifest done, stale, or half-way if requests went unanswered; else imported, half-way or not begun.
+    """Read a stage. With a manifest: done, stale, or half-way if requests went unanswered; else imported, half-way or not begun.
 
-    `paid` are the ledger's totals if it has sent requests, `total` is the number of rows that it will write.
+    `paid` has the ledger's totals if it has sent requests, `total` is the number of rows that it will write.
     """
     path, rows = run.path(output), 0
     if (manifest := run.manifest(name)) is not None:
@@ -199,9 +199,9 @@ def _read_stage(
 def _read_model_stages(config: Config, run: Run, fitting: int) -> dict[str, Stage]:
     """The exports of the students, the fits of their review thresholds, and the evaluation.
 
-    "export" is one that the newest student lacks. "threshold" is that of the newest student, "threshold-sft" .. are those
-    of others. Without one if no threshold is needed; a fit is expected of DPO's student only. The evaluation is done if it
-    has the newest student and each GGUF is unchanged, judged by its size and what it was made from.
+    "export" is present if the newest student has none. "threshold" is the newest student's, "threshold-sft", ... are those
+    of others; there are none if no threshold is needed, and a missing fit is only reported for the DPO student. The
+    evaluation is done if it includes the newest student and no GGUF has changed, judged by its size and origin.
     """
     found: dict[str, Stage] = {}
     made = {name: exports for name in STUDENTS if (exports := exports_of(run, name))}
@@ -212,12 +212,12 @@ def _read_model_stages(config: Config, run: Run, fitting: int) -> dict[str, Stag
         configured = [each for each in exports if each["inputs"].get("quant") == config.export.quant]
         newest_of[name] = (configured or exports)[-1]
         chosen = newest_of[name]["inputs"]
-        # the options of one export are not kept: compare with those that the existing file was made with
+        # the options of one export are not saved: compare with those of the existing file
         options = {key: chosen.get(key) for key in ("quant", "imatrix", "keep_template")}
-        own = config.model_copy(update={"export": config.export.model_copy(update=options)})
-        output = f"export/{gguf_path(run, name, own).name}"
-        inputs = partial(inputs_of, own, run, name)
-        found[f"export-{name}"] = _read_stage(run, export_stage(name, own), output, inputs)
+        as_exported = config.model_copy(update={"export": config.export.model_copy(update=options)})
+        output = f"export/{gguf_path(run, name, as_exported).name}"
+        inputs = partial(inputs_of, as_exported, run, name)
+        found[f"export-{name}"] = _read_stage(run, export_stage(name, as_exported), output, inputs)
     if newest not in made:
         found["export"] = Stage()
 
@@ -258,7 +258,7 @@ def _read_model_stages(config: Config, run: Run, fitting: int) -> dict[str, Stag
 
 
 def _older_exports(stages: Mapping[str, Stage]) -> list[str]:
-    """The exports of all students but the newest: `sclite eval` makes them again."""
+    """The exports of all students but the newest: `sclite eval` recreates them."""
     return [name for name in stages if name.startswith("export")][:-1]
 
 
@@ -277,11 +277,11 @@ def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
     unfinished = (name for name, stage in stages.items() if stage.state != DONE and name not in skipped)
     name, needed = next(unfinished, None), []
     teacher = [] if config.teacher.model else ["teacher.model"]
-    # attempts of another student than the one that this run trains: their corrections need no training
+    # attempts of a student that this run does not train: their corrections need no training
     others = bool(config.attempts.source or config.attempts.student)
     others = others and stages["attempts"].state != NOT_BEGUN and stages["sft"].state == NOT_BEGUN
     retrained = any(stages[each].state == STALE for each in TRAINED)
-    # corrections by another teacher replace those that are there only if asked to
+    # corrections by another teacher replace existing ones only with --fresh
     retrained = retrained or _has_another_basis(stages["corrections"])
     if name is None:
         fitted = "threshold" in stages and bool(stages["threshold"].counts.get("fitted"))
@@ -301,7 +301,7 @@ def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
         corrected = stages["corrections"].state == DONE or stages["pairs"].state == DONE
         needed = [*([] if config.student.model else ["student.model"]), *([] if corrected else teacher)]
     if needed == ["student.model"] and not Path(SETTINGS).is_file():
-        words, needed = [*words, "--set", "student.model=.."], []
+        words, needed = [*words, "--set", "student.model=MODEL"], []
     if needed:
         return f"set {' and '.join(needed)} in {SETTINGS}" if Path(SETTINGS).is_file() else "sclite init"
     named = ["--run", config.run] if config.run != Config.model_fields["run"].default else []

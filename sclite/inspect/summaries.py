@@ -41,7 +41,7 @@ def print_build_data(context: "Context", only: str | None, json: bool) -> None:
         console.print_json(totals)
         return
     if judged is not None:
-        console.print("Judged in the chat: {good} good, {bad} bad".format(**totals["feedback"]))
+        console.print("Chat feedback: {good} good, {bad} bad".format(**totals["feedback"]))
     if only != "corrections":
         console.print(f"{totals['templates']} templates in {escape(str(run.path('templates.jsonl')))}")
     if paired:
@@ -60,7 +60,7 @@ def print_build_data(context: "Context", only: str | None, json: bool) -> None:
 def print_train(
     context: "Context", only: str | None, json: bool, evaluation: Mapping[str, Any] | None = None
 ) -> None:
-    """Print the results of the evaluation, if there was one, where the model is, and the next command."""
+    """Print the results of the evaluation if there was one, the path of the model, and the next command."""
     reports = {report.stage: report for report in context.reports}
     if json:
         found = {stage: {**report.as_dict(), "skipped": report.skipped} for stage, report in reports.items()}
@@ -83,8 +83,8 @@ def print_export(
 ) -> None:
     """Print the GGUF, and the next command.
 
-    `settings` make the same file again; `compared` is what the model created in Ollama says, None without one; `fitted` whether
-    a threshold is known.
+    `settings` reproduce this export; `compared` is the reply of the model created in Ollama (None without one); `fitted`:
+    whether a threshold is known.
     """
     from sclite.export.parity import summarize
     from sclite.student.loader import EMBEDDED
@@ -110,9 +110,9 @@ def print_export(
     elif fitted:
         _print_command("Next", f"sclite chat --self-correct --run {run}")
     else:
-        command = "train" if context.students()[-1] == "dpo" else "eval PROBLEMS"  # train fits DPO's alone
+        command = "train" if context.students()[-1] == "dpo" else "eval PROBLEMS"  # train fits DPO's only
         if context.config.student.model == EMBEDDED and context.run.has_own_problems():
-            command = "quickstart"  # its problems are split in another way, whatever sclite.toml says
+            command = "quickstart"  # its problems are split differently, whatever sclite.toml says
         flags = "".join(f" --set {quote(each)}" for each in settings)
         _print_command("Next", f"sclite {command} --run {run}{flags}", " (fits the review threshold)")
 
@@ -120,7 +120,7 @@ def print_export(
 def print_files(what: str, report: Report, license: str, json: bool) -> None:
     """Print where the adapter ("lora"), the model ("merged") or the rows ("data") were exported to.
 
-    Of an adapter and a model also how they compare with the trained model.
+    For an adapter or a model, also print how it compares with the trained model.
     """
     found = report.figures
     path = Path(found["folder" if what == "data" else what])
@@ -131,7 +131,7 @@ def print_files(what: str, report: Report, license: str, json: bool) -> None:
         return
     if what != "data":
         console.print(escape(str(path)))
-        where = "beside its base in 16 bits"
+        where = "on its 16-bit base"
         if what == "merged":
             where = f"{found['chats_equal']} of {found['chats_compared']} chats have the same tokens"
         same = "probabilities not compared: the model does not fit in memory"
@@ -141,7 +141,7 @@ def print_files(what: str, report: Report, license: str, json: bool) -> None:
     for name, count in report.counts.items():
         console.print(f"{count} rows in {escape(str(path))}/{name}.jsonl" if count else f"no {name}")
     if what == "data" and not license and "url" not in report.figures:
-        console.print("Set a license, export.license, before you publish the data.")
+        console.print("Set export.license before you publish the data.")
 
 
 def print_results(run: Run, summary: Mapping[str, Any]) -> None:
@@ -208,7 +208,7 @@ def print_comparison(other: Path, compared: Mapping[str, Mapping[str, Any]]) -> 
 def print_example(outcomes: "Iterable[Outcome]") -> None:
     """Print one corrected answer: the problem, the wrong step with its cause and correction, and the final answer.
 
-    The shortest, preferably one with a first answer and with its true wrong step accused.
+    The shortest, preferably one with a first answer and with its true wrong step flagged.
     """
     from sclite.evaluate.report import example_parts
 
@@ -235,7 +235,7 @@ def print_example(outcomes: "Iterable[Outcome]") -> None:
 def _print_next(context: "Context") -> None:
     from sclite.inspect.status import read_status
 
-    with console.spinner("checking what is done"):
+    with console.spinner("checking the stages"):
         command = read_status(context.config, context.run)["next"]
     _print_command("Next", command)
 

@@ -66,14 +66,14 @@ def quickstart(config: Config, quiet: bool = False, fresh: bool = False) -> dict
     known = [row.question for row in before if not from_feedback(row)]
     ours = {row.question for row in (*problem_set("train", len(known)), *problem_set("threshold", HELD_OUT))}
     if not ours.issuperset(known):
-        raise UsageError(f"{run.folder} has problems of its own", "choose another folder with --run")
-    signed = run.manifest("problems")  # counts those of damaged lines too
+        raise UsageError(f"{run.folder} already contains other problems", "choose another folder with --run")
+    signed = run.manifest("problems")  # its count includes damaged lines
     total = max(len(known), signed["counts"]["problems"] if signed else 0)
     count = config.problems.limit or max(round(total * (1 - share)), total - HELD_OUT) or PROBLEMS
     fitting = problem_set("threshold", round(count * share / (1 - share)))
     found = [*problem_set("train", count), *fitting]
     run.replace("problems.jsonl", [*judged, *found])
-    # signed as they are: for `eval` on other problems, these are the run's
+    # signed, so that `eval` on other problems takes these for the run's
     problems = split_problems(config, gather_problems(Config(), run, reread=False))
     context = Context(config, run, ProgressDisplay(PLAN, quiet), prepare=register, problems=problems)
     pipeline.build_templates(context, fresh)

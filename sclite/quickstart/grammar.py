@@ -17,7 +17,7 @@ BOXES = ("boxes", "bags", "packs", "trays")
 
 @dataclass(frozen=True)
 class Operation:
-    """One step of a solution: `left sign right = result`, and in words what the result is."""
+    """One step of a solution: `left sign right = result`, and the words for the result."""
 
     left: int
     sign: str
@@ -84,7 +84,7 @@ CHANGES = {
     "together": ("+", "Together they have"),
     "shared": ("/", "In each are"),
 }
-"""What each form does to the amount, and what the result is."""
+"""The sign of each form's change of the amount, and the words for the result."""
 _PEOPLE = "|".join(name for names in NAMES.values() for name in names)
 _SLOTS = {"they": "She|He", "item": "|".join(ITEMS), "box": "|".join(BOXES)}
 _SLOTS |= {"name": _PEOPLE, "other": _PEOPLE, "a": r"\d{1,9}", "b": r"\d{1,9}"}
@@ -155,7 +155,7 @@ def sentences(question: str) -> list[tuple[str, dict[str, str]]] | None:
 
 
 def in_order(left: int, sign: str, right: int) -> tuple[str, int, int]:
-    """An operation with the numbers of a sum or product in order, where they may be swapped."""
+    """An operation with the numbers of a sum or product, which may be swapped, in ascending order."""
     if sign in "+*" and left > right:
         left, right = right, left
     return sign, left, right

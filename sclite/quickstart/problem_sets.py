@@ -1,4 +1,4 @@
-"""The quickstart's training, threshold and test sets: fixed by seeds, without common questions."""
+"""The quickstart's training, threshold and test sets: fixed by seeds, with no question in common."""
 
 from typing import Literal
 
@@ -7,7 +7,7 @@ from sclite.records import Problem
 
 SEEDS = {"test": 101, "threshold": 102, "train": 103}
 HELD_OUT = 1000
-"""Problems of the test set and of that of the threshold."""
+"""The number of problems in the test set and in the threshold set."""
 
 
 def problem_set(name: Literal["test", "threshold", "train"], count: int) -> list[Problem]:

@@ -55,7 +55,7 @@ def template(solution: Solution) -> Trace:
 
 
 def result_of(left: int, sign: str, right: int) -> int | None:
-    """The result of the operation; None if it is no integer."""
+    """The result of the operation; None if it is not an integer."""
     if sign == "/":
         return left // right if right and left % right == 0 else None
     return {"+": left + right, "-": left - right, "*": left * right}[sign]
@@ -173,7 +173,7 @@ def correct(solution: Solution, attempt: Trace) -> Trace:
     return Trace((*kept, Step(wrong.text, wrong.key, verdict.cause, correction), *rest), generalized, answer)
 
 
-# -- talking -------------------------------------------------------------------------------------------------------
+# -- replies -------------------------------------------------------------------------------------------------------
 
 
 def reply(messages: list[dict[str, str]]) -> str:

@@ -1,4 +1,4 @@
-"""LoRA adapters: which layers get one, check one on disk, load its weights."""
+"""LoRA adapters: choose their layers, check one on disk, load its weights."""
 
 import json
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def lora_targets(model: "PreTrainedModel", wanted: Sequence[str] = ()) -> list[s
     """The layers that get a LoRA: every linear layer of the language model except the head, or the `wanted` ones.
 
     Skipped: vision towers; routers of experts; Mamba's `out_proj`, whose fused kernels bypass the adapter. Names are
-    the last part (`q_proj`) if it names nothing else, otherwise the whole path. Raises UsageError for a `wanted` name
+    the last part (`q_proj`) if that is unambiguous, otherwise the whole path. Raises UsageError for a `wanted` name
     without a layer.
     """
     import torch
@@ -81,7 +81,7 @@ def check_adapter(folder: Path) -> None:
         with safe_open(folder / "adapter_model.safetensors", "np"):
             pass
         if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-            raise ValueError("adapter_config.json describes no LoRA")
+            raise ValueError("adapter_config.json does not describe a LoRA")
     except (OSError, ValueError, SafetensorError) as error:
         hint = "restore it from a backup, or delete the folder and train its stage again with --fresh"
         raise DataError(f"the adapter in {folder} cannot be read: {error}", hint) from error

@@ -27,7 +27,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """The reply to request number `index`, only what is new; `finish` is stop, length, cancelled or error."""
+    """The reply to request number `index`, without its `pieces`; `finish` is stop, length, cancelled or error."""
 
     index: int
     text: str
@@ -36,12 +36,12 @@ class Reply:
     finish: str
     error: str | None = None
     prefill_tokens: int = field(default=0, compare=False)
-    """Tokens of the prompt that were computed, not found in a cache."""
+    """Prompt tokens that were computed, not found in a cache."""
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Which of two strings comes next, read after each piece whose number (from 0) is in `marks`; -1: after the prompt.
+    """Which of two strings comes next, after each piece whose number (from 0) is in `marks`; -1: after the prompt.
 
     `options` holds two strings per mark, `others` the strings that compete with them. If the options' first tokens are
     unique among all of these, only the first tokens are compared, otherwise the whole options. Without a second option,

@@ -14,7 +14,7 @@ SECONDS, BYTES, CHARACTERS = 10, 1 << 30, 4_000_000
 TODAY = datetime(2024, 7, 26)
 """The date for templates that write today's: training, evaluation and the exported file must agree on any day."""
 FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What a template can raise, beside Jinja's own errors."""
+"""What a template can raise, in addition to Jinja's own errors."""
 _HINT = "use another base model, or fix its chat template"
 _OPEN = re.compile(r"<(think|thinking|thought)>\s*\Z")
 
@@ -28,7 +28,7 @@ def render_chat(
 ) -> str:
     """The messages in a chat template, rendered as transformers does; `tokens` are bos_token, eos_token ..
 
-    A system message that the template refuses or drops is put before the first user message. A prompt that ends in an
+    A system message that the template rejects or drops is put before the first user message. A prompt that ends in an
     open `<think>` gets an empty block. Raises DataError if the messages cannot be rendered.
     """
     system = [message["content"] for message in messages if message["role"] == "system"]
@@ -50,7 +50,7 @@ def render_chat(
 def _render(
     template: str, messages: Messages, tokens: Mapping[str, str] | None, generation_prompt: bool
 ) -> dict[str, str]:
-    """{"text": ..} or {"error": ..}, from a process of its own, because templates come with model files."""
+    """{"text": ..} or {"error": ..}, from a separate process, because templates come with model files."""
     values = {"add_generation_prompt": generation_prompt, "enable_thinking": False, **(tokens or {})}
     try:
         return renderer.ask([template, messages, values], SECONDS)
@@ -65,7 +65,7 @@ def opens_thinking(template: str, tokens: Mapping[str, str]) -> bool:
 
 
 def load_renderer() -> Callable[[Any], dict[str, str]]:
-    """What the process that renders computes: {"text": ..} or {"error": ..}. Loads transformers."""
+    """The function of the rendering process, which returns {"text": ..} or {"error": ..}. Loads transformers."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 

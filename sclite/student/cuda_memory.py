@@ -54,7 +54,7 @@ def free_memory() -> None:
 def return_freed_memory() -> None:
     """Return freed heap memory to the system; does nothing without glibc.
 
-    After each optimizer step on a CPU, or the heap grows with every new row length. A lower mmap threshold keeps it
+    Call it after each optimizer step on a CPU, or the heap grows with every new row length. A lower mmap threshold keeps it
     smaller still, but costs 10 % more CPU time in page faults.
     """
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):

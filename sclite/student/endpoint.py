@@ -1,4 +1,4 @@
-"""A model behind an API as a student: it solves, and reviews freely; its replies cannot be forced to start in a given way.
+"""A model behind an API as a student: it solves, and reviews freely; its replies cannot be made to continue a prefix.
 
 Its calls go through the teacher's client and ledger, so each reply is requested, and paid for, only once.
 """
@@ -19,15 +19,15 @@ RENAMED = (
     ("teacher.max_tokens", "attempts.max_tokens"),
     ("teacher ", "student "),
 )
-"""What the client's messages call the endpoint, and what the configuration calls it."""
+"""The client's names for the endpoint's settings, and those in the configuration."""
 LONGEST_TAG = 80
-"""Characters of a tag that may begin thoughts."""
+"""Maximum length of a tag that may begin thoughts."""
 
 
 class Endpoint(Student):
     """`teacher` is a client with the endpoint's model and base URL (`repairs` 0); `stage` labels its ledger rows.
 
-    `name` is what the user calls the model, if the client calls it otherwise. `version` distinguishes models that have had
+    `name` is the user's name for the model, if the client uses another. `version` distinguishes models that have had
     the same name: a reply in the ledger is of one version.
     """
 
@@ -40,7 +40,7 @@ class Endpoint(Student):
 
         The seed distinguishes samples: it is sent, and is part of the ledger's key. Stop strings are applied here,
         because endpoints remove them and do not say which one matched. Token counts are 0 if the endpoint does not
-        report them. A failed call gives a reply with finish "error" and the reason. Raises UsageError for a request with
+        report them. A failed call yields a reply with finish "error" and the reason. Raises UsageError for a request with
         `pieces`, which a chat endpoint may not continue; TeacherError if no further request can succeed.
         """
         jobs = [self._job(index, request) for index, request in enumerate(requests)]
@@ -68,7 +68,7 @@ class Endpoint(Student):
                 text = without_thoughts(received).lstrip()
                 begins_tag = text.startswith(("<", "[")) and len(text) < LONGEST_TAG
                 open_tag = (begins_tag and not {">", "]"} & set(text)) or text.startswith("<|channel|>")
-                if open_tag or THOUGHT.match(text):  # thoughts, or what may become them
+                if open_tag or THOUGHT.match(text):  # thoughts, or the start of some
                     text = ""
                 text = _up_to_stop(text, ask.stop).rstrip()  # the reply is stripped, too
                 if text.startswith(shown) and text != shown:
@@ -78,16 +78,14 @@ class Endpoint(Student):
     def _job(self, index: int, request: Request) -> Job:
         if request.pieces:
             hint = "use free review (review.mode=free), or a GGUF of this model"
-            raise UsageError(f"{self.name} is an endpoint: it cannot continue a given beginning", hint)
+            raise UsageError(f"{self.name} is an endpoint: it cannot continue a given prefix", hint)
         parameters = {
             "temperature": request.temperature,
             "max_tokens": request.max_tokens,
             "seed": request.seed,
             "drop_params": True,  # otherwise LiteLLM rejects what the provider does not support
         }
-        if (
-            request.top_p < 1 and "claude" not in self.teacher.settings.model
-        ):  # refuses it beside a temperature
+        if request.top_p < 1 and "claude" not in self.teacher.settings.model:  # rejects it with a temperature
             parameters["top_p"] = request.top_p
         return Job(
             str(index), lambda error: request.messages, lambda text: None, self.version, parameters=parameters
@@ -95,7 +93,7 @@ class Endpoint(Student):
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
-        """Errors of the client in terms of the student's settings."""
+        """Rephrase errors of the client in terms of the student's settings."""
         try:
             yield
         except (BudgetError, TeacherError, UsageError) as error:

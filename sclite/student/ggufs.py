@@ -1,4 +1,4 @@
-"""The GGUFs of a run, and what each is made from."""
+"""The GGUFs of a run, and the inputs of each."""
 
 from pathlib import Path
 from typing import Any
@@ -8,21 +8,21 @@ from sclite.run import Run
 from sclite.signature import digest
 from sclite.student.adapters import adapter_weights
 
-LORA_FILE = "-lora.gguf"  # how the GGUF of an adapter alone ends
+LORA_FILE = "-lora.gguf"  # the end of an adapter-only GGUF's name
 
 
 def gguf_path(run: Run, name: str, config: Config) -> Path:
-    """The GGUF of base, sft or dpo; of several quantization types, the first."""
+    """The GGUF of base, sft or dpo, in the first quantization type."""
     return run.path(f"export/{name}-{config.export.types[0]}.gguf")
 
 
 def source_digest(config: Config, run: Run, name: str) -> str:
-    """A short hash of what the GGUF of base, sft or dpo is made from, for any quantization type."""
+    """A short hash of the inputs of the GGUF of base, sft or dpo, independent of the quantization type."""
     return digest({**inputs_of(config, run, name), "quant": ""})
 
 
 def inputs_of(config: Config, run: Run, name: str) -> dict[str, Any]:
-    """What decides the GGUF of base, sft or dpo."""
+    """The inputs that decide the GGUF of base, sft or dpo."""
     return {
         "adapter": run.file_digest(adapter_weights(name)) if name != "base" else "",
         "student": digest(config.student.model),
@@ -45,13 +45,13 @@ def exports_of(run: Run, name: str) -> list[dict[str, Any]]:
 
 
 def adapters_of(run: Run, name: str) -> dict[str, str]:
-    """The GGUFs that were exported of base, sft or dpo, each with the digest of its adapter."""
+    """The exported GGUFs of base, sft or dpo, each with the digest of its adapter."""
     exports = exports_of(run, name)
     return {file: each["inputs"]["adapter"] for each in exports for file in each["figures"]["files"]}
 
 
 def find_ggufs(run: Run, name: str) -> list[Path]:
-    """The GGUFs of base, sft or dpo that are made from its adapter, else those of which that is unknown. Reads no GGUF."""
+    """The GGUFs made from the current adapter of base, sft or dpo, else those of unknown origin. Reads no GGUF."""
     adapter, known = run.file_digest(adapter_weights(name)), adapters_of(run, name)
     found = [path for path in run.path("export").glob(f"{name}-*.gguf") if not path.name.endswith(LORA_FILE)]
     made = [path for path in found if adapter and known.get(path.name) == adapter]

@@ -24,7 +24,7 @@ class HFModel(Student):
         from transformers import GenerationConfig
 
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        # llama.cpp, in chat and evaluation, knows nothing of the checkpoint's settings: Qwen2.5 has a repetition penalty
+        # llama.cpp, in chat and evaluation, ignores the checkpoint's settings: Qwen2.5 has a repetition penalty
         model.generation_config = GenerationConfig()
         self.positions = max_positions(model.config)
         self.end, self.pad_id = end_id(tokenizer), tokenizer.pad_token_id

@@ -30,7 +30,7 @@ EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).resolve().parent.parent / "quickstart" / "student"
 """The folder of the embedded student, shipped in the package."""
 OWN_KERNELS = ("llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3")
-"""Families with a decoder of Unsloth's own; it compiles the layers of others."""
+"""Families for which Unsloth has its own decoder; it compiles the layers of others."""
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -45,7 +45,7 @@ def model_name(student: Student) -> str:
     if (path / "config.json").is_file():
         return str(path)
     if student.model.startswith((".", "/", "~")):
-        hint = "give the folder of a Hugging Face model, or a Hub ID"
+        hint = "use the folder of a Hugging Face model, or a Hub ID"
         raise DataError(f"student.model: {path} has no config.json", hint)
     return student.model
 
@@ -87,7 +87,7 @@ def _model_errors(what: str, *kinds: type[Exception]) -> Iterator[None]:
         while cause is not None:
             status = getattr(getattr(cause, "response", None), "status_code", 0)
             if isinstance(cause, unreachable) or status == 429 or status >= 500:
-                hint = "check the connection, or set student.model to a folder that holds the model"
+                hint = "check the connection, or set student.model to a folder with the model"
                 raise NetworkError(message, hint) from error
             cause = cause.__cause__ or cause.__context__
         terms = "accept its terms on the Hub, then run `hf auth login` or set HF_TOKEN"
@@ -164,7 +164,7 @@ def read_config(name: str) -> PretrainedConfig:
 
 
 def check_quantization(quantized: Mapping[str, Any] | None, model: str | Path) -> None:
-    """Raise DataError for weights that are stored quantized, unless by bitsandbytes in 4 bits: they could not be merged."""
+    """Raise DataError for weights that are stored quantized, except in 4 bits by bitsandbytes: they could not be merged."""
     method = (quantized or {}).get("quant_method")
     if quantized and not (method == "bitsandbytes" and quantized.get("load_in_4bit")):
         hint = "set student.model to the unquantized model"
@@ -174,9 +174,9 @@ def check_quantization(quantized: Mapping[str, Any] | None, model: str | Path) -
 def check_tokenizer(tokenizer: Tokenizer, model_config: PretrainedConfig, name: str) -> None:
     """Raise DataError for a tokenizer that the student cannot be trained or used with.
 
-    That is one whose chat template drops the question or uses unknown tokens, whose end of turn is none, or with ids for
-    which the model has no embedding. A special token that neither our prompts nor padding use may lack one: Gemma 3's 1B
-    has one for images.
+    That is, if its chat template drops the question or uses unknown tokens, if it has no end of turn, or if the model has
+    no embedding for some ids. A special token that neither our prompts nor padding use may lack one: Gemma 3's 1B has
+    such a token for images.
     """
     question, unknown = "1 + 1 = ?", tokenizer.unk_token_id
     messages, used = prompts.solve_messages(question), {tokenizer.eos_token_id, tokenizer.pad_token_id}
@@ -224,9 +224,9 @@ def load_student(
     padding_free = is_padding_free(model_config, settings, backend)
     if adapter is not None:
         check_adapter(adapter)
-    # PyTorch prefers cuDNN attention on Hopper and on data-center Blackwell GPUs. It plans every length it has not seen,
+    # PyTorch prefers cuDNN attention on Hopper and on data-center Blackwell GPUs. It builds a plan for every new length,
     # milliseconds of CPU time each: a third of a training step on an H200 with rows of all lengths. The flash kernel,
-    # which other GPUs use anyway, plans nothing.
+    # which other GPUs use anyway, needs no plan.
     torch.backends.cuda.enable_cudnn_sdp(False)
     # On a CPU oneDNN caches the kernels of 1,024 shapes, and every row length is a shape: SmolLM2-135M grew from 3.1
     # to 5.5 GB in 59 steps.
@@ -272,13 +272,13 @@ def load_student(
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout of a model to 0: the reference of DPO and the evaluation have none either (as TRL does)."""
+    """Set every dropout of a model to 0: DPO's reference and the evaluation use none either (as in TRL)."""
     import torch
 
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):  # of Granite, 0.1
+        if isinstance(getattr(module, "attention_dropout", None), float):  # 0.1 in Granite
             setattr(module, "attention_dropout", 0.0)  # noqa: B010
 
 
@@ -292,7 +292,7 @@ def is_padding_free(model_config: PretrainedConfig, settings: TrainingStage, bac
     if stateful and settings.padding_free:
         hint = "unset padding_free"
         raise DataError(f"padding_free = true: layers of {text_config.model_type} would mix the rows", hint)
-    # without Unsloth's own decoder, joined rows need a mask of all their tokens
+    # without Unsloth's own decoder, concatenated rows need a full attention mask
     default = backend == "unsloth" and text_config.model_type in OWN_KERNELS
     return not stateful and (default if settings.padding_free is None else settings.padding_free)
 
@@ -319,7 +319,7 @@ def half_dtype() -> torch.dtype:
 
 
 def cpu_training_dtype(model_config: PretrainedConfig) -> torch.dtype:
-    """The type of the frozen weights in training on a CPU, float32 unless the checkpoint and the CPU's products are bfloat16.
+    """The type of frozen weights when training on a CPU: bfloat16 if the checkpoint has it and the CPU multiplies it, else float32.
 
     SmolLM2-135M trains twice as fast with them and in two thirds of the memory (docs/training.md).
     """
@@ -331,7 +331,7 @@ def cpu_training_dtype(model_config: PretrainedConfig) -> torch.dtype:
 
 
 def nf4_config(skipped: Sequence[str] | None = None) -> BitsAndBytesConfig:
-    """NF4 with double quantization, computing in 16 bits; `skipped` linear layers stay as they are (default: the head)."""
+    """NF4 with double quantization, computing in 16 bits; `skipped` linear layers are left unquantized (default: the head)."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -374,7 +374,7 @@ def _load(
         student = get_peft_model(model, lora)
         for module in student.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
-                # at the first forward without gradients, bitsandbytes would repack the weight, and lose its gradients
+                # at the first forward without gradients, bitsandbytes would repack the weight and break its backward pass
                 setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
         if trained and (torch.cuda.is_available() or next(model.parameters()).dtype.itemsize == 2):
             # The trainer autocasts inputs to 16 bits. PEFT would convert each to float32 first.
@@ -386,7 +386,7 @@ def _load(
     from transformers import AutoModelForCausalLM
     from unsloth import FastLanguageModel
 
-    own = model_config.model_type in OWN_KERNELS
+    has_kernels = model_config.model_type in OWN_KERNELS
     model, _ = FastLanguageModel.from_pretrained(
         str(fetch_model(name).resolve()),  # a Hub ID that ends in -bf16 would be loaded in 16 bits
         max_seq_length=length,
@@ -397,7 +397,7 @@ def _load(
         offload_embedding=False,
         fix_tokenizer=False,
         trust_remote_code=False,
-        **({} if own else {"auto_model": AutoModelForCausalLM}),  # otherwise another class than the export's
+        **({} if has_kernels else {"auto_model": AutoModelForCausalLM}),  # else not the export's class
     )
     if lora is None:
         return model
@@ -409,14 +409,14 @@ def _load(
         raise DataError(message, hint)
     targets = lora.target_modules or []
     if not isinstance(targets, str):
-        # of a list, Unsloth drops whole paths and names that it does not know, except for its own decoders
-        targets = sorted(targets) if own else rf"(.*\.)?({'|'.join(map(re.escape, sorted(targets)))})"
+        # from a list, Unsloth drops full paths and unknown names, except for its own decoders
+        targets = sorted(targets) if has_kernels else rf"(.*\.)?({'|'.join(map(re.escape, sorted(targets)))})"
     student = FastLanguageModel.get_peft_model(
         model,
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         target_modules=targets,
-        target_parameters=[],  # by default those of experts, which cannot be merged
+        target_parameters=[],  # the default includes those of experts, which cannot be merged
         lora_dropout=lora.lora_dropout,
         use_rslora=lora.use_rslora,
         bias="none",

@@ -1,4 +1,4 @@
-"""Log-probabilities at chosen positions: one pass through the decoder, the vocabulary only where it is needed."""
+"""Log-probabilities at chosen positions: one pass through the decoder, and logits only where they are needed."""
 
 import math
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 LOGITS = 1 << 26
-"""Most numbers in a table of logits: positions times vocabulary."""
+"""Maximum size of a table of logits: positions times vocabulary."""
 
 
 @dataclass
 class PaddedBatch:
-    """Sequences padded on the right, tensors [rows, longest] on the CPU: reading them there does not wait for the GPU."""
+    """Sequences padded on the right, tensors [rows, longest] on the CPU, where reading them does not wait for the GPU."""
 
     ids: "Tensor"
     mask: "Tensor"
@@ -60,7 +60,7 @@ class HiddenStates:
 
 
 def mixed_precision(model: "torch.nn.Module") -> "torch.dtype | None":
-    """The 16-bit type that training computes in; None: that of the weights, as on a CPU for a base in float32."""
+    """The 16-bit type that training computes in; None: the type of the weights, such as float32 on a CPU."""
     import torch
 
     first = next(model.parameters())
@@ -71,7 +71,7 @@ def mixed_precision(model: "torch.nn.Module") -> "torch.dtype | None":
 
 
 def autocast(model: "torch.nn.Module") -> AbstractContextManager[None]:
-    """The mixed precision of the trainer, for computations outside of it."""
+    """The trainer's mixed precision, for computations outside the trainer."""
     import torch
 
     dtype = mixed_precision(model)
@@ -82,7 +82,7 @@ def hidden_states(model: "torch.nn.Module", batch: PaddedBatch) -> HiddenStates:
     """The decoder's last hidden states.
 
     If the model is `padding_free`, the rows are concatenated into one and nothing is computed for padding. Each row has
-    positions of its own: transformers sees from positions that restart where attention ends; Unsloth's kernels need
+    its own positions: transformers infers the end of attention from positions that restart; Unsloth's kernels need
     the lengths. Raises DataError if the model has truncated the rows.
     """
     import torch
@@ -115,7 +115,7 @@ def _head(model: "torch.nn.Module") -> "tuple[PreTrainedModel, torch.nn.Linear]"
 
 
 def _logit_scale(config: "PretrainedConfig") -> float:
-    """By what a family multiplies the output of its head: Cohere, Falcon-H1, Muse; Granite and MiniCPM3 divide."""
+    """The factor on the output of a family's head: Cohere, Falcon-H1 and Muse multiply; Granite and MiniCPM3 divide."""
     factors = ("logit_scale", "lm_head_multiplier", "output_multiplier")
     scaling = getattr(config, "logits_scaling", None) or 1.0
     scale = math.prod(getattr(config, name, None) or 1.0 for name in factors)
@@ -134,9 +134,9 @@ def vocabulary_log_probs(model: "torch.nn.Module", hidden: "Tensor") -> "Tensor"
 
 
 def check_log_probs(model: "torch.nn.Module", ids: list[int]) -> None:
-    """Raise DataError if the model computes other log-probabilities than `vocabulary_log_probs`, which are trained.
+    """Raise DataError if the model's log-probabilities differ from those of `vocabulary_log_probs`, which are trained.
 
-    So does a family of which transformers treats the hidden states or logits in a way that is unknown here.
+    That happens if transformers treats a family's hidden states or logits in a way that is unknown here.
     """
     import torch
 
@@ -158,7 +158,7 @@ def check_log_probs(model: "torch.nn.Module", ids: list[int]) -> None:
 def check_padding_free(model: "torch.nn.Module", ids: list[int], asked: bool) -> None:
     """Pad the rows of a model whose rows would see those before them: Unsloth's Gemma 2, without flash attention.
 
-    Raises DataError if padding-free rows were `asked` for.
+    Raises DataError if padding-free rows were `asked` for explicitly.
     """
     import torch
 
@@ -214,7 +214,7 @@ def token_log_probs(
     assert not head.requires_grad, "the student's head is frozen"
 
     class Chunked(torch.autograd.Function):
-        # Each result depends on its own state alone, so the gradient has the size of the states: it is computed along
+        # Each result depends only on its own state, so the gradient has the size of the states: it is computed along
         # with the result, and logits are neither kept for the backward pass nor computed twice.
         @staticmethod
         def forward(ctx, states):

@@ -9,21 +9,21 @@ from sclite.config import is_loopback
 from sclite.errors import TeacherError, UsageError
 
 PREFIX = "ollama/"
-"""What a student begins with that Ollama runs: ollama/NAME."""
+"""Prefix of a student that Ollama runs: ollama/NAME."""
 
 
 def ollama_url() -> str:
-    """Ollama's address, http://127.0.0.1:11434 or that in OLLAMA_HOST, which is read as Ollama does."""
-    given = os.environ.get("OLLAMA_HOST", "").strip().strip("\"'").strip()
-    scheme, _, rest = given.rpartition("://")
+    """Ollama's address, http://127.0.0.1:11434 or that in OLLAMA_HOST, parsed as Ollama does."""
+    address = os.environ.get("OLLAMA_HOST", "").strip().strip("\"'").strip()
+    scheme, _, rest = address.rpartition("://")
     bare = rest.count(":") > 1 and "[" not in rest  # ::1, without a port
     try:
         parts = urlsplit(f"//[{rest}]" if bare else f"//{rest}")
         port = parts.port or {"http": 80, "https": 443}.get(scheme, 11434)
     except ValueError:
-        raise UsageError(f"OLLAMA_HOST={given} is not an address", "write OLLAMA_HOST=HOST:PORT") from None
+        raise UsageError(f"OLLAMA_HOST={address} is not an address", "write OLLAMA_HOST=HOST:PORT") from None
     host = parts.hostname or "127.0.0.1"
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # what a server listens on
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # addresses to listen on
     return f"{scheme or 'http'}://{f'[{host}]' if ':' in host else host}:{port}{parts.path.rstrip('/')}"
 
 
@@ -35,7 +35,7 @@ def call_ollama(
 
     try:
         method = "GET" if body is None else "POST"
-        proxied = not is_loopback(url)  # nor does `ollama` use a proxy on the way to this machine
+        proxied = not is_loopback(url)  # `ollama` uses no proxy to this machine either
         response = httpx.request(method, f"{url}{path}", json=body, timeout=seconds, trust_env=proxied)
         found = response.json()
     except (httpx.HTTPError, ValueError) as error:

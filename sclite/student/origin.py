@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 FILE = "trained_on.json"
 SAMPLE = 4096
-"""Bytes of each tensor that enter the fingerprint."""
+"""Bytes of each tensor in the fingerprint."""
 
 
 class Origin(BaseModel, frozen=True, extra="forbid"):
@@ -56,7 +56,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def chat_digest(tokenizer: "Tokenizer") -> str:
-    """The digest of a short chat as a tokenizer's template renders it: a model on the Hub may get another one."""
+    """The digest of a short chat as a tokenizer's template renders it: a model on the Hub may change its template."""
     return digest(prompt_text(tokenizer, ({"role": "user", "content": "1 + 1 = ?"},)))
 
 

@@ -1,6 +1,6 @@
 """Self-correction: guided review (score every step, correct the first above the threshold), and free review.
 
-Each is a script for one attempt: it yields requests, is sent the replies, and yields events on the way. `run_together`
+Each is a script for one attempt: it yields requests, is sent the replies, and yields events along the way. `run_together`
 runs many at once, `stream` shows what one does. Neither review ever sees a gold answer.
 """
 
@@ -33,17 +33,17 @@ TOP_P = 0.95
 _NUMBERS, _BEGINS = re.compile(r"[\d\s.,:+\-*/×()$]*\Z"), re.compile(r"[(-]?\d")
 NO_STEPS, NO_REPLY, UNREADABLE = "no steps to review", "no reply", "the review could not be read"
 SAME_RESULT = "the correction comes to the same result"
-NEVER = 1e6  # as a threshold: no log-odds exceed it, so nothing is accused; JSON has no infinity
+NEVER = 1e6  # as a threshold: no log-odds exceed it, so nothing is flagged; JSON has no infinity
 
 
 @dataclass(frozen=True)
 class Reviewed:
     """The result of reviewing one attempt.
 
-    `trace` is the new solution (None: the attempt stands). `scores` are the log-odds (nats) that each step is wrong: the
-    weighted mean of those of review and confidence.
-    `accused` is the flagged step, also if its correction changes nothing or is unreadable; cause and correction belong to
-    it. Of several rounds, they are those of the earliest corrected step, the scores those of the first round.
+    `trace` is the new solution (None: the attempt is kept). `scores` are the log-odds (nats) that each step is wrong: the
+    weighted mean of review and confidence.
+    `accused` is the flagged step, even if its correction changes nothing or is unreadable; cause and correction belong to
+    it. After several rounds, they are those of the earliest corrected step, and the scores those of the first round.
     `note` says why a review was abandoned; `tokens` counts what the review generated, `prefill` the tokens of
     its prompts that were not in the cache.
     """
@@ -65,7 +65,7 @@ class Reviewed:
 
 @dataclass(frozen=True)
 class ReviewSettings:
-    """How to review: a step above the threshold is corrected, in so many rounds, in texts of at most `max_tokens`.
+    """How to review: a step above the threshold is corrected, in at most `rounds` rounds and in texts of at most `max_tokens`.
 
     A step's log-odds of an error are the weighted mean of what the review decides (at weight 0) and of the confidence
     with which the student solves the step (at weight 1).
@@ -89,7 +89,7 @@ class Writing:
 
 @dataclass(frozen=True)
 class StepsScored:
-    """The log-odds (nats) of an error of each step (empty: too long to review), and the accused step."""
+    """The log-odds (nats) of an error of each step (empty: too long to review), and the flagged step."""
 
     scores: tuple[float, ...]
     accused: int | None
@@ -112,7 +112,7 @@ Script = Generator[Ask | Event, Reply | Scores | None, T]
 
 
 def run_together(student: Student, scripts: Sequence[Script[T]], progress: Progress = no_progress) -> list[T]:
-    """Run scripts side by side: what they ask at the same time is one batch. `progress` counts the replies of a batch."""
+    """Run scripts side by side, batching what they request at the same time. `progress` counts the replies of a batch."""
     results: dict[int, T] = {}
     answers: dict[int, Reply | Scores | None] = dict.fromkeys(range(len(scripts)))
     while answers:
@@ -142,9 +142,9 @@ def run_together(student: Student, scripts: Sequence[Script[T]], progress: Progr
 def stream(
     student: Student, script: Script[T], cancel: Flag | None = None, pieces: bool = True
 ) -> Iterator[str | Event | T]:
-    """Run one script: yields its events, the text as the student writes it, and at last the result.
+    """Run one script: yields its events, the text as the student writes it, and finally the result.
 
-    Without `pieces` each text comes when it is complete, which costs less. Setting `cancel` from another thread ends it
+    Without `pieces` each text is yielded once it is complete, which costs less. Setting `cancel` from another thread ends it
     early, without a result.
     """
     answer: Reply | Scores | None = None
@@ -198,7 +198,7 @@ def guided(question: str, attempt: Trace, settings: ReviewSettings) -> Script[Re
             break
         outcome = yield from correct_step(question, corrected(attempt), step, settings)
         tokens = result.tokens + outcome.tokens
-        if outcome.trace is None:  # the solution of the round before stands
+        if outcome.trace is None:  # keep the solution of the previous round
             return replace(result, accused=result.accused or step, tokens=tokens, note=outcome.note)
         attempt = outcome.trace
         rewritten = {each for each in rewritten if each < step} | {step} | corrected_steps(attempt)
@@ -213,8 +213,8 @@ def correct_step(
 ) -> Script[Reviewed]:
     """Correct a step in the review context, starting at `<Cause>`, and solve on from there in the solve context.
 
-    The work stands without a cause, a complete correction and an answer, and if the correction comes to the same result as
-    the step.
+    The work is kept without a cause, a complete correction and an answer, and if the correction comes to the same result
+    as the step.
     """
     before, wrong = work.steps[: step - 1], work.steps[step - 1]
     yield Writing("correction")
@@ -252,14 +252,14 @@ def correct_step(
 def correct_steps(
     student: Student, cases: Iterable[tuple[str, Trace, int]], settings: ReviewSettings
 ) -> list[Reviewed]:
-    """Correct the given step of each (question, work, step); each case is a sample with a seed of its own."""
+    """Correct the given step of each (question, work, step); each case has its own seed."""
     return run_together(student, [correct_step(*case, settings, n) for n, case in enumerate(cases)])
 
 
 def _result(text: str) -> str | None:
     """The right-hand side of the arithmetic on plain numbers that a text ends in.
 
-    None for equations with letters and for inequalities: their right-hand side is no result.
+    None for equations with letters and for inequalities: their right-hand side is not a result.
     """
     left, equals, right = text.rpartition("=")
     found = _NUMBERS.search(left)

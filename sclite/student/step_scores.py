@@ -1,4 +1,4 @@
-"""The score of a step: the log-odds that it is wrong, by the student's review and by its confidence as it solves."""
+"""The score of a step: the log-odds that it is wrong, from the student's review and from its confidence while solving."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sclite.student.self_correction import Script
 
 Odds = tuple[float, ...]
-"""The log-odds (nats) that each step is wrong; empty without steps, or if they are too long to be scored."""
+"""The log-odds (nats) that each step is wrong; empty without steps, or if they are too long to score."""
 
 
 def read_odds(
@@ -28,8 +28,8 @@ def read_odds(
     """The log-odds of review and confidence of the steps of an attempt, one prefill each; zeros for one that no weight uses.
 
     The review decides at the end of each step: `<Cause>` or the closing tag. Confidence compares each step with anything
-    else that the student, solving, would write: a well calibrated one is wrong as often as it would write something else.
-    A correction is not what it writes as it solves. So steps that are `rewritten` (default: those that the attempt
+    else that the student might write while solving: if well calibrated, it is wrong as often as it would write something
+    else. A correction is not written while solving, so steps that are `rewritten` (default: those that the attempt
     corrects) have the review's log-odds in both.
     """
     work = corrected(attempt)
@@ -68,5 +68,5 @@ class Cutoff(NamedTuple):
 
     @classmethod
     def of(cls, review: Review) -> Cutoff:
-        """What a configuration sets by hand; 0 for what it leaves open."""
+        """The configured values; 0 where none is set."""
         return cls(review.threshold or 0.0, review.confidence_weight or 0.0)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class TrainingSequence:
     """One training sequence: `ids`, and the loss weight of each id (0 in the prompt).
 
-    `marks` are the positions whose next token is a decision: accuse the step (`<Cause>`) or close it.
+    `marks` are the positions whose next token is a decision: flag the step (`<Cause>`) or close it.
     """
 
     ids: list[int]
@@ -66,7 +66,7 @@ def decision_ids(tokenizer: "Tokenizer") -> tuple[int, int]:
     """The first tokens of `<Cause>` and of a step's closer, on which decisions are trained. They must differ.
 
     In use, whole tags are compared if others begin with the same token (`ScoreRequest`). Training on whole tags was
-    tried: DPO then raised `Cause` after `<` everywhere, and the quickstart's student accused itself while solving in 44
+    tried: DPO then raised `Cause` after `<` everywhere, and the quickstart's student flagged its own steps while solving in 44
     of 300 answers.
     """
     cause, close = (ids[0] for ids in piece_ids(tokenizer, [CAUSE, "</Step1>\n"]))
@@ -87,7 +87,7 @@ def encode_pieces(
 ) -> TrainingSequence:
     """A sequence with loss on its end token and, by `weights`, on the first token of each piece and on its others.
 
-    `accused` says for each piece whether its first token accuses a step, closes it, or decides nothing (None).
+    `accused` says for each piece whether its first token flags a step, closes it, or decides nothing (None).
     """
     ids = prompt_ids(tokenizer, messages)
     loss, starts = [0.0] * len(ids), []
@@ -113,7 +113,7 @@ def encode_solution(
 def encode_review(
     tokenizer: "Tokenizer", messages: Messages, review: Trace, decision_weight: float = 0.0
 ) -> TrainingSequence:
-    """A whole review, with a decision marked after every step up to the first wrong one, whose text carries no loss.
+    """A whole review, with a decision marked after every step up to the first wrong one, whose text has no loss.
 
     The decision's token weighs `1 + decision_weight`; otherwise one token among hundreds would hardly count.
     """
@@ -126,5 +126,5 @@ def encode_review(
     accused += [None] * (len(pieces) - end)
     weights = [(1.0 if wrong is None else 1.0 + decision_weight, 1.0) for wrong in accused]
     if CAUSE in pieces:
-        weights[end - 2] = (0.0, 0.0)  # the wrong step is repeated as it is: loss would train the mistake
+        weights[end - 2] = (0.0, 0.0)  # the wrong step is repeated unchanged: loss would train the mistake
     return encode_pieces(tokenizer, messages, pieces, weights, accused)

@@ -1,4 +1,4 @@
-"""tokenizer.json, which transformers' classes for some models read in part only: DeepSeek's, and SmolLM2's from the Hub."""
+"""tokenizer.json, which transformers' classes for some models read only in part: DeepSeek's, and SmolLM2's from the Hub."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ TRICKY = (
 
 
 def is_ignored(tokenizer: "Tokenizer", name: str) -> bool:
-    """Whether a tokenizer that was loaded from a folder or Hub ID makes other tokens than its tokenizer.json.
+    """Whether a tokenizer loaded from a folder or Hub ID produces other tokens than its tokenizer.json.
 
     False without one, and for SentencePiece, where tokenizer.model counts.
     """

@@ -1,4 +1,4 @@
-"""A student whose work is counted while it works, for the progress of evaluations."""
+"""A student whose work is counted, for the progress of evaluations."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -6,7 +6,7 @@ from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
 
 
 class WorkCounter(Student):
-    """Passes everything on to `student`, which is to write `texts` (without corrections) and have `scores` scored.
+    """Passes everything on to `student`, which will write `texts` (without corrections) and compute `scores`.
 
     After each reply or score, `report` gets the number of texts, at most `texts`, the share of the work done (a score
     weighs as much as a text), and a note such as "40 texts written, 12 reviewed".
@@ -19,7 +19,7 @@ class WorkCounter(Student):
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Reply]:
         for reply in self.student.generate(requests):
-            if requests[reply.index].pieces:  # it continues a work
+            if requests[reply.index].pieces:  # it continues an attempt
                 self.corrections += 1
             else:
                 self.written += 1
@@ -35,7 +35,7 @@ class WorkCounter(Student):
     def _count(self) -> None:
         scored = max(self.scored.values())
         texts, scores = min(self.texts, self.written), min(self.scores, scored)
-        # as many corrections as scores: rather too many, so that the time left does not reach 0 early
+        # assume as many corrections as scores, rather too many, so that the time left does not reach 0 early
         done = texts + scores + min(self.scores, self.corrections)
         note = f"{self.written + self.corrections} texts written" + (f", {scored} reviewed" if scored else "")
         self.report(texts, done / (self.texts + 2 * self.scores), note)

@@ -1,4 +1,4 @@
-"""The teacher: many jobs at once; each reply is checked, repaired by further requests, and paid for once."""
+"""The teacher: runs jobs concurrently; each reply is checked, repaired by further requests, and paid for once."""
 
 import asyncio
 import re
@@ -26,7 +26,7 @@ from sclite.teacher.sender import (
 
 T = TypeVar("T")  # what a check reads from a reply
 EMPTY_REPLY, CUT_OFF, REASONING_TOO_LONG = "empty_reply", "cut_off", "reasoning_too_long"
-LARGEST_BUDGET = 32_768  # tokens; a larger one is not chosen by itself
+LARGEST_BUDGET = 32_768  # tokens; a larger one is never chosen automatically
 CHARACTERS_PER_TOKEN = 4.0  # of English text and formulas, roughly
 PILOT = 8  # rows
 CUT_OFF_ERROR = "it was cut off before its end, so write it shorter"
@@ -52,11 +52,11 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Job(Generic[T]):
-    """One request, and how its reply is judged."""
+    """One request, and how its reply is checked."""
 
     id: str
     messages: Callable[[str], Messages]  # the chat, given what the last reply got wrong ("" at first)
-    check: Callable[[str], T | Rejection]  # what a reply is read as; called in threads, and may be slow
+    check: Callable[[str], T | Rejection]  # reads a reply; called in threads, and may be slow
     sample: int = 0
     parameters: Mapping[str, Any] = field(default_factory=dict)  # instead of the teacher's
     inspect: Callable[[str], Messages] | None = None  # the chat in which a second model judges a reply
@@ -88,7 +88,7 @@ class Forecast:
 
 
 def identity(settings: config.Teacher) -> dict[str, Any]:
-    """What identifies the origin of its replies: models and parameters, but not addresses."""
+    """What identifies the origin of a teacher's replies: models and parameters, but not addresses."""
     named = {"model": settings.model, **parameters_of(settings)}
     return {**named, "inspector": settings.inspector} if settings.inspector else named
 
@@ -106,11 +106,11 @@ def refuse_other_basis(
     if before is not None and before != basis:
         changed = "; ".join(differences(before, basis))
         hint = "restore the old settings, or pass --fresh to discard these rows and pay for new ones"
-        raise UsageError(f"{what} was made with other settings: {changed}", hint + keep)
+        raise UsageError(f"{what} was created with other settings: {changed}", hint + keep)
 
 
 def count_unanswered(dropped: Mapping[str, int]) -> int:
-    """How many drops are due to missing replies, so that re-running the command requests them again."""
+    """The number of drops due to missing replies, which re-running the command requests again."""
     return sum(dropped.get(reason, 0) for reason in ("no_reply", "unreadable_reply", EMPTY_REPLY))
 
 
@@ -177,7 +177,7 @@ class Teacher(AbstractContextManager["Teacher"]):
 
         def finish(task: asyncio.Task[Result[T]]) -> None:
             if not task.cancelled():
-                task.exception()  # retrieved, else asyncio prints exceptions that nobody takes
+                task.exception()  # retrieved, else asyncio prints it as never retrieved
             done.put_nowait(task)
 
         try:
@@ -207,7 +207,7 @@ class Teacher(AbstractContextManager["Teacher"]):
         self._sender.raise_if_all_refused()
 
     def stream(self, job: Job[T], stage: str = "") -> Generator[str | Result[T], None, None]:
-        """Yield the text of one reply as it arrives, then the result (alone if it is in the ledger); else as `ask_all`."""
+        """Yield the text of one reply as it arrives, then the result (alone if it is in the ledger); otherwise like `ask_all`."""
         texts = asyncio.Queue[str | None]()
         task = self._runner.get_loop().create_task(self._work(job, stage, texts.put_nowait))
         task.add_done_callback(lambda _: texts.put_nowait(None))
@@ -237,7 +237,7 @@ class Teacher(AbstractContextManager["Teacher"]):
                 raw = entry.text
                 found = await self._check(job, entry, budget, stage)
             except NoReplyError as failure:
-                # a model that has no larger budget refuses it: the reasoning is to blame
+                # a model without a larger budget refuses it: the reasoning is to blame
                 thought = rejection is not None and rejection.reason == REASONING_TOO_LONG
                 if not thought or failure.reason != REFUSED_BY_TEACHER:
                     rejection = Rejection(failure.reason, str(failure))
@@ -271,8 +271,8 @@ class Teacher(AbstractContextManager["Teacher"]):
                 "content_filter": ("filtered", "a content filter stopped it"),
                 CUT_IN_REASONING: (
                     REASONING_TOO_LONG,
-                    f"its reasoning used up the budget of {budget} tokens: raise teacher.max_tokens, or make it think less, "
-                    f"as in --set {self._less_reasoning}",
+                    f"its reasoning used up the budget of {budget} tokens: raise teacher.max_tokens, or shorten it, "
+                    f"for example with --set {self._less_reasoning}",
                 ),
                 REFUSAL: (REFUSED_BY_TEACHER, f"it declines: {' '.join(entry.text.split())[:200]}"),
                 ONLY_REASONING: ("only_reasoning", "there is reasoning but no reply after it"),
@@ -289,7 +289,7 @@ class Teacher(AbstractContextManager["Teacher"]):
             try:
                 judged = await self._inspector.reply(chat, job.sample, repair, f"{stage} inspection", {})
             except (TeacherError, UsageError) as error:
-                # in terms of the inspector's own settings
+                # name the inspector's own settings
                 texts = error.message, error.hint
                 named = (re.sub(r"teacher\.(price|api_base)", r"teacher.inspector_\1", x) for x in texts)
                 raise type(error)(*(x.replace("teacher.model", "teacher.inspector") for x in named)) from None
@@ -304,12 +304,12 @@ class Teacher(AbstractContextManager["Teacher"]):
         text = " ".join(reason[1].split()) if reason else "the inspector rejects it"
         return Rejection("rejected_by_inspector", text)
 
-    # -- what it will cost -----------------------------------------------------------------------------------------
+    # -- cost estimates --------------------------------------------------------------------------------------------
 
     def ask_after_pilot(self, jobs: Iterable[Job[T]], total: int, stage: str) -> Iterator[Result[T]]:
-        """As `ask_all`; if the first few jobs cost money, the rest is requested only if `confirm` agrees (DeclinedError).
+        """Like `ask_all`; if the first few jobs cost money, requests the rest only if `confirm` agrees (else DeclinedError).
 
-        It is asked once.
+        `confirm` is called once.
         """
         pending, done, new, paying = iter(jobs), 0, 0, 0
         before = self.ledger.totals()

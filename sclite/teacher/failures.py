@@ -25,7 +25,7 @@ _BAD_KEY = re.compile(r"api key (?:not valid|expired)", re.I)  # Gemini's, with 
 _NO_CREDIT = re.compile(
     r"insufficient_quota|exceeded your current quota|credit balance is too low|insufficient balance"
     r"|reached your specified api usage limits"  # Anthropic's and DeepSeek's, with status 400
-    r"|budget has been exceeded",  # that of LiteLLM's proxy, with status 422
+    r"|budget has been exceeded",  # from LiteLLM's proxy, with status 422
     re.I,
 )
 _RETRY_IN = re.compile(r"retry in (\d+(?:\.\d+)?)(m?)s\b")  # Gemini's, which sends no header
@@ -39,12 +39,12 @@ _UNREACHED = ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtoc
 class Failure:
     """A failed call."""
 
-    action: str  # RETRY, STOP if every request would meet it, REFUSED if it concerns this one alone
+    action: str  # RETRY, STOP if every request would fail so, REFUSED if only this one does
     status: int | None  # None and no headers if there was no response
     headers: Mapping[str, str]
     message: str  # the endpoint's own, in one line
     answered: bool  # the endpoint itself sent the error
-    unreadable: bool  # it sent something that is no chat completion
+    unreadable: bool  # it sent something that is not a chat completion
     free: bool  # it costs nothing
     overload: bool  # fewer concurrent calls would help
     no_key: bool
@@ -68,7 +68,7 @@ class Failure:
 
 
 def read_failure(error: BaseException) -> Failure:
-    """What an error of LiteLLM, OpenAI's SDK, httpx or a socket means."""
+    """Interpret an error of LiteLLM, OpenAI's SDK, httpx or a socket."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
@@ -150,7 +150,7 @@ def teacher_error(
         problem = f"does not answer after {attempts} attempt{'s' * (attempts != 1)}: {failure.message}"
     elif failure.no_key or status == 401:
         problem = "has no key" if failure.no_key else "rejects the key (HTTP 401)"
-        hint = f"the key comes from {key_variable}: export {key_variable}=.."
+        hint = f"the key comes from {key_variable}: export {key_variable}=..."
     elif failure.no_credit or status in (402, 429):
         problem, hint = f"has no credit left: {failure.message}", "add credit, then re-run to resume"
     elif status is not None and 300 <= status < 400:

@@ -82,7 +82,7 @@ def _hint(error: Exception, path: Path) -> str:
         return "another program has it open: close it, then re-run to resume"
     damaged = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_FORMAT)
     if code in damaged:
-        return f"restore a backup, or `mv {path} {path}.damaged`: finished rows stay, the others are paid for again"
+        return f"restore a backup, or `mv {path} {path}.damaged`: finished rows are kept, the others are paid for again"
     return "check its permissions and the free disk space, then re-run to resume"
 
 
@@ -99,9 +99,9 @@ class Entry:
 
 
 class Ledger(AbstractContextManager["Ledger"]):
-    """The SQLite file of a run, open in one process (Run.lock). Reads have a connection that never waits for the disk.
+    """The SQLite file of a run, open in one process (Run.lock). Reads use a connection that never waits for the disk.
 
-    Writes are queued until `flush`, which may be called in a thread; after one that failed, nothing more is written.
+    Writes are queued until `flush`, which may be called in a thread; after a failed one, nothing more is written.
     `spent_usd` is the known cost of all replies, plus the maximum cost of requests given up after sending.
     """
 
@@ -128,7 +128,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         database.execute("PRAGMA journal_mode=WAL")
         database.execute("PRAGMA synchronous=FULL")  # a paid reply survives a power failure
         database.execute(_SCHEMA)
-        # the process that sent these was killed before the replies came
+        # the process that sent these was killed before the replies arrived
         database.execute(f"{_LOST} WHERE state = 'sent'", ("the process ended",))
         self._reader = _connect(self.path)
         totals = dict(zip(_TOTAL_NAMES, self._reader.execute(_TOTALS).fetchone(), strict=True))
@@ -136,7 +136,7 @@ class Ledger(AbstractContextManager["Ledger"]):
 
     @classmethod
     def reading(cls, path: Path | str) -> "Ledger":
-        """Open a ledger read-only, also while another process writes to it. DataError if it is missing or not a ledger."""
+        """Open a ledger read-only, even while another process writes to it. Raises DataError if it is missing or invalid."""
         ledger = cls.__new__(cls)
         ledger.path, ledger._pending, ledger._error, ledger._writing = Path(path), [], None, threading.Lock()
         # no log: no process has it open; without `immutable`, SQLite would leave an empty log and its index behind
@@ -209,7 +209,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         self._pending.append((_FAILED, (why, key)))
 
     def given_up(self, key: str, why: str, reserved_usd: float = 0.0) -> None:
-        """Record that a reply is no longer awaited; it may have been generated, and charged for, all the same."""
+        """Record that a reply is no longer awaited; it may have been generated, and charged for, anyway."""
         self.spent_usd += reserved_usd
         self._pending.append((f"{_LOST} WHERE key = ?", (why, key)))
 

@@ -1,4 +1,4 @@
-"""Limits: a hard one on spending, one on concurrency that follows the endpoint's load, and limits per minute."""
+"""Limits: a hard spending limit, a concurrency limit that follows the endpoint's load, and limits per minute."""
 
 import asyncio
 import math
@@ -29,7 +29,7 @@ FREE = Price(0.0, 0.0)
 
 
 class Budget:
-    """A hard spending limit: a request is sent only if its maximum cost fits beside everything spent and reserved."""
+    """A hard spending limit: a request is sent only if its maximum cost fits in addition to everything spent and reserved."""
 
     def __init__(self, ledger: Ledger, limit_usd: float | None):
         self.ledger, self.limit_usd = ledger, limit_usd
@@ -58,7 +58,7 @@ class Budget:
                 raise BudgetError(
                     f"the spending limit of {shown[0]} is reached: {shown[1]} is or may be spent, and the next request may cost up "
                     f"to {shown[2]}",
-                    "paid replies are kept: raise the limit, as in --set teacher.max_cost=10, or lower teacher.max_tokens, then re-run "
+                    "paid replies are kept: raise the limit, for example --set teacher.max_cost=10, or lower teacher.max_tokens, then re-run "
                     "to resume",
                 )
             self._reserved_usd += max_usd
@@ -92,7 +92,7 @@ class RateLimiter:
 
     @asynccontextmanager
     async def call(self, tokens: float = 0.0) -> AsyncIterator[float]:
-        """Wait for a free slot and hold it; yields the time at which the call began. `tokens` is what it may use."""
+        """Wait for a free slot and hold it; yields the time at which the call began. `tokens`: how many it may use."""
         async with self._changed:
             await self._changed.wait_for(lambda: self.in_flight < max(1, int(self.limit)))
             self.in_flight += 1
@@ -106,7 +106,7 @@ class RateLimiter:
                 self._changed.notify(max(1, int(self.limit) - self.in_flight))
 
     def record(self, began: float, overload: bool = False) -> None:
-        """The call that began at `began` was answered; `overload`: it was rate-limited or timed out."""
+        """Record the end of the call that began at `began`; `overload`: it was rate-limited or timed out."""
         if not overload:
             self.limit = min(float(self.max_in_flight), self.limit + 1.0)
         elif began > self._halved_at:
@@ -115,7 +115,7 @@ class RateLimiter:
 
 
 class Limit:
-    """A sliding window of 60 seconds that never exceeds `per_minute`; a single larger amount is admitted alone."""
+    """A sliding window of 60 seconds that never exceeds `per_minute`; a larger amount is admitted alone."""
 
     def __init__(self, per_minute: float):
         self.per_minute = per_minute

@@ -1,6 +1,6 @@
 """A client for OpenAI-compatible endpoints through OpenAI's SDK, which takes a fraction of LiteLLM's CPU per call.
 
-Requests, replies and errors are the same as through LiteLLM; tests compare the two. The HTTP clients of both do not trust
+Requests, replies and errors are the same as through LiteLLM; tests compare the two. Neither HTTP client trusts
 the server: replies are bounded and uncompressed, and redirects are not followed.
 """
 
@@ -28,7 +28,7 @@ MAX_BODY_BYTES = 4 * 2**20
 """128,000 tokens as JSON take less than 1 MiB, 3 MiB with every character escaped."""
 _KEEP_ALIVE_SECONDS = 4.0  # uvicorn, and so vLLM, closes idle connections after 5
 _PLAIN = ("OpenAIGPTConfig", "OpenAIUnknownModelConfig", "HostedVLLMChatConfig")
-"""LiteLLM's configurations that pass requests on unchanged (those of gpt-5, o3 .. rewrite them)."""
+"""LiteLLM's configurations that pass requests on unchanged (those of gpt-5, o3, ... rewrite them)."""
 
 
 def bound_client(client: "httpx.AsyncClient") -> "httpx.AsyncClient":

@@ -1,4 +1,4 @@
-"""Resolving a model through LiteLLM: its provider, options, key and price."""
+"""Resolves a model through LiteLLM: its provider, options, key and price."""
 
 import asyncio
 import gc
@@ -27,7 +27,7 @@ _LOCAL_PROVIDERS = ("ollama", "ollama_chat", "lm_studio", "llamafile")
 _BYTES_PER_TOKEN = 4  # of English text; bounds the charge for a reply that is longer than max_tokens
 _LONGEST_TOKEN_BYTES = 128  # no vocabulary in use has a longer one
 _OTHER_FILES = 128  # open files other than connections
-# tokens; Ollama's context is 4,096 on most machines, and it drops the beginning of what exceeds it without a word
+# tokens; Ollama's context is 4,096 on most machines, and it silently drops the beginning of longer texts
 _SHORT_REPLY, _LONGEST_PROMPT = 2048, 4096
 
 
@@ -37,16 +37,16 @@ class Provider:
 
     litellm: ModuleType
     model: str
-    options: dict[str, Any]  # of every call
+    options: dict[str, Any]  # passed with every call
     key_variable: str  # holds the key
     price: Price | None  # None: unknown
     priced_by_user: bool
-    max_output_tokens: float  # the most that it can write, infinity if unknown
+    max_output_tokens: float  # per reply, infinity if unknown
     direct: OpenAIClient | None  # bypasses LiteLLM, if the model allows it
 
     @property
     def errors(self) -> tuple[type[Exception], ...]:
-        """What `complete` raises if a call fails."""
+        """The errors that `complete` raises if a call fails."""
         return (self.litellm.exceptions.openai.OpenAIError, self.litellm.exceptions.httpx.HTTPError, OSError)
 
     async def complete(
@@ -115,7 +115,7 @@ class Provider:
 
 
 def import_litellm() -> ModuleType:
-    """Import LiteLLM (takes seconds): silent, without network access, without .env files, its clients bounded as ours."""
+    """Import LiteLLM (takes seconds): silent, without network access, without .env files, its clients bounded like ours."""
     os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
     os.environ["LITELLM_MODE"] = "PRODUCTION"
     import litellm
@@ -170,7 +170,7 @@ def prepare_process(connections: int) -> None:
 def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None) -> Provider:
     """Import LiteLLM and resolve the model; `prepare` is called between the two. UsageError if it cannot be called."""
     if not settings.model:
-        hint = "add a LiteLLM model, as in --set teacher.model=openai/gpt-5.4-mini, or set it in sclite.toml"
+        hint = "add a LiteLLM model, for example --set teacher.model=openai/gpt-5.4-mini, or set it in sclite.toml"
         raise UsageError("teacher.model is not set", hint)
     address = config.without_password(settings.api_base)
     try:
@@ -193,10 +193,10 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
         hint = "write PROVIDER/NAME: anthropic/NAME, ollama_chat/NAME, or openai/NAME for an OpenAI-compatible endpoint"
         raise UsageError(message, hint) from None
     missing = litellm.validate_environment(settings.model)["missing_keys"]
-    # LiteLLM lists Azure's key also where only its version is missing
+    # LiteLLM lists Azure's key even if only its version is missing
     missing = [each for each in missing if each.endswith("_API_KEY") and not os.environ.get(each)]
     options: dict[str, Any] = {"api_base": address} if address else {}
-    if address != settings.api_base:  # aiohttp refuses a password beside the SDK's own header
+    if address != settings.api_base:  # aiohttp rejects a password in addition to the SDK's own header
         login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
         options["extra_headers"] = {"Authorization": f"Basic {b64encode(login.encode()).decode()}"}
     if address and missing:  # a self-hosted endpoint often needs none, but LiteLLM insists
@@ -215,11 +215,11 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
     known = litellm.get_supported_openai_params(settings.model, name) or ()
     new = [parameter for parameter in settings.extra if parameter not in known]
     if new and "allowed_openai_params" not in new:
-        options["allowed_openai_params"] = new  # LiteLLM refuses those that it does not know for this model
+        options["allowed_openai_params"] = new  # LiteLLM rejects those that it does not know for this model
     key_variable = missing[0] if missing else f"{name.removesuffix('_chat').upper()}_API_KEY"
     if not re.fullmatch("[!-~]*", os.environ.get(key_variable, "")):
         message = f"the key in {key_variable} contains a space, a line break or a non-ASCII character"
-        hint = f"copy the whole key and run: export {key_variable}=.."
+        hint = f"copy the whole key and run: export {key_variable}=..."
         raise UsageError(message, hint)
     prices = litellm.model_cost
     listed = prices.get(settings.model) or prices.get(settings.model.partition("/")[2]) or {}
@@ -256,4 +256,4 @@ def find_price(settings: config.Teacher, provider: str, listed: Mapping[str, Any
         [listed.get(name) or 0.0 for name in (f"{side}_cost_per_token", f"{side}_cost_per_token_{tier}")]
         for side in ("input", "output")
     )
-    return Price(*map(max, prices))  # a bound: endpoints may serve another tier than was requested
+    return Price(*map(max, prices))  # an upper bound: endpoints may serve another tier than requested

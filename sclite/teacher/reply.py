@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sclite.trace import THOUGHT, without_thoughts
 
 EMPTY, REFUSAL, ONLY_REASONING, CUT_IN_REASONING = "empty", "refusal", "only_reasoning", "cut_in_reasoning"
-"""Our own finish reasons: nothing in it, a refusal, no reply after the reasoning, a token budget spent on reasoning."""
+"""Our own finish reasons: an empty reply, a refusal, no reply after the reasoning, a token budget spent on reasoning."""
 
 _FINISH_REASONS = {
     **dict.fromkeys(("length", "max_tokens", "max_output_tokens", "model_length"), "length"),
@@ -16,9 +16,9 @@ _FINISH_REASONS = {
     **dict.fromkeys(("tool_calls", "function_call", "tool_use"), "tool_calls"),
     "unreadable": "unreadable",
 }
-"""What endpoints write, in OpenAI's terms; all others count as stop."""
+"""The endpoints' finish reasons in OpenAI's terms; all others count as stop."""
 _LARGEST_COUNT = 2**40  # tokens; SQLite's integers end at 2**63
-# but not tab and line ends
+# all but tabs and line ends
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
@@ -73,7 +73,7 @@ def read(body: object, listed_usd: float | None = None) -> Completion:
     """The reply in a parsed body. Raises ErrorReply and UnreadableReply."""
     if not isinstance(body, Mapping):
         raise UnreadableReply("the reply is not a chat completion")
-    error = body.get("error")  # with status 200; some endpoints send an empty one beside a valid reply
+    error = body.get("error")  # with status 200; some endpoints send an empty one with a valid reply
     fields = error if isinstance(error, Mapping) else {"message": error}
     code, said = fields.get("code"), fields.get("message")
     if said or code is not None:
@@ -91,7 +91,7 @@ def read(body: object, listed_usd: float | None = None) -> Completion:
     content = clean_text(_text(message.get("content")))
     reasoning = clean_text(_text(message.get("reasoning_content") or message.get("reasoning")))
     text, refusal = without_thoughts(content).strip(), message.get("refusal")
-    if THOUGHT.match(text) or text.startswith("<|channel|>"):  # reasoning that never ends is no reply
+    if THOUGHT.match(text) or text.startswith("<|channel|>"):  # reasoning that never ends is not a reply
         text = ""
 
     reason = choice.get("finish_reason")

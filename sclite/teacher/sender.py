@@ -1,4 +1,4 @@
-"""One request until its reply: from the ledger, else from the endpoint, with rate limits, a budget and retries."""
+"""Gets the reply to one request: from the ledger, else from the endpoint, with rate limits, a budget and retries."""
 
 import asyncio
 import random
@@ -18,17 +18,17 @@ from sclite.teacher.limits import Budget, RateLimiter
 from sclite.teacher.provider import Provider, connect
 from sclite.teacher.reply import CUT_IN_REASONING
 
-MIN_REFUSALS = 20  # the same, of requests that may each be to blame, once others were answered
-MIN_FAILURES = 5  # different requests that must fail before the teacher is to blame rather than the requests
+MIN_REFUSALS = 20  # like MIN_FAILURES, if each request may be to blame and others were answered
+MIN_FAILURES = 5  # different requests that must fail before the teacher is to blame
 REFUSED_BY_TEACHER = "refused_by_teacher"
 SENT: ContextVar[set[str]] = ContextVar("SENT")  # keys of the requests that the current job has sent
-# the request is to blame, but a blocked key or an offline tunnel, with 403 or 404, concerns all requests
+# statuses that blame the request; with 403 or 404, a blocked key or an offline tunnel affects all requests
 _ABOUT_REQUEST = (400, 413, 422)
-_TEMPLATE_TOKENS = 16  # that a chat template adds to each message
+_TEMPLATE_TOKENS = 16  # added to each message by a chat template
 
 
 class NoReplyError(Exception):
-    """A request that was given up; `reason` is a code that is counted, the message explains it."""
+    """A request that was given up; `reason` is a code to count, the message explains it."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -36,7 +36,7 @@ class NoReplyError(Exception):
 
 
 def parameters_of(settings: config.Teacher) -> dict[str, Any]:
-    """The request parameters, beside the messages, that decide the reply."""
+    """The request parameters that, with the messages, decide the reply."""
     temperature = {} if settings.temperature is None else {"temperature": settings.temperature}
     return {**temperature, "max_tokens": settings.max_tokens, **settings.extra}
 
@@ -71,7 +71,7 @@ class Sender:
     def key(self, messages: Messages, sample: int, repair: int, parameters: Mapping[str, Any]) -> str:
         """The digest that identifies a request; another reply to the same messages has another `sample` or `repair`.
 
-        `max_tokens` is not in it: a complete reply is the same with any.
+        `max_tokens` is not part of it: a complete reply does not depend on it.
         """
         address = config.without_password(self.settings.api_base).rstrip("/")
         chat, chosen = [dict(message) for message in messages], {**self.parameters, **parameters}
@@ -79,9 +79,9 @@ class Sender:
         return digest([self.settings.model, address, chat, chosen, sample, repair])
 
     def known(self, key: str, parameters: Mapping[str, Any], later: Iterable[str] = ()) -> Entry | None:
-        """The reply in the ledger, unless it was cut off at fewer tokens than it may have now, or refused with more.
+        """The reply in the ledger, unless it was cut off at fewer tokens than are allowed now, or refused with more.
 
-        One that was cut off is known if the ledger has a whole reply to one of the requests `later`, which followed it.
+        A cut-off reply still counts if the ledger has a complete reply to one of the requests `later`, which followed it.
         """
         entry, limit = self.ledger.get(key), {**self.parameters, **parameters}["max_tokens"]
         if entry is not None and entry.max_tokens is not None:
@@ -109,7 +109,7 @@ class Sender:
         on_text: Callable[[str], None] | None = None,
         later: Iterable[str] = (),
     ) -> Entry:
-        """The reply from the ledger (`known`), else from the endpoint, which gets the same request from two jobs once.
+        """The reply from the ledger (`known`), else from the endpoint; the same request of two jobs is sent once.
 
         Raises NoReplyError if this request fails, TeacherError if no other can succeed either, BudgetError at the limit.
         """
@@ -173,9 +173,9 @@ class Sender:
                 else:
                     self.limiter.record(began)
                     tokens, cost_usd = provider.charge(completion, limits)
-                    given = (*tokens, cost_usd, parameters["max_tokens"])
-                    entry = Entry(completion.text, completion.finish_reason, *given)
-                    self.ledger.put(key, entry)  # its cost counts from now on
+                    usage = (*tokens, cost_usd, parameters["max_tokens"])
+                    entry = Entry(completion.text, completion.finish_reason, *usage)
+                    self.ledger.put(key, entry)  # its cost now counts
             if entry is not None:
                 self._latest = max(self._latest, number)
                 self._settle_refusals()
@@ -194,7 +194,7 @@ class Sender:
                 entry = Entry(failure.message, REFUSED, None, None, None, parameters["max_tokens"])
                 self._refused[key] = number, failure, entry if alone else None
                 self._settle_refusals()
-                # a dataset may have several such problems in a row, if others are answered
+                # a dataset may have several such problems in a row
                 fewest = MIN_REFUSALS if alone and self._replied else MIN_FAILURES
                 if len(self._refused) >= max(fewest, settings.concurrency):
                     raise teacher_error(failure, settings, provider.key_variable)
@@ -202,7 +202,7 @@ class Sender:
                     return entry
                 raise NoReplyError("no_reply", failure.message)
             wait = failure.wait_seconds(attempt, random.random())
-            # each reply that comes too late is paid for: one more attempt, with twice the time
+            # each late reply is paid for: one more attempt, with twice the time
             seconds_allowed = settings.timeout_seconds * (1 + timeouts)
             if attempt == settings.attempts_per_call or wait > LONGEST_WAIT_SECONDS or begun or timeouts == 2:
                 break
@@ -218,7 +218,7 @@ class Sender:
         raise NoReplyError("no_reply", failure.message)
 
     def _settle_refusals(self) -> None:
-        """A later request has succeeded: those refused before are to blame themselves, also the next time."""
+        """Once a later request has succeeded, record that earlier refused ones are to blame themselves."""
         for key, (number, _, entry) in list(self._refused.items()):
             if number < self._latest:
                 del self._refused[key]
@@ -226,7 +226,7 @@ class Sender:
                     self.ledger.put(key, entry)
 
     async def _flush(self) -> None:
-        """Wait until the ledger is on disk: one commit serves all that was queued while the last one was written."""
+        """Wait until the ledger is on disk: one commit writes everything queued during the last one."""
         if self._next_commit is None:
             self._next_commit = asyncio.ensure_future(self._commit(self._last_commit))
         await asyncio.shield(self._next_commit)

@@ -1,6 +1,6 @@
 """The rows of DPO: one bundle for each reviewed attempt.
 
-A bundle holds the review sequence (the context, the attempt's steps with a decision after each up to the first wrong
+A bundle contains the review sequence (the context, the attempt's steps with a decision after each up to the first wrong
 one, and the chosen cause and correction), the rejected text if the attempt is wrong, and a solved row for replay.
 All decisions of an attempt are read off one forward pass, as in use; a row for each pair would repeat the whole context:
 about ten times the tokens for an attempt of five steps.
@@ -37,7 +37,7 @@ class Bundle:
 
     @property
     def sides(self) -> list[TrainingSequence]:
-        """The sequences that it has."""
+        """The sequences of the bundle."""
         return [side for side in (self.review, self.rejected, self.replay) if side is not None]
 
 
@@ -69,10 +69,10 @@ def build_bundles(
 
 
 def check_bundles(bundles: Sequence[Bundle], decisions: tuple[int, int]) -> None:
-    """Refuse pairs that would teach nothing, or something else than what is asked for in use.
+    """Reject pairs that would teach nothing, or something else than what inference needs.
 
-    `decisions` are the tokens of accusing a step and of closing it: the one that is chosen has to follow the decision's
-    position. The sides of a content pair have to differ and to carry loss on their own text alone. Raises DataError.
+    `decisions` are the tokens that flag a step and close it: the chosen one has to follow the decision's position. The
+    sides of a content pair have to differ, and to have loss only on their own text. Raises DataError.
     """
     for bundle in bundles:
         where, review, other = f"the pairs of {bundle.key}", bundle.review, bundle.rejected

@@ -1,4 +1,4 @@
-"""Checkpoints that are known to be complete and to have the same inputs; an interrupted stage resumes from the last.
+"""Checkpoints known to be complete and to have the same inputs; an interrupted stage resumes from the latest.
 
 The trainer writes a checkpoint file by file, so a kill can leave half of one, and a disk can damage one later. A
 complete checkpoint gets a mark, written last: its inputs and a hash of every file. Others are never resumed from.
@@ -46,7 +46,7 @@ class Checkpoints:
         return self.folder / f"checkpoint-{step}"
 
     def prepare(self, inputs: Mapping[str, Any], device: str = "cpu") -> str:
-        """Remove checkpoints that are incomplete, damaged or of other inputs; return a warning of the damaged ones.
+        """Remove checkpoints that are incomplete, damaged or have other inputs; return a warning about the damaged ones.
 
         Raises DeviceError if the rest was trained on another kind of device, which has another optimizer.
         """
@@ -56,7 +56,7 @@ class Checkpoints:
         damaged = []
         before = next((mark.get("device", device) for mark in self._marks().values() if mark), device)
         if before != device:
-            message = f"the checkpoints in {self.folder} are of a training on {before}, not on {device}"
+            message = f"the checkpoints in {self.folder} are from training on {before}, not on {device}"
             raise DeviceError(message, "resume on the same device, or delete that folder to start over")
         for step, mark in self._marks().items():
             path = self.path(step)
@@ -100,6 +100,6 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Force every file of a folder, and the names in it and in its parent, to disk."""
+    """Flush every file of a folder, and the entries of the folder and its parent, to disk."""
     for path in [*folder.rglob("*"), folder, folder.parent]:
         sync(path)

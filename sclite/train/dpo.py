@@ -63,7 +63,7 @@ def train_dpo(
         bundles = with_replay([bundles[i] for i in kept], fitting, config.dpo.replay_share)
         check_bundles(bundles, decision_ids(tokenizer))
         job.report.counts |= {"bundles": len(bundles), "pairs": len(pairs)}
-        # the reference, if it is in the run, intact and of these inputs
+        # the reference, if the run has an intact one for these inputs
         path, signature, reference = run.path("dpo/reference.json"), digest(job.inputs), None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -80,7 +80,7 @@ def train_dpo(
             held_out = held_out_rows(len(bundles), config.dpo.eval_share, config.seed)
             task = preference_task(config.dpo, bundles, log_probs, tokenizer, held_out)
             used = [bundles[i] for i in sorted({*task.order(config.dpo, config.seed), *held_out})]
-            if reference is None:  # the model is the adapter that DPO starts from, on a resume too
+            if reference is None:  # the model has the adapter that DPO starts from, even on a resume
                 with catch_out_of_memory(job.stage, micro_batch):
                     log_probs |= reference_log_probs(model, used, tokenizer, micro_batch, progress)
                 signed = {"signature": signature, "digest": digest(log_probs), "log_probs": log_probs}
@@ -93,7 +93,7 @@ def train_dpo(
 
 
 def with_replay(bundles: Sequence[Bundle], rows: Sequence[TrainingSequence], share: float) -> list[Bundle]:
-    """Spread solved rows over the bundles, for the `share` of them, cycling through the rows."""
+    """Spread solved rows evenly over a `share` of the bundles, cycling through the rows."""
     numbers = [int(share * number) if rows else 0 for number in range(len(bundles) + 1)]
     return [
         replace(bundle, replay=rows[before % len(rows)] if after > before else None)

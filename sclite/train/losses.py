@@ -54,7 +54,7 @@ def weighted_loss(
         value = term.total / max(1, totals[term.per]) if term.per else term.total
         if term.weight:
             loss = loss + term.weight * value
-        if len(terms) > 1:  # a single one is the loss itself
+        if len(terms) > 1:  # a single term is the loss itself
             figures[name] = value.detach() if term.per else [value.detach()]
     return loss, figures
 
@@ -114,7 +114,7 @@ def pair_log_probs(
     """Log-probabilities of decisions [decisions, 2] and contents [contents, 2], chosen and rejected, and the contents' tokens.
 
     In the order of the bundles; contents are summed over their tokens, [contents] counts those of the chosen text.
-    `decision_tokens` are those of accusing and of closing a step.
+    `decision_tokens` are those that flag and close a step.
     """
     import torch
 
@@ -149,9 +149,9 @@ def reference_log_probs(
     size: int = 8,
     progress: Progress = no_progress,
 ) -> Reference:
-    """log p of both sides of every pair under the model as it is now, in float32, by bundle key.
+    """log p of both sides of every pair under the current model, in float32, by bundle key.
 
-    Computed once and kept in the run: no step pays for it, and a resumed training compares with its true start.
+    Computed once and stored in the run: it adds no time to steps, and a resumed training compares with its true start.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""Memory of one training step: an estimate from the model's architecture and the settings.
+"""Memory of one training step, estimated from the model's architecture and the settings.
 
 Weights, LoRA and optimizer states are exact. Activations follow the code: with gradient checkpointing it keeps the input
-of every layer plus one whole layer at a time, and logits only where tokens carry loss (student/log_probs.py). The peak is
+of every layer plus one whole layer at a time, and logits only for tokens with loss (student/log_probs.py). The peak is
 the larger of two moments: the backward pass through the head, and the one through the last layer. On an H100 and an H200
 the estimate was within 6 % of PyTorch's peak at thirteen settings: 7B and 8B models, SFT and DPO, one to four rows of
 2,048 and 4,096 tokens, one row of 76,032 and of 55,232, with Unsloth (-6 to +1 %) and without (-2 to +6 %).
@@ -37,13 +37,13 @@ LOSS_SHARE = {"sft": 0.9, "warmup": 0.5, "dpo": 0.15}
 correction after both."""
 DECISIONS = 8  # per attempt, in DPO
 KEPT, BACKWARD = 4, 8
-"""Bytes per logit: float32 log-probabilities kept for the backward pass; there, their gradient and that of the logits.
-Above `head_chunk_size` positions the head runs in chunks, keeps nothing, and holds one chunk at a time."""
+"""Bytes per logit: float32 log-probabilities kept for the backward pass; their gradient and that of the logits in it.
+Above `head_chunk_size` positions the head runs in chunks, keeps nothing, and has one chunk in memory at a time."""
 CONTEXT, CACHED = 700_000_000, 800_000_000
-"""Bytes of the CUDA context, loaded kernels and cuBLAS workspace; bytes the allocator holds beyond those in use, at least
+"""Bytes of the CUDA context, loaded kernels and cuBLAS workspace; bytes the allocator caches beyond those in use, at least
 (0.3 to 0.84 GB measured). With rows that fill the GPU that is the largest tensor of a layer: 1.87 GB at 76,032 tokens."""
 LIBRARIES, HEAP = 600_000_000, 1.8
-"""Bytes of a CPU process without a model; what a process takes for a byte of activations (1.1 to 1.8 measured)."""
+"""Bytes of a CPU process without a model; bytes of process memory per byte of activations (1.1 to 1.8 measured)."""
 SCORES = 5
 """16-bit values alive per attention score of a layer with a soft cap while it runs backward (measured on a CPU)."""
 KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
@@ -230,7 +230,7 @@ def optimizer_bytes(tensors: Iterable[int], bits: int) -> int:
 def peak(model: Architecture, setting: Setting, forwards: Sequence[Forward]) -> tuple[dict[str, int], int]:
     """({"activations", "logits", "layer"} in bytes at the peak of a step, bytes of host RAM).
 
-    The passes run backward in reverse order; each frees what it kept while those before it still wait. Unsloth moves the
+    The backward passes run in reverse order; each frees what it kept while earlier ones still wait. Unsloth moves the
     layers' inputs to host RAM and reloads them through two buffers that all passes of a step share
     (unsloth_zoo.gradient_checkpointing); the last layer's input stays on the GPU.
     """
@@ -282,7 +282,7 @@ def estimate(model: Architecture, setting: Setting) -> Estimate:
 def estimate_on_cpu(model: Architecture, setting: Setting) -> Estimate:
     """A rough estimate of RAM without a GPU: every layer is kept.
 
-    Autograd saves of a layer the inputs and outputs of the norms; q, k, v and the attention's output; gate, up, their
+    For each layer, autograd saves the inputs and outputs of the norms; q, k, v and the attention's output; gate, up, their
     product and its factor; and the output of every LoRA's A. In bfloat16 the norms still have float32 inputs.
     """
     parts, tensors = estimate(model, setting).parts, model.lora_tensors(setting.rank)

@@ -1,4 +1,4 @@
-"""What a training reports: metrics.jsonl, the progress line and warnings with advice; and a Ctrl-C that saves first."""
+"""The reports of a training: metrics.jsonl, the progress line and warnings with advice; and a Ctrl-C that saves first."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class MetricsLogger:
             found |= {k: float(max(v) if isinstance(v, list) else v) for k, v in self._sums.items()}
             seconds = max(time.monotonic() - self._began, 1e-9)
             found |= {"tokens": self._tokens, "tokens_per_second": self._tokens / seconds}
-            # the peak since the step before; without a GPU that of this process's RAM so far
+            # the peak since the last step; without a GPU, the process's peak RAM so far
             if torch.cuda.is_available():
                 peak = torch.cuda.max_memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
@@ -118,7 +118,7 @@ class MetricsLogger:
 
     @contextmanager
     def handle_interrupts(self) -> Iterator[None]:
-        """The first Ctrl-C makes the training save and stop; a second one stops it at once."""
+        """The first Ctrl-C saves a checkpoint and stops; the second stops at once."""
 
         def interrupt(*_: object) -> None:
             self.interrupted = True
@@ -134,7 +134,7 @@ class MetricsLogger:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, none if there is no such file; skips invalid lines, such as a half-written one."""
+    """The rows of a metrics.jsonl, none if it does not exist; skips invalid lines, such as a half-written one."""
     rows = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:

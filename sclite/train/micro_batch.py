@@ -12,8 +12,8 @@ from sclite.train.memory import Architecture, Setting, architecture, estimate, e
 SHORTEST, STEP = 256, 64
 """Tokens: shorter rows are not worth training; lengths are reported in multiples of STEP."""
 CPU_ROWS, CPU_BYTES = 4, 4_000_000_000
-"""Without a GPU: most rows of a forward pass, and most bytes of a process for more than one. More rows are no faster
-there (docs/training.md), and a process that takes all memory is killed."""
+"""Without a GPU: maximum rows per forward pass, and maximum bytes of the process for more than one row. More rows are no
+faster there (docs/training.md), and a process that uses up all memory is killed."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def largest_divisor(batch: int, most: int) -> int:
 
 
 def largest_length(model: Architecture, setting: Setting, free: int) -> int | None:
-    """The most tokens per row that fit into `free` bytes, a multiple of STEP; None if SHORTEST do not."""
+    """The maximum tokens per row that fit into `free` bytes, a multiple of STEP; None if SHORTEST do not."""
     lengths = range(SHORTEST, (model.max_positions or 1 << 20) + 1, STEP)
     fitting = bisect_right(lengths, free, key=lambda n: estimate(model, replace(setting, length=n)).total)
     return lengths[fitting - 1] if fitting else None
@@ -81,7 +81,7 @@ def choose(
 def choose_micro_batch(config: Config, stage: str, longest: int) -> int:
     """The micro-batch size of a stage, a divisor of its batch size, for rows of at most `longest` tokens.
 
-    Call it before loading the model. If memory cannot be estimated or should not fit, it is 1: the GPU decides.
+    Call it before loading the model. If memory cannot be estimated, or even one row should not fit, it is 1: the GPU decides.
     """
     batch, given = config.stage(stage).batch_size, config.stage(stage).per_device_train_batch_size
     if given:
@@ -93,7 +93,7 @@ def choose_micro_batch(config: Config, stage: str, longest: int) -> int:
 
 
 def choose_on_gpu(config: Config, stage: str) -> Choice | None:
-    """The choice for a stage in the memory of the GPU that is free now; None if that or the student's is unknown."""
+    """The choice for a stage in the GPU memory that is free now; None if that or the student's size is unknown."""
     free, model = free_bytes(), _readable_architecture(config)
     if free is None or model is None:
         return None

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: stage 1 on templates, and the row checks and task that the warm-up shares.
 
-Only the trace and its end of turn carry loss.
+Only the trace and its end of turn have loss.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def train_sft(
             )
         if opens_thinking(tokenizer.get_chat_template(), tokenizer.special_tokens_map):
             empty = "the student's chat template opens a <think> block: sclite trains and uses it with an empty one"
-            job.warn(f"{empty}; other programs have to send the closing tag themselves")
+            job.warn(f"{empty}; other programs must send the closing tag themselves")
         encoded = solve_rows(tokenizer, rows, config.prompts.folder)
         return supervised(job, [row.id for row in rows], encoded, tokenizer)
 
@@ -85,7 +85,7 @@ def solve_rows(tokenizer: Tokenizer, templates: Sequence[Template], folder: str)
 def supervised(
     job: TrainingJob, names: Sequence[str], rows: Sequence[TrainingSequence], tokenizer: Tokenizer
 ) -> BuildTask:
-    """The task on the rows that fit in max_length; the report gets the share of their tokens that carry loss.
+    """The task on the rows that fit in max_length; the report gets the share of their tokens with loss.
 
     Raises DataError for rows that would teach nothing or never end: the last token, which is the end of turn, needs
     loss; the first, which is prompt, none.

@@ -62,7 +62,7 @@ def training_inputs(
     start: dict[str, Any] = {"lora": config.lora.model_dump(mode="json")}
     if before := START.get(stage):
         start = {f"{before}/adapter": run.file_digest(adapter_weights(before))}
-    # `checkpoints` only decides how often the best step is looked for
+    # `checkpoints` only decides how often to look for the best step
     without_effect = {"per_device_train_batch_size", "padding_free", "checkpoints", "tensorboard"}
     return {
         "problems kept for stage 2": digest(sorted(unseen)),
@@ -100,7 +100,7 @@ class TrainingJob:
         self.progress(0, 0, warning=text)
 
     def warn_of_long_rows(self, what: str, lengths: Sequence[int]) -> None:
-        """Warn before the first step of rows that are too long, with the setting to raise. `lengths` are in tokens."""
+        """Before the first step, warn about rows that are too long, with the setting to raise. `lengths` are in tokens."""
         limit = self.settings.max_length
         if long := sum(length > limit for length in lengths):
             skipped = f"{long} of {len(lengths)} {what} have more than {limit} tokens and are skipped"
@@ -109,7 +109,7 @@ class TrainingJob:
     def drop_long_rows(self, keys: Sequence[tuple[str, int | None]], lengths: Sequence[int]) -> list[int]:
         """Numbers of the rows that fit in max_length; nothing is ever truncated.
 
-        The others are named in dropped.jsonl by their `keys` (id, sample), counted in the report, and warned of.
+        The others are listed in dropped.jsonl by their `keys` (id, sample), counted in the report, and warned about.
         """
         self.warn_of_long_rows("rows", lengths)
         limit, reason = self.settings.max_length, "longer_than_max_length"
@@ -159,7 +159,7 @@ class TrainingJob:
                 what = "trained" if trained else "started"
                 raise UsageError(
                     f"{stage} was {what} with other inputs: {'; '.join(differences(before, inputs))}",
-                    f"restore them to keep what is there, or add --fresh to train {stage} again",
+                    f"restore them to keep the results, or add --fresh to train {stage} again",
                 )
         with timed(report):
             if adapter is not None and self.settings.num_train_epochs == 0:
@@ -178,7 +178,7 @@ class TrainingJob:
                 check_tokenizer(tokenizer, read_config(name), name)
                 build_task = prepare(self, tokenizer)
                 micro_batch = choose_micro_batch(config, stage, self.longest)
-                base = fetch_model(name)  # before the training: afterwards the network may be gone
+                base = fetch_model(name)  # before training, since the network may be gone afterwards
                 model = cast("PeftModel", load_student(config, stage, adapter, train=True)[0])
                 (ids,) = piece_ids(tokenizer, ["1 + 1 = 2. How much is 2 + 3?"])
                 check_log_probs(model, ids)
@@ -188,7 +188,7 @@ class TrainingJob:
                     run.path(f"{stage}/metrics.jsonl"), seed=config.seed, micro_batch=micro_batch,
                     progress=self.progress,
                 )  # fmt: skip
-                # save it; a manifest that signs an older adapter is removed first
+                # save it, after removing the manifest of an older adapter
                 run.mark_started(stage)
                 run.path(f"done/{stage}.json").unlink(missing_ok=True)
                 with _new_folder(run.path(f"{stage}/adapter")) as folder:
@@ -207,7 +207,7 @@ class TrainingJob:
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """Where to write a folder, which is then renamed, so that it is never half-written."""
+    """Yield a temporary folder to write to, then rename it to `folder`, which is never half-written."""
     temporary = folder.with_name(".adapter")
     shutil.rmtree(temporary, ignore_errors=True)
     yield temporary
@@ -220,7 +220,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 def quiet_libraries(student: Student | None = None) -> None:
     """Silence the progress bars and notices of the training libraries; import Unsloth first if it trains `student`."""
     if student is not None and select_backend(student) == "unsloth":
-        # its statistics contact a server, and shorten every later timeout
+        # its telemetry contacts a server, and shortens every later timeout
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
         os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path.home() / ".cache/sclite/unsloth"))
         os.environ.setdefault("HF_HUB_ENABLE_HF_TRANSFER", "0")

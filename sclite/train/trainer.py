@@ -1,7 +1,7 @@
 """Train an adapter: Hugging Face's trainer over rows in a fixed order, with losses that do not depend on the micro-batch.
 
-The denominators of a task's loss are those of the whole optimizer step, known from the order in advance, so that
-halving the micro-batch and doubling the accumulation leaves every gradient the same.
+The denominators of a task's loss are those of the whole optimizer step, known in advance from the order, so that
+halving the micro-batch and doubling the accumulation does not change any gradient.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ class TrainingTask:
 def training_order(lengths: Sequence[int], batch: int, epochs: float, seed: int) -> list[int]:
     """Row numbers, `batch` for each optimizer step, over `epochs` epochs; the last step may be smaller.
 
-    The order depends on the seed alone: a step has the same rows whatever the micro-batch, and a resumed training
-    continues at the very row. Rows of similar length (in tokens) share a step, so that little is padded. The step with
-    the longest row comes first: running out of memory shows at once and not after an hour.
+    The order depends only on the seed: a step has the same rows whatever the micro-batch, and a resumed training
+    continues at the exact row. Rows of similar length (in tokens) share a step, to minimize padding. The step with the
+    longest row comes first: running out of memory shows at once, not after an hour.
     """
     draw = random.Random(seed)
     wanted = max(1, round(epochs * len(lengths))) if lengths and epochs > 0 else 0
@@ -94,7 +94,7 @@ def training_order(lengths: Sequence[int], batch: int, epochs: float, seed: int)
 
 
 def held_out_rows(count: int, share: float, seed: int) -> list[int]:
-    """Numbers of the rows that are kept for the evaluation loss: none if there would be fewer than four."""
+    """Numbers of the rows held out for the evaluation loss; none if there would be fewer than four."""
     wanted = min(EVAL_ROWS, int(share * count))
     return sorted(random.Random(seed).sample(range(count), wanted)) if wanted >= 4 else []
 
@@ -167,7 +167,7 @@ def training_arguments(
 ) -> dict[str, Any]:
     """transformers' TrainingArguments. `rows` are those of all epochs together; checkpoints go to `out`.
 
-    TensorBoard's files, if it is enabled, go to tensorboard/ beside it.
+    TensorBoard's files, if it is enabled, go to tensorboard/ next to it.
     """
     import torch
 
@@ -187,7 +187,7 @@ def training_arguments(
         "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": settings.batch_size // micro_batch,
         "learning_rate": settings.learning_rate,
-        "num_train_epochs": 1,  # the order contains all epochs already
+        "num_train_epochs": 1,  # the order already contains all epochs
         "train_sampling_strategy": "sequential",
         "warmup_steps": settings.warmup_ratio,
         "max_grad_norm": settings.max_grad_norm,
@@ -200,7 +200,7 @@ def training_arguments(
         "logging_steps": 1,
         "save_steps": every,
         "restore_callback_states_from_checkpoint": True,  # the count of early stopping
-        # the older one, beside the best, stays until the newer one is known to be complete
+        # besides the best, the older one is kept until the newer one is known to be complete
         "save_total_limit": 3 if evaluates else 2,
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": every if evaluates else None,
@@ -249,7 +249,7 @@ def build_trainer(
 ) -> Any:
     """transformers' Trainer whose rows, losses and order come from a task.
 
-    `order` are row numbers, those of one optimizer step after those of the other.
+    `order` has the row numbers, one optimizer step after another.
     """
     import torch
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -308,7 +308,7 @@ def build_trainer(
         """Saves and stops after Ctrl-C, stops at NaN, evaluates the last step, and marks complete checkpoints."""
 
         def on_train_begin(self, args, state, control, **_):
-            state.compute_steps(args, state.max_steps)  # a checkpoint brings those of its own settings
+            state.compute_steps(args, state.max_steps)  # a checkpoint restores those of its own settings
 
         def on_step_end(self, args, state, control, model, **_):
             if model.device.type == "cpu":

@@ -1,14 +1,14 @@
 """The warm-up of stage 2: a short supervised training on whole reviews, mixed with three kinds of solving.
 
-DPO alone cannot create the accusation, and reviews alone destroy solving. DPO starts from the adapter of the warm-up and
+DPO alone cannot teach the student to flag a step, and reviews alone destroy solving. DPO starts from the adapter of the warm-up and
 uses it as its reference. The rows of solving:
 
 - *solved*: a template, if possible one that SFT has not seen;
-- *continued*: solve on after a corrected step, which guided review asks for. A correction is seldom written like a step,
+- *continued*: solve on after a corrected step, as guided review requires. A correction is seldom written like a step,
   and a student that never saw one there gets lost after it;
 - *closed*: wrong work in the solve context, with loss only on the closing tags of its steps and the end: steps are
-  accused in a review, never while solving. Without such rows a small student accuses its own steps as it solves, and
-  what review could correct is corrected, or spoiled, before.
+  flagged in a review, never while solving. Without such rows a small student flags its own steps while solving, and
+  corrects, or spoils, what review could have corrected.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def train_warmup(
     fresh: bool = False,
     progress: Progress = no_progress,
 ) -> Report:
-    """Train on reviews, attempts and templates from sft/adapter, which 0 epochs copy; writes warmup/adapter."""
+    """Train sft/adapter on reviews, attempts and templates (0 epochs: copy it); writes warmup/adapter."""
 
     def prepare(job: TrainingJob, tokenizer: Tokenizer) -> BuildTask:
         hint = "run `sclite build-data --only corrections` first, or skip the warm-up: --set warmup.num_train_epochs=0"
@@ -90,7 +90,7 @@ def rows_of_review(
 ) -> dict[str, TrainingSequence]:
     """The rows of a review, its decisions weighted: {"review"} and, if it corrects a step, {"continued", "closed"}.
 
-    Work without an answer makes no closed row, which would teach to end there.
+    Work without an answer gives no closed row, which would teach the student to end there.
     """
     folder, weight, noted = config.prompts.folder, config.warmup.decision_weight, review.parsed.trace
     messages = prompts.review_messages(question, render(work), folder)

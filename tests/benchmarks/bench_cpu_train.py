@@ -1,8 +1,8 @@
-"""SFT on a CPU: seconds of a step and peak memory, beside plain transformers and PEFT on the same rows.
+"""SFT on a CPU: seconds per step and peak memory, compared with plain transformers and PEFT on the same rows.
 
     python -m tests.benchmarks.bench_cpu_train --model FOLDER [--micro 4] [--steps 8] [--sides sclite@1,plain@1]
 
-The rows are the bundled tutor's templates of word problems. Each side is a process of its own and they take a step each in
+The rows are the bundled tutor's templates of word problems. Each side is its own process and they take a step each in
 turn, so that a machine whose speed changes slows both alike. sclite chooses its micro-batch size; plain is transformers'
 Trainer with a padding collator, at --micro; the number is that of threads, so `sclite@1,sclite@2` compares threads. Prints the
 median seconds of a step (by the clock, and of the CPU), tokens per second, the peak memory of each process, and the ratios
@@ -23,7 +23,7 @@ BATCH = 16
 
 
 def train(side: str, folder: str, micro: int, steps: int) -> None:
-    """Train one side for so many steps, in turns."""
+    """Train one side for this many steps, in turns."""
     from sclite import prompts
     from sclite.config import Config
     from sclite.quickstart import grammar, problem_sets, tutor
@@ -91,7 +91,7 @@ def plain(model, tokenizer, rows, micro: int, path: Path, step_done) -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Let both sides take their steps in turn, and print the table."""
+    """Run both sides' steps in turn, and print the table."""
     sides = options.sides.split(",")
     command = [sys.executable, "-m", "tests.benchmarks.bench_cpu_train", *sys.argv[1:], "--side"]
     threads = {side: f"OMP_NUM_THREADS={side.partition('@')[2]}" for side in sides}

@@ -1,9 +1,9 @@
-"""Time and memory of merge, conversion and quantization at 1.5B parameters, beside PEFT, the converter and the quantizer by hand.
+"""Time and memory of merge, conversion and quantization at 1.5B parameters, compared with PEFT, the converter and the quantizer by hand.
 
     python tests/benchmarks/bench_export.py [--quant q8_0] [--layers 28] [--folder DIR]
 
 Writes random bfloat16 weights in shards of 500 MB and a LoRA of rank 16 (up to 11 GB of disk in all), and runs each step in
-a process of its own. `memory` is the peak of memory that the step's processes allocate, without pages of files.
+its own process. `memory` is the peak of memory that the step's processes allocate, without pages of files.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def write_model(folder: Path, layers: int) -> None:
     lora, size = {}, 0
     for name, parameter in model.named_parameters():
         count = parameter.numel()
-        # a copy: a view would keep the whole of what it is cut from
+        # a copy: a view would keep the whole tensor alive
         tensor = half.repeat(-(-count // len(half)))[:count].clone().reshape(parameter.shape)
         if size + tensor.nbytes > 500_000_000 and shards[-1]:
             shards.append({})

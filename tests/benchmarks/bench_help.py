@@ -39,7 +39,7 @@ app()
 
 
 def seconds(command: list[str]) -> float:
-    """Wall time of one process, its output thrown away."""
+    """Wall time of one process, with its output discarded."""
     began = time.perf_counter()
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began

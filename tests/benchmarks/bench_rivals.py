@@ -8,7 +8,7 @@ SECONDS`. The other tools need their own virtual environments: `pip install besp
 synthetic-data-kit`.
 
 All tools get the same problems, chats, server and concurrency; each run has a fresh server, process, home and cache, and
-the tools take turns. sclite does all of its work: ledger, check, grader, rows. drive_rivals says what the others do. A
+the tools take turns. sclite does all of its work: ledger, check, grader, rows. drive_rivals describes what the others do. A
 tool with missing replies has failed, and its time does not count.
 
 Three times per tool: `requests`, from the first connection to the last reply; `call`, the tool's own call; `process`,

@@ -1,10 +1,10 @@
-"""Sampling attempts: llama.cpp, as `sclite train` does it, beside the same model in transformers in batches.
+"""Sampling attempts: llama.cpp, as in `sclite train`, compared with the same model in batches with transformers.
 
     python -m tests.benchmarks.bench_sampling --model FOLDER [--adapter FOLDER] [--requests 32] [--turns 3] [--tokens 128]
 
 Both sides get the same word problems at the same temperature and take a turn each, so that a machine whose speed changes slows
 both alike. Prints the tokens per second of each, by the clock and of CPU time, and the ratios of each turn. On a GPU that
-llama.cpp's build can use, its file is in 8 bits, else in 16; the time to write it is printed too.
+llama.cpp's build can use, its file has 8-bit weights, otherwise 16-bit; the time to write it is printed too.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""`sclite serve` and the engine under the chat: throughput of many clients, and one stream against llama-cpp-python's own.
+"""`sclite serve` and the engine under the chat: throughput with many clients, and one stream against llama-cpp-python.
 
     python tests/benchmarks/bench_serve.py MODEL.gguf [CLIENTS] [TOKENS]
 
@@ -33,7 +33,7 @@ def print_medians(name: str, wall: list[float], cpu: list[float]) -> None:
 
 
 def measure_server(model: str, clients: int, tokens: int) -> None:
-    """The server's throughput with all clients at once over one request at a time."""
+    """The server's throughput with all clients at once, relative to one request at a time."""
     command = [sys.executable, "-m", "sclite", "serve", "--model", model, "--port", "0", "--json"]
     root = Path(__file__).resolve().parents[2]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
@@ -63,7 +63,7 @@ def measure_server(model: str, clients: int, tokens: int) -> None:
 
 
 def measure_decoding(model: str, clients: int, prefix: int = 128) -> None:
-    """Tokens/s of llama.cpp's batches over those of single tokens: what a server can gain without its prompts."""
+    """Tokens/s of llama.cpp's batches relative to single tokens: what a server can gain, prompts aside."""
     with Engine(model, parallel=clients, context=512) as engine:
         scheduler, marks = engine.scheduler, list[tuple[float, float]]()  # its thread is idle
 

@@ -37,7 +37,7 @@ SHOWN = {
 
 
 def request_of(outcome: Outcome, shown: str) -> ScoreRequest:
-    """What a review asks for the scores of an answer, with a part of the work in its prompt."""
+    """The review's score request for an answer, with part of the work in its prompt."""
     request = next(read_odds(outcome.question, outcome.work))
     assert isinstance(request, ScoreRequest)
     messages = prompts.review_messages(outcome.question, render(SHOWN[shown](outcome.work)))

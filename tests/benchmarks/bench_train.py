@@ -1,10 +1,10 @@
-"""Training on a GPU: speed beside a script of Unsloth and TRL and beside the plain path, peaks beside the memory model.
+"""Training on a GPU: speed compared with an Unsloth and TRL script and the plain path; peaks compared with the memory model.
 
     python -m tests.benchmarks.bench_train --models FOLDER --out FILE            everything, one table
     python -m tests.benchmarks.bench_train --models FOLDER --only speed|memory|longest   a part of it
 
 Models are random ones of real geometry, written into FOLDER once; each process stays within 24 GB. For the memory table a
-process loads its student once for all its cases. For the speeds every side is a process of its own, all on the GPU at
+process loads its student once for all its cases. For the speeds every side is its own process, all on the GPU at
 once (about 10 to 16 GB each for 7B), and they take a step each in turn, so that a host whose speed changes slows all
 alike.
 """
@@ -33,21 +33,21 @@ MEMORY = {
     (SECOND, "unsloth"): [peak("ours", "sft", 2), peak("ours", "dpo", 2), peak("ours", "dpo", 1, 4096)],
     (FIRST, "plain"): [peak("plain", "sft", 2), peak("plain", "dpo", 1)],
 }
-"""(geometry, backend): peaks beside the memory model."""
+"""(geometry, backend): cases whose peaks are compared with the memory model."""
 SPEED = {
     "sft": {side: Case(side, "sft", 4) for side in ("ours", "script", "plain")},
     "dpo": {"ours": Case("ours", "dpo", 2), "plain": Case("plain", "dpo", 2)},
 }
-"""By stage: those that take turns."""
+"""By stage: the cases that take turns."""
 LONGEST = [(SECOND, "sft"), (SECOND, "dpo")]
-"""Whose longest row, by the memory model, is trained on."""
+"""Trained on the longest row that fits according to the memory model."""
 
 
 # -- all of them ---------------------------------------------------------------------------------------------------
 
 
 def model_folder(models: Path, name: str) -> Path:
-    """The random model of a geometry, written once, by a process of its own."""
+    """The random model of a geometry, written once, by a separate process."""
     folder = models / name
     if not (folder / "model.safetensors.index.json").is_file():
         write = "import sys, pathlib; from tests.gpu.models import random_model; from tests.train.architectures import RECIPES"
@@ -64,7 +64,7 @@ def side_command(models: Path, geometry: str, backend: str, cases: Sequence[Case
 
 
 def run_session(models: Path, geometry: str, backend: str, cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """The figures of a session; where it dies, the case that it died in, with its last line."""
+    """The figures of a session; if it dies, the case that it died in, with its last line."""
     command = side_command(models, geometry, backend, cases)
     rows = []
     with TemporaryFile("w+") as said:
@@ -108,7 +108,7 @@ def in_turns(models: Path, geometry: str, sides: Mapping[str, Case]) -> list[dic
 
 
 def show_turns(rows: Sequence[dict[str, Any]]) -> None:
-    """Medians over steps; and of ours to each other side, the median of each step's own ratio with its interval."""
+    """Medians over steps, and for each other side the median of the per-step ratios to ours, with its interval."""
     rates = {}
     for row in rows:
         if "error" in row:
@@ -128,13 +128,13 @@ def show_turns(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Peaks of every session."""
+    """The peaks of every session."""
     sessions = (run_session(options.models, *key, cases) for key, cases in MEMORY.items())
     return [row for rows in sessions for row in rows]
 
 
 def longest(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Two steps of one row, as long as the memory model says that 24 GB hold; where it fails, of shorter ones."""
+    """Two steps of one row, as long as 24 GB allow according to the memory model; if that fails, of shorter ones."""
     from sclite.train.memory import Setting
     from sclite.train.micro_batch import largest_length
     from tests.train.architectures import recipe_architecture
@@ -153,7 +153,7 @@ def longest(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def show_memory(rows: Sequence[dict[str, Any]]) -> None:
-    """Peaks, and what the allocator held, beside the memory model."""
+    """Peaks and reserved memory, compared with the memory model."""
     print("geometry          stage side    micro  length  peak GB  held GB  model GB  off by  longest")
     for row in rows:
         start = f"{row['geometry']:<18}{row['stage']:<6}{row['side']:<7}{row['micro']:>6}{row['length']:>8}"

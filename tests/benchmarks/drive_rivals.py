@@ -2,7 +2,7 @@
 
     python drive_rivals.py TOOL URL WORK IN_FLIGHT [MODEL]
 
-WORK holds problems.jsonl and requests.jsonl (`id`, `messages`: the same chats for every tool) and the tool's output;
+WORK contains problems.jsonl and requests.jsonl (`id`, `messages`: the same chats for every tool) and the tool's output;
 MODEL is a LiteLLM name, for sclite only. Only sclite's own driver imports sclite. The last line printed is a JSON object:
 `seconds` from the first connection to the last reply, `call_seconds` of the tool's call without imports and set-up, and
 `replies`, the number with an <Answer>.

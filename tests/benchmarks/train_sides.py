@@ -1,4 +1,4 @@
-"""What bench_train measures, in a process of its own: one case after the other, each side as its users have it.
+"""What bench_train measures, in a separate process: one case after another, each side as its users would run it.
 
     python -m tests.benchmarks.train_sides --model FOLDER --geometry NAME --backend unsloth|plain --cases JSON
 
@@ -43,7 +43,7 @@ class Case:
 
 
 def peak(side: str, stage: str, micro: int, length: int = LONGEST) -> Case:
-    """A case of rows that are all full: what memory has to hold."""
+    """A case with only full-length rows: the peak of memory."""
     return Case(side, stage, micro, length, full=True, batch=max(4, micro), steps=3)
 
 
@@ -51,7 +51,7 @@ def peak(side: str, stage: str, micro: int, length: int = LONGEST) -> Case:
 
 
 def lengths(count: int, full: bool, longest: int) -> list[int]:
-    """Tokens of rows as worked problems have them: a few hundred mostly, some long; or all the longest."""
+    """Row lengths in tokens, as for worked problems: mostly a few hundred, some long; or all of maximum length."""
     draw = random.Random(0)
     if full:
         return [longest] * count
@@ -71,7 +71,7 @@ def solved_rows(count: int, full: bool, longest: int) -> list[Any]:
 
 
 def bundles(count: int, full: bool, longest: int) -> list[Any]:
-    """Pairs as DPO trains them: decisions in the middle, a content of 15 % at the end, a solved row beside them."""
+    """Pairs as DPO trains them: decisions in the middle, the last 15 % as the content, and a solved row each."""
     from sclite.student.tokenization import TrainingSequence
     from sclite.train.bundle import Bundle
 
@@ -96,7 +96,7 @@ def bundles(count: int, full: bool, longest: int) -> list[Any]:
 def session(
     folder: Path, geometry: str, backend: str, cases: Sequence[Case], turn: Turn | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The figures of each case, one after the other."""
+    """The figures of each case, one after another."""
     import torch
 
     from sclite.student.cuda_memory import free_memory
@@ -180,7 +180,7 @@ def ours(model: Any, tokenizer: Any, config: Any, case: Case, turn: Turn | None 
 
 
 def speed_figures(speeds: Sequence[float]) -> dict[str, Any]:
-    """Tokens per second of each step, and their median without the first two, where there are more."""
+    """Tokens per second of each step, and their median without the first two if there are more."""
     return {
         "tokens_per_second": statistics.median(speeds[2:] or speeds),
         "speeds": [round(value, 1) for value in speeds],
@@ -188,7 +188,7 @@ def speed_figures(speeds: Sequence[float]) -> dict[str, Any]:
 
 
 def load_by_script(folder: Path) -> tuple[Any, Any]:
-    """(model, tokenizer) as a notebook has them, from Unsloth's loader."""
+    """(model, tokenizer) as in a notebook, from Unsloth's loader."""
     fast = importlib.import_module("unsloth").FastLanguageModel
     from sclite.student.adapters import lora_targets
 
@@ -221,7 +221,7 @@ def script(model: Any, tokenizer: Any, _: Any, case: Case, turn: Turn | None = N
     speeds, began = [], [0.0]
 
     class Clock(TrainerCallback):
-        """From the end of a step to the end of the next one, as ours are timed."""
+        """From the end of one step to the end of the next, as ours are timed."""
 
         def on_train_begin(self, args, state, control, **_):
             began[0] = time.monotonic()
@@ -253,7 +253,7 @@ def script(model: Any, tokenizer: Any, _: Any, case: Case, turn: Turn | None = N
 
 
 def in_the_model(geometry_name: str, backend: str, case: Case) -> dict[str, Any]:
-    """What the memory model says of a case."""
+    """The memory model's estimate for a case."""
 
     from sclite.train.memory import Setting, estimate
     from sclite.train.micro_batch import largest_length

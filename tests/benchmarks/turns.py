@@ -1,4 +1,4 @@
-"""Programs that take a step each in turn, so that a machine whose speed changes slows all of them alike."""
+"""Programs that take a step each in turn, so that changes in the machine's speed affect all of them alike."""
 
 import json
 import random
@@ -52,7 +52,7 @@ def take_turns(
     others: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
 
     def next_turn(name: str, go: bool = True) -> bool:
-        """Let a program take its next step; False if it has ended instead."""
+        """Let a program take its next step; False if it ended instead."""
         with suppress(OSError):
             if go:
                 running[name].stdin.write("\n")

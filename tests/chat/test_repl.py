@@ -65,7 +65,7 @@ def test_a_pipe_gets_one_answer_per_question_or_the_whole_reply_without_one(monk
     assert out == "It is nine.\nIt is nine.\n"
     notes = [" ".join(part.split()) for part in err.split("note: ")[1:]]
     assert [note.partition(":")[0] for note in notes] == ["line 1", "line 3"]
-    assert "no answer can be read" in notes[0]
+    assert "no answer can be read from the reply" in notes[0]
 
 
 def test_json_gives_one_object_per_question(monkeypatch, capsys, run):
@@ -130,7 +130,7 @@ def test_a_session_with_an_endpoint_never_asks_for_scores(terminal):
     for typed, shown in (
         ("", "openai/large"), ("/set mode guided", "/set mode free"), ("/correct on", "review is on"),
         ("How many?", "4 + 1 = 5"), ("/why", "only the steps of a GGUF"), ("/set temperature 3", "from 0 to 2"),
-        ("/load ~nobody-here/x", "not the name of a file"), ("?", "settings of /set"),
+        ("/load ~nobody-here/x", "is not a file name"), ("?", "settings of /set"),
     ):  # fmt: skip
         terminal.send(typed and f"{typed}\r")
         terminal.wait(shown)
@@ -142,7 +142,7 @@ def test_a_session_with_an_endpoint_never_asks_for_scores(terminal):
 
 
 def test_endpoint_reviews_freely(sclite, monkeypatch):
-    """The server solves, and when it sees work to check it finds the wrong step."""
+    """The server solves, and flags the wrong step when it is shown work to check."""
     steps = (Step("2 + 2 = 4"), Step("4 + 1 = 6", None, "Too many.", "4 + 1 = 5"), Step("5 + 1 = 6"))
 
     def answer(body, nth):
@@ -160,7 +160,7 @@ def test_endpoint_reviews_freely(sclite, monkeypatch):
         found = json.loads(sclite("chat", "--no-self-correct", *options).out)
     assert found["answer"] == "7"
     assert "accused" not in found
-    assert len(server.requests) == 2  # the solution is not paid for twice
+    assert len(server.requests) == 2  # the solution is not requested twice
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_questions_are_solved_alone_unless_history_is_on(chat):
     assert chat.answers[-1].question == "And then?"
 
 
-def test_oldest_questions_are_left_out_of_a_history_that_is_too_long(chat):
+def test_oldest_questions_are_dropped_from_a_history_that_is_too_long(chat):
     chat.command("/set history on")
     chat.ask("old " + "word " * 60)
     chat.ask("new " + "word " * 60)
@@ -202,7 +202,7 @@ def test_oldest_questions_are_left_out_of_a_history_that_is_too_long(chat):
 
 
 def test_history_that_leaves_no_room_for_the_answer_loses_its_oldest_question(chat):
-    """llama.cpp ends an answer where the context ends, before max_tokens."""
+    """llama.cpp ends an answer at the end of the context, before max_tokens."""
 
     class Full(Scripted):
         def generate(self, requests):
@@ -288,7 +288,7 @@ def test_retry_after_a_failed_question_asks_that_one_again(chat):
     assert [answer.question for answer in chat.answers] == ["How many?"]
 
 
-def test_what_came_before_ctrl_c_stands_for_the_answer(chat, run):
+def test_text_before_ctrl_c_is_kept_as_the_answer(chat, run):
     class Interrupted(Scripted):
         def stream(self, ask, cancel=None, pieces=True):
             yield "<Step1>2 + 2 = 4</Step1><Ste"
@@ -307,7 +307,7 @@ def test_what_came_before_ctrl_c_stands_for_the_answer(chat, run):
     chat.student = whole
     chat.command("/set history on")
     chat.ask("And then?")
-    assert chat.answers[-1].asked == "And then?"  # what was stopped is no answer to build on
+    assert chat.answers[-1].asked == "And then?"  # a stopped answer is not part of the conversation
 
 
 def test_why_lists_the_probability_of_each_step(chat, capsys):
@@ -350,7 +350,7 @@ def test_saved_conversations_can_be_loaded(chat, tmp_path):
     with pytest.raises(DataError, match="cannot be written"):
         chat.command(f"/save {tmp_path}")
     for named in ("~nobody-here/x", "", "'x", "x y"):
-        with pytest.raises(UsageError, match="the name of a file"):
+        with pytest.raises(UsageError, match="a file name"):
             chat.command(f"/load {named}")
 
 
@@ -385,7 +385,7 @@ def test_compare_shows_the_base_models_answer_or_how_to_get_it(chat, capsys, mon
 
 
 def test_unknown_commands_suggest_a_similar_one(chat, capsys):
-    with pytest.raises(UsageError, match="no command /clera") as error:
+    with pytest.raises(UsageError, match="unknown command: /clera") as error:
         chat.command("/clera")
     assert error.value.hint == "/clear"
     chat.command("/Help")
@@ -396,7 +396,7 @@ def test_unknown_commands_suggest_a_similar_one(chat, capsys):
 
 ROOT = Path(__file__).resolve().parents[2]
 CLEARED = "\x1b[?2004h"
-"""The terminal is asked to mark what is pasted: a new prompt."""
+"""The terminal is asked to mark pasted text: a new prompt."""
 
 
 class Terminal:
@@ -409,7 +409,7 @@ class Terminal:
         command = [sys.executable, "-c", code]
         self.process = subprocess.Popen(
             command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, env=environment, start_new_session=True,
-            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # so that Ctrl-C is its own
+            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # sets the controlling terminal, for Ctrl-C
         )  # fmt: skip
         os.close(theirs)
         self.written = ""
@@ -418,7 +418,7 @@ class Terminal:
         os.write(self.ours, text.encode())
 
     def wait(self, text: str, seconds: float = 60) -> str:
-        """The output up to this text, which must come. What follows is kept for the next call."""
+        """The output up to this text, which must appear. The rest is kept for the next call."""
         end = time.monotonic() + seconds
         while text not in self.written:
             ready, _, _ = select.select([self.ours], [], [], max(0.0, end - time.monotonic()))
@@ -489,7 +489,7 @@ def test_a_session_takes_pastes_and_survives_errors_and_ctrl_c(terminal, leave, 
     terminal.send("/hlep\r")
     terminal.wait("/help")
     terminal.send("slow\r")
-    for shown in ("solving", "Ctrl-C stops", "begun"):
+    for shown in ("solving", "Ctrl-C to stop", "begun"):
         terminal.wait(shown)
     terminal.send("ahead")
     time.sleep(0.3)
@@ -571,6 +571,6 @@ def test_answer_judged_bad_in_a_terminal_becomes_a_pair(sclite, tmp_path):
     assert "31 - 12 = 19" in review.correction
     before = {path: path.read_bytes() for path in run.folder.glob("*.jsonl")}
     again = sclite(*command)
-    assert "Judged in the chat: 0 good, 1 bad" in again.out
+    assert "Chat feedback: 0 good, 1 bad" in again.out
     assert {path: path.read_bytes() for path in before} == before
     assert json.loads(run.path("done/feedback.json").read_text())["counts"] == {"good": 0, "bad": 1}

@@ -1,4 +1,4 @@
-"""The server, with OpenAI's own client: reviewed and raw replies, errors, limits, and clients that leave."""
+"""The server, with OpenAI's own client: reviewed and raw replies, errors, limits, and clients that disconnect."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def scripted():
 CONTENT = "1. 2 + 2 = 4\n2. 4 + 1 = 5\n3. 5 + 1 = 6\n\nAnswer: 6"
 PLAIN_WRONG = "1. 2 + 2 = 4\n2. 4 + 1 = 6\n3. 6 + 1 = 7\nAnswer: 7"
 OWN = render(Trace((Step("2 + 2 = 5", None, "Too many.", "2 + 2 = 4"), Step("4 + 1 = 5")), None, "5"))
-"""A student that corrects itself as it solves."""
+"""A student that corrects itself while solving."""
 REASONING = (
     "1. 2 + 2 = 4\n2. 4 + 1 = 6\n3. 6 + 1 = 7\nAnswer: 7\n\nProbability of an error: step 1: 12 %, step 2: 95 %, "
     "step 3: 27 %\n\nReview of step 2\nWhy wrong: 4 and 1 are 5.\nCorrect: 4 + 1 = 5\n3. 5 + 1 = 6\nAnswer: 6"
@@ -134,7 +134,7 @@ def test_litellm_reads_reasoning_and_answer(scripted, monkeypatch):
 
 @pytest.mark.parametrize("options", [(), ("--no-stream",)], ids=["streamed", "whole"])
 def test_llm_holds_a_conversation(scripted, tmp_path, monkeypatch, options):
-    """Simon Willison's command line: two turns, the second one with the first before it."""
+    """Simon Willison's command line: two turns, the second with the first as history."""
     pytest.importorskip("llm", reason="pip install llm")
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
     named = [
@@ -152,7 +152,7 @@ def test_llm_holds_a_conversation(scripted, tmp_path, monkeypatch, options):
     assert asked == ["How many?", WRONG, "And now?"]
 
 
-def test_conversation_is_held_by_the_last_question_and_raw_gets_all_of_it(scripted):
+def test_only_the_last_question_is_answered_and_raw_gets_all_messages(scripted):
     url, service = scripted
     talk = [*ASK, {"role": "assistant", "content": "7"}, {"role": "user", "content": "And with 9?"}]
     client(url).chat.completions.create(model="tom", messages=talk)
@@ -204,7 +204,7 @@ def test_stop_strings_end_the_content_without_appearing_in_it(scripted, raw):
         assert text == whole[: whole.index(stop)]
 
 
-def test_choices_have_seeds_of_their_own_and_a_limit_of_tokens(raw):
+def test_choices_have_their_own_seeds_and_a_token_limit(raw):
     ask = {"model": "base:raw", "messages": ASK, "n": 3, "temperature": 1.5, "seed": 7, "max_tokens": 24}
     first = client(raw[0]).chat.completions.create(**ask)
     texts = [choice.message.content for choice in first.choices]
@@ -267,7 +267,7 @@ def test_page_needs_no_network_and_other_host_names_are_refused(scripted):
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="needs node")
-def test_page_shows_the_correction_that_a_step_has_of_its_own():
+def test_page_shows_a_step_that_was_corrected_while_solving():
     page = (ROOT / "sclite/chat/page.html").read_text()
     code = page[page.index("function steps(") : page.index("function row(")]
     steps = Step("2 + 2 = 5", "Count.", "Four.", "2 + 2 = 4"), Step("4 + 1 = 5")
@@ -279,7 +279,7 @@ def test_page_shows_the_correction_that_a_step_has_of_its_own():
 @pytest.mark.skipif(not shutil.which("node"), reason="needs node")
 def test_page_shows_the_correction_of_a_step_after_the_reviewed_one():
     page = (ROOT / "sclite/chat/page.html").read_text()
-    code = page[page.index("function steps(") : page.index("// The text that has come")]
+    code = page[page.index("function steps(") : page.index("// The text received so far")]
     code += page[page.index("function draw(") : page.index("async function ask(")]
     code += "function add(parent, tag, kind, text) { parent.children.push({ text, children: [] });"
     code += "return parent.children.at(-1); }"
@@ -324,7 +324,7 @@ def test_pictures_in_earlier_turns_are_not_read_for_a_reviewed_answer(scripted):
         ask(model="tom:raw", messages=[*earlier, *ASK])
 
 
-def test_messages_that_the_chat_template_refuses_are_a_mistake_of_the_request():
+def test_messages_that_the_chat_template_rejects_are_a_bad_request():
     class Strict(Scripted):
         def stream(self, ask, cancel=None, pieces=True):
             raise DataError("the chat template cannot render the messages: roles must alternate", "")
@@ -399,7 +399,7 @@ FIELDS = sorted(Completion.model_fields)
 
 
 @pytest.mark.parametrize("examples", [150, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_no_body_is_an_internal_error(scripted, examples):
+def test_no_body_causes_an_internal_error(scripted, examples):
     with httpx.Client(timeout=60) as http:
 
         @settings(max_examples=examples, deadline=None, database=None)
@@ -413,7 +413,7 @@ def test_no_body_is_an_internal_error(scripted, examples):
 
 
 @pytest.mark.parametrize("examples", [150, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_no_request_to_any_address_is_an_internal_error(scripted, examples):
+def test_no_request_to_any_address_causes_an_internal_error(scripted, examples):
     known = st.sampled_from(["", "v1/models", "v1/chat/completions", "health", "metrics", "v1/models/tom"])
     header = st.sampled_from(
         ["authorization", "content-type", "accept", "origin", "range", "content-encoding"]
@@ -484,7 +484,7 @@ class Blocked(Scripted):
         yield Reply(0, f"begun {text}", 3, 5, "stop")
 
 
-def test_too_many_requests_are_turned_away_and_a_slow_answer_is_ended():
+def test_too_many_requests_are_rejected_and_a_slow_answer_is_ended():
     service = Service(Blocked(), "tom", Settings(mode=""), 1)
     service.most = 2
     with serving(service) as url, ThreadPoolExecutor(2) as pool:
@@ -505,7 +505,7 @@ def test_too_many_requests_are_turned_away_and_a_slow_answer_is_ended():
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_client_that_leaves_frees_the_engine(raw, engine, streamed):
+def test_client_that_disconnects_frees_the_engine(raw, engine, streamed):
     url, service = raw
     body = {"model": "base:raw", "messages": ASK, "temperature": 2, "max_tokens": 400, "n": 8}
     body["stream"] = streamed
@@ -519,7 +519,7 @@ def test_client_that_leaves_frees_the_engine(raw, engine, streamed):
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_client_that_leaves_before_the_first_text_frees_its_slot(streamed):
+def test_client_that_disconnects_before_the_first_text_frees_its_slot(streamed):
     student = Blocked()
     service = Service(student, "tom", Settings(mode=""), 1)
     with serving(service) as url:
@@ -538,7 +538,7 @@ def test_client_that_leaves_before_the_first_text_frees_its_slot(streamed):
             student.release.set()
 
 
-def test_client_that_leaves_while_it_sends_its_question_is_no_failure(scripted):
+def test_client_that_disconnects_while_sending_is_not_a_failure(scripted):
     url, service = scripted
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
@@ -555,7 +555,7 @@ def test_no_reply_is_lost_or_mixed_up():
 
         def ask(number: int) -> str:
             body = {"model": "tom:raw", "messages": [{"role": "user", "content": f"question {number}"}]}
-            if number % 10 == 0:  # leaves
+            if number % 10 == 0:  # disconnects
                 with http.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as reply:
                     next(reply.iter_lines())
                 return f"begun question {number}"
@@ -567,7 +567,7 @@ def test_no_reply_is_lost_or_mixed_up():
 
 @pytest.mark.slow
 def test_500_requests_of_16_clients_to_a_real_model(raw, engine):
-    """A tenth leave. The number of tokens of a prompt says whose reply it is: texts are not the same in every batch."""
+    """A tenth disconnect. The prompt's token count identifies each reply: texts differ between batches."""
     url, service = raw
     body = {"model": "base:raw", "temperature": 1.5, "max_tokens": 40}
     talks = [[{"role": "user", "content": "How many? " + "1 + " * (n % 60)}] for n in range(500)]
@@ -575,7 +575,7 @@ def test_500_requests_of_16_clients_to_a_real_model(raw, engine):
 
         def ask(number: int) -> int | None:
             asked = body | {"messages": talks[number], "seed": number}
-            if number % 10 == 0:  # leaves
+            if number % 10 == 0:  # disconnects
                 with http.stream("POST", "/v1/chat/completions", json=asked | {"stream": True}) as reply:
                     next(reply.iter_lines())
                 return None
@@ -586,7 +586,7 @@ def test_500_requests_of_16_clients_to_a_real_model(raw, engine):
     wait_until(lambda: service.active == 0 and not engine.scheduler.active)
 
 
-def test_a_second_signal_ends_what_is_in_flight_with_an_error():
+def test_a_second_signal_ends_requests_in_flight_with_an_error():
     service = Service(Blocked(), "tom", Settings(mode=""), 1)
     with serving(service) as url, ThreadPoolExecutor(2) as pool:
         body = {"model": "tom:raw", "messages": ASK}
@@ -605,7 +605,7 @@ def test_a_second_signal_ends_what_is_in_flight_with_an_error():
 
 
 @pytest.mark.parametrize("clients", [1, pytest.param(16, marks=pytest.mark.slow)])
-def test_sigterm_finishes_what_is_in_flight(gguf, clients):
+def test_sigterm_finishes_requests_in_flight(gguf, clients):
     options = ("--model", gguf, "--port", "0", "--parallel", "2", "--json")
     command = [sys.executable, "-m", "sclite", "serve", *options]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

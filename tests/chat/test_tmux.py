@@ -132,7 +132,7 @@ def test_a_session_shows_the_correction_and_keeps_what_is_pasted_from_the_shell(
     screen.wait("lists the commands")
     if not dumb:
         screen.wait("review guided")
-    time.sleep(1)  # the prompt is there
+    time.sleep(1)  # until the prompt is shown
     screen.type(QUESTION)
     if not dumb:  # the wrong step is on the screen before its correction is complete
         screen.wait(r"solving|reviewing|correcting")

@@ -94,7 +94,7 @@ def test_second_round_corrects_the_corrected_work():
     ]  # fmt: skip
 
 
-def test_cut_off_answer_names_the_limit_that_it_met():
+def test_cut_off_answer_reports_the_limit_that_it_reached():
     cut_off = {most: watched(Scripted(finish="length"), max_tokens=most)[1].answer.note for most in (5, 6)}
     assert (
         cut_off[5]

@@ -1,4 +1,4 @@
-"""Fixtures of the data stages: files of rows, a grader that is unsure, and the warnings of a stage."""
+"""Fixtures of the data stages: row files, an unsure grader, and a stage's warnings."""
 
 import pytest
 

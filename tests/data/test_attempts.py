@@ -110,13 +110,13 @@ def test_rows_made_with_other_settings_are_discarded(run, grader):
     assert report.counts == {"attempts": 15, "right": 0, "wrong": 0, "unknown": 15}  # of failed calls
 
 
-def test_drops_of_an_earlier_import_are_forgotten_by_sampling(run, grader):
+def test_sampling_clears_the_drops_of_an_earlier_import(run, grader):
     run.append("dropped.jsonl", [Drop(stage=stage, id="1", reason="r") for stage in ("attempts", "eval")])
     sample(run, grader, Deterministic())
     assert [drop.stage for drop in run.read("dropped.jsonl", Drop)] == ["eval"]
 
 
-def test_identical_attempts_count_once_and_a_changed_copy_is_parsed_anew():
+def test_identical_attempts_count_once_and_a_changed_copy_is_parsed_again():
     text = "<Step1>a\n</Step1>\n<Answer>1</Answer>"
     same, other = "<step 1>a</step 1><answer>1</answer>", "<Answer>1</Answer>"
     rows = [

@@ -146,7 +146,7 @@ def test_problems_that_were_trained_on_stay_and_new_ones_are_checked(write, run)
     assert [(d.reason, d.raw) for d in run.read("dropped.jsonl", Drop)] == [("overlaps_evaluation", "Why?")]
     retrained = gather_problems(chosen, run, fresh=True)
     assert [p.question for p in retrained] == ["What is 0 + 0?", "What is 2 + 2?"]
-    assert gather_problems(settings(source), run) == retrained  # what was left out is not trained on later
+    assert gather_problems(settings(source), run) == retrained  # problems left out are not trained on later
     assert len(gather_problems(settings(source), run, fresh=True)) == 4
 
 
@@ -174,7 +174,7 @@ def test_run_keeps_its_problems_if_others_are_to_be_avoided(write, run, capsys, 
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_what_was_left_out_leaves_out_no_other_problem(write, run, own):
+def test_a_dropped_problem_drops_no_other_problem(write, run, own):
     rows = [plain(f"Why? {LONG}", id="left"), plain("Other?", id="other"), plain(f"{LONG}. Who?", id="new")]
     source = "" if own else f"problems.source={write('p.jsonl', *rows[:2])}"
     if own:

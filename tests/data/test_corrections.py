@@ -86,7 +86,7 @@ def test_each_invalid_review_has_a_reason(grader, text, reason):
 @pytest.mark.parametrize(
     ("label", "reason"), [(2, None), (1, "other_step_than_label"), (3, "other_step_than_label")]
 )
-def test_imported_label_decides_which_step_is_accused(grader, label, reason):
+def test_imported_label_decides_which_step_is_flagged(grader, label, reason):
     found = check_review(GOOD, ATTEMPT.model_copy(update={"first_error": label}), PROBLEM, grader)
     assert getattr(found, "reason", None) == reason
     if reason:
@@ -150,7 +150,7 @@ def test_teacher_at_another_address_is_the_same_teacher(run, grader):
     assert first.counts == again.counts
 
 
-def test_what_the_student_wrote_is_no_leak(grader):
+def test_text_by_the_student_is_not_a_leak(grader):
     text = "as in the reference solution \ufffd 48 + 24 = 72"
     attempt = Attempt(**ATTEMPT.model_dump() | {"trace": ATTEMPT.trace.replace("48 + 24 = 72", text)})
     kept = GOOD.replace("48 + 24 = 72", text)

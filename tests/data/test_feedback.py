@@ -1,4 +1,4 @@
-"""Answers judged in the chat become attempts: graded by the run's, the user's or the teacher's answer, each once."""
+"""Chat feedback becomes attempts, each graded once against the run's, the user's or the teacher's answer."""
 
 import json
 import re
@@ -102,7 +102,7 @@ def test_good_answer_is_right_and_its_first_attempt_is_graded_by_it(run, grader)
     assert build(run, grader)[0].dropped == {"verdict_contradicts_the_answer": 1}
 
 
-def test_problem_of_the_run_gives_its_answer_and_stays_as_it_is(run, grader, write):
+def test_problem_of_the_run_gives_its_answer_and_stays_unchanged(run, grader, write):
     rows = {"question": QUESTION, "answer": "36"}, {"question": "What is 2 + 2?", "answer": "4"}
     chosen = {"problems": {"source": write("sums.jsonl", *rows)}}
     config = Config.model_validate(chosen)
@@ -131,7 +131,7 @@ def test_question_of_the_evaluation_or_of_the_threshold_is_dropped(run, grader, 
     assert ["test.jsonl" in details[0], "p7, a problem of the threshold" in details[1]] == [True, True]
 
 
-def test_attempts_of_the_student_stay_and_feedback_taken_back_is_removed(run, grader):
+def test_attempts_of_the_student_stay_and_withdrawn_feedback_is_removed(run, grader):
     mine = Attempt(id="p1", sample=0, trace=solved("36"), answer="36", correct=True)
     run.replace("attempts.jsonl", [mine])
     run.sign("attempts", {"x": 1}, Report("attempts"), {"attempts.jsonl": 1})

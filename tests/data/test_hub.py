@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face Hub by name: local copies of their layout with rows of our own, read by `datasets`."""
+"""Datasets on the Hugging Face Hub by name: local copies of their layout with our own rows, read by `datasets`."""
 
 import json
 
@@ -106,7 +106,7 @@ def test_hub_datasets_are_read_by_name(hub, name):
     assert problem.id == row.get("unique_id", problem.id)
 
 
-def test_missing_subset_and_split_errors_name_those_that_exist(hub):
+def test_missing_subset_and_split_errors_list_those_that_exist(hub):
     for given in ({}, {"subset": "algebra"}):
         with pytest.raises(DataError, match=r"openai/gsm8k: .*\['main', 'socratic'\]") as error:
             load("openai/gsm8k", **given)
@@ -140,7 +140,7 @@ def test_gated_dataset_is_not_taken_for_a_missing_one(monkeypatch):
     assert "HF_TOKEN" in error.value.hint
 
 
-def test_unknown_columns_name_the_settings_of_their_section(tmp_path):
+def test_unknown_columns_refer_to_the_settings_of_their_section(tmp_path):
     path = tmp_path / "test.jsonl"
     path.write_text('{"q": "1 + 1?", "a": "2"}\n')
     for section in ("problems", "eval"):

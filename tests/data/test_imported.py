@@ -71,7 +71,7 @@ def context_of(run, *given: str) -> Context:
 
 @pytest.fixture
 def labelled_run(run, write):
-    """The configuration of a run with labelled work, and what its teacher is asked."""
+    """The configuration of a run with labelled work, and its teacher's requests."""
     source = write("p.jsonl", *map(problem, range(COUNT)))
     mine = write("mine.jsonl", *map(labelled, range(COUNT)))
     with TeacherServer(teach) as server:
@@ -173,7 +173,7 @@ def test_imported_attempts_are_corrected_and_unsigned_rows_are_not_imported(fill
     assert not filled.is_imported("pairs", "pairs.jsonl")
 
 
-def test_reviews_and_attempts_of_no_problem_are_reported(filled):
+def test_reviews_and_attempts_without_a_problem_are_reported(filled):
     filled.replace("attempts.jsonl", [ATTEMPT.model_copy(update={"id": "p9"})])
     filled.replace("reviews.jsonl", [REVIEW.model_copy(update={"id": "p9"})])
     with pytest.raises(DataError, match=r"reviews\.jsonl, row 1 \(p9\): no problem has this id"):
@@ -243,7 +243,7 @@ def test_imported_adapter_replaces_sft_if_it_is_a_lora(run):
     assert (report.skipped, report.counts) == (True, {"imported": 1})
     assert run.path("sft/adapter/adapter_model.safetensors").read_bytes() == WEIGHTS
     run.path("sft/adapter/adapter_config.json").write_text('{"peft_type": "IA3"}')
-    with pytest.raises(DataError, match="describes no LoRA"):
+    with pytest.raises(DataError, match="does not describe a LoRA"):
         train_sft(config.Config(), run)
     run.path("sft/adapter/adapter_config.json").unlink()
     with pytest.raises(DataError, match=r"adapter_config\.json") as error:

@@ -1,4 +1,4 @@
-"""`attempts.source`: labelled work from a file, and the rows of it that cannot be used."""
+"""`attempts.source`: labelled work from a file, and its unusable rows."""
 
 import gzip
 import json
@@ -38,7 +38,7 @@ def test_imported_attempts_keep_labels_and_get_a_verdict(run, grader, write):
         {"question": "Something else?", "steps": ["x"]},
         {"question": "What is 0 + 1?", "steps": ["0 + 1 = 1"], "first_error_step": 0},
         work("a <Step2> b", "#### 2", answer=2),
-        work("one\u2028two", "2"),  # a line separator that ends no line
+        work("one\u2028two", "2"),  # a line separator that does not end a line
         {"question": "What is 3 + 1?", "steps": ["5"], "answer": "5", "first_error_step": None},
     )
     report = write_imported(run, grader, source)

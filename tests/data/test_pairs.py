@@ -122,7 +122,7 @@ FREE = Config.model_validate({"attempts": {"reviews": 2, "student": "openai/smal
 
 
 def build(run, grader, texts=None, config=CONFIG, progress=no_progress):
-    """(the stage's report, the content pairs by problem, what the student was asked)."""
+    """(the stage's report, the content pairs by problem, the student's requests)."""
     student = None if texts is None else Scripted(texts, free=config is FREE)
     report = write_pairs(config, run, student=student, grader=grader, progress=progress)
     contents = {p.id: p for p in run.read("pairs.jsonl", Pair) if p.kind == "content"}
@@ -207,7 +207,7 @@ def test_without_a_student_there_are_only_decisions_and_finished_pairs_stay(run,
 
 
 def whole_review(step=2, cause="Hm.", correction="72 / 2 = 30", answer="35", first="48 + 24 = 72"):
-    """A review of WORK that accuses `step` (None: nothing)."""
+    """A review of WORK that flags `step` (None: no step)."""
     notes = {step: (None, cause, correction)}
     texts = enumerate((first, "72 / 2 = 38", "38 + 5 = 43"), 1)
     return render(Trace(tuple(Step(t, *notes.get(n, ())) for n, t in texts), "Go on.", answer or None))
@@ -247,7 +247,7 @@ def test_unusable_free_reviews_are_counted_by_reason(run, grader, text, reason):
 
 
 def test_review_seed_does_not_depend_on_the_position_of_the_row(run, grader):
-    """Otherwise adding a row would change requests that the ledger already answers."""
+    """Otherwise adding a row would change requests that are already in the ledger."""
     fill(run, 3)
     _, _, requests = build(run, grader, {f"p{i}": [whole_review()] * 2 for i in range(3)}, FREE)
     by_problem = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Rows of a problem file: which column and which text is the answer, and which rows are unusable."""
+"""Rows of a problem file: which column and which part of its text is the answer, and which rows are unusable."""
 
 import hashlib
 import math
@@ -96,7 +96,7 @@ def test_answer_in_words_is_an_answer(gold):
     assert answer(answer=gold) == gold
 
 
-def test_calculator_marks_and_thoughts_are_no_part_of_a_solution():
+def test_calculator_marks_and_thoughts_are_not_part_of_a_solution():
     worked = "She sold 48/2 = <<48/2=24>>24 in May.\nThat is 48+24 = <<48+24=72>>72.\n#### 72"
     problem = read_problem({"question": "How many clips?", "answer": worked}, {})
     assert problem.answer == "72"

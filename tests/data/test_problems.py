@@ -135,7 +135,7 @@ def test_a_new_problem_never_moves_another_from_training_to_the_fit():
 
 @pytest.mark.parametrize("first", ["own", "a.jsonl"])
 def test_only_a_command_that_reads_the_problems_replaces_them(write, run, capsys, first):
-    """`eval`, say, with the sclite.toml of another run; and never those that came with the run."""
+    """For example `eval` with the sclite.toml of another run; and never those that came with the run."""
     named = lambda name: load(None, [f"problems.source={name}"], {})  # noqa: E731
     a, b = write("a.jsonl", plain(1)), write("b.jsonl", plain(2))
     if first == "own":
@@ -149,7 +149,7 @@ def test_only_a_command_that_reads_the_problems_replaces_them(write, run, capsys
         assert run.path("problems.jsonl").read_bytes() == before
     if first != "own":
         assert "problems.source or its columns have changed" in capsys.readouterr().err
-        gather_problems(config.Config(), run)  # not named for once: they are still those of a source
+        gather_problems(config.Config(), run)  # without a source this time: they still come from one
         (new,) = gather_problems(named(b), run)
         assert new.question == "What is 2 + 1?"
 

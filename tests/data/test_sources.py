@@ -1,4 +1,4 @@
-"""Files of every format, gzipped or not, with every line ending; any bytes raise only our own errors."""
+"""Files of every format, gzipped or not, with every line ending; whatever the bytes, only our own errors are raised."""
 
 import csv
 import gzip
@@ -68,7 +68,7 @@ def test_all_formats_give_the_same_problems_from_configured_columns(tmp_path):
         assert load(tmp_path / f"p.{suffix}", **columns) == expected
 
 
-def test_csv_has_bom_newlines_and_quotes_of_which_none_may_stay_open(tmp_path):
+def test_csv_may_have_bom_newlines_and_quotes_but_no_open_quote(tmp_path):
     text = '\ufeffquestion,answer\r\n"How many,\r\n""in all""?",5\r\nOne\u2028line?,NA\r\n'
     path, drops = tmp_path / "p.csv", []
     path.write_bytes(text.encode())
@@ -133,7 +133,7 @@ def test_empty_or_damaged_parquet_and_gzip_files_are_reported(tmp_path):
         ('[{"question": "caf\udce9"}]', "not UTF-8"),
     ],
 )
-def test_json_file_that_is_no_list_of_objects_is_reported(tmp_path, text, said):
+def test_json_file_that_is_not_a_list_of_objects_is_reported(tmp_path, text, said):
     (tmp_path / "p.json").write_text(text, errors="surrogateescape")
     assert said in refused(tmp_path / "p.json").message
 

@@ -93,7 +93,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def start(tmp_path, run):
-    """Starts a build of `count` templates in a process of its own."""
+    """Start building `count` templates in a separate process."""
     script = tmp_path / "build.py"
     script.write_text(PROGRAM)
 
@@ -165,7 +165,7 @@ def test_twenty_kills_repeat_only_requests_in_flight(tmp_path, run, start, grade
         assert 0 < again <= totals["given_up"] <= 20 * settings.teacher.concurrency
         whole = Run(tmp_path / "whole")
         build(whole, settings, grader)
-    print(f"{again} of {sum(server.counts.values())} requests were asked again; replies held at the kills:")
+    print(f"{again} of {sum(server.counts.values())} requests were repeated; replies in the ledger at kills:")
     print(*(len(held) for held, _ in counts))
     for name in ("templates.jsonl", "dropped.jsonl"):
         assert run.path(name).read_bytes() == whole.path(name).read_bytes()

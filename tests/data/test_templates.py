@@ -77,7 +77,7 @@ NO_LEAKS = [
 
 
 @pytest.mark.parametrize("text", [*LEAKS, *NO_LEAKS])
-def test_mention_of_the_given_solution_is_a_leak_and_other_solutions_are_none(text):
+def test_mention_of_the_given_solution_is_a_leak_and_other_solutions_are_not(text):
     assert (find_leak(f"Well. {text} it is 3.") is not None) == (text in LEAKS)
 
 
@@ -213,7 +213,7 @@ def test_next_run_requests_unanswered_templates_again(run, grader):
 
 
 def test_error_with_reasons_if_no_template_is_valid(run, grader):
-    expected = pytest.raises(DataError, match="none of the 8 problems gave a template: 8 no_steps")
+    expected = pytest.raises(DataError, match="none of the 8 problems yielded a template: 8 no_steps")
     with TeacherServer(lambda request, nth: say("Sure!")) as server, expected:
         build(run, server.url, grader)
     assert len(run.read("dropped.jsonl", Drop)) == 8

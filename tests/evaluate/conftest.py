@@ -1,11 +1,11 @@
-"""What tests of the evaluation share."""
+"""Fixtures for the evaluation tests."""
 
 import pytest
 
 
 @pytest.fixture
 def gguf(run):
-    """A file of the run that stands for a GGUF."""
+    """A fake GGUF in the run."""
     path = run.path("export/dpo-q8_0.gguf")
     path.parent.mkdir(parents=True)
     path.write_bytes(b"GGUF")

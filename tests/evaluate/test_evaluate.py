@@ -1,4 +1,4 @@
-"""The evaluation of one model, its table, and the example that is shown."""
+"""The evaluation of one model, its table, and the example shown."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ WHOLE = {"question": "?", "gold": "1", "first": "x", "second": None, "format_ok"
 
 @pytest.fixture
 def evaluate_student(run, gguf):
-    """Evaluate a student on PROBLEMS[:20], all graded as `right`; keywords replace what is given."""
+    """Evaluate a student on PROBLEMS[:20], all graded as `right`; keyword arguments override the defaults."""
 
     def work(student, right: bool, **given):
         default = {"problems": PROBLEMS[:20], "fitting": [], "source": "", "dataset": "", "folder": "eval/a"}
@@ -45,7 +45,7 @@ def evaluate_student(run, gguf):
             None,
             "on the 60 problems used for the fit, no threshold corrects more answers than it spoils",
         ),
-        (STEP, 40, 20, "40 problems are too few to fit its threshold, 50 are needed"),
+        (STEP, 40, 20, "40 problems are too few to fit the threshold (50 needed)"),
     ],
 )
 def test_disabled_review_has_a_reason(evaluate_student, text, fitting, asked, off):
@@ -71,7 +71,7 @@ def test_steps_are_labelled_as_they_are_judged(run, gguf, judged, labels):
         )
 
 
-def test_a_flagged_step_counts_though_its_correction_cannot_be_read(run, gguf):
+def test_a_flagged_step_counts_even_if_its_correction_is_unreadable(run, gguf):
     config = Config.model_validate(ALWAYS)
     for right, judged, figure, value in ((True, 0, "acceptance", 0.0), (False, 1, "location", 1.0)):
         held_out = HeldOut(PROBLEMS[:2], [], "", "", f"eval/{figure}")
@@ -116,7 +116,7 @@ def test_an_answer_that_was_cut_off_is_not_reviewed_as_in_chat(run, gguf):
     ] * 2
 
 
-def test_a_review_without_a_reply_is_unknown_and_a_judged_endpoint_is_given_no_beginning(run, grader):
+def test_a_review_without_a_reply_is_unknown_and_a_judged_endpoint_gets_no_prefix(run, grader):
     class Failing(ScriptedStudent):
         def generate(self, requests):
             assert not any(request.pieces for request in requests)
@@ -131,7 +131,7 @@ def test_a_review_without_a_reply_is_unknown_and_a_judged_endpoint_is_given_no_b
     assert (figures["n"], figures["unknown"], figures["correction_rate_given_location"]) == (2, 2, None)
 
 
-def test_failed_calls_of_a_model_behind_an_api_are_made_again(run, grader):
+def test_failed_calls_of_a_model_behind_an_api_are_retried(run, grader):
     config = Config.model_validate({"review": {"mode": "free"}})
     student = ScriptedStudent(STEP, finishes=("error",))
 
@@ -206,7 +206,7 @@ def test_example_prefers_an_answer_and_a_located_step(capsys):
 
 
 def table_of(capsys, outcomes, **figures):
-    """What is printed of one student."""
+    """What is printed for one student."""
     figures = compute_metrics(outcomes, bootstrap=10) | {"correction_rate_given_location": None, **figures}
     summary = {"models": {"dpo": figures}, "n": len(outcomes), "notes": [], "folder": "eval/p"}
     print_results(Run("run"), summary)

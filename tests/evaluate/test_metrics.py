@@ -87,7 +87,7 @@ def test_location_and_acceptance_follow_the_labels():
         outcome(False, False, 4, accused=1),  # the wrong step is unknown
         outcome(True, True, 5, true_known=True),  # accepted
         outcome(True, True, 6),  # accepted
-        outcome(True, False, 7, accused=1),  # accused without cause
+        outcome(True, False, 7, accused=1),  # flagged without cause
     ]
     figures = compute_metrics(rows)
     f1 = 2 * (1 / 2) * (2 / 3) / (1 / 2 + 2 / 3)
@@ -120,7 +120,7 @@ def test_scores_are_finite(value):
         outcome(True, True, step_scores=(value,))
 
 
-def test_intervals_match_the_binomial_and_depend_on_the_seed_alone():
+def test_intervals_match_the_binomial_and_depend_only_on_the_seed():
     figures = compute_metrics(outcomes(*[(True, True)] * 300, *[(False, True)] * 200), bootstrap=2000)
     half = 1.96 * math.sqrt(0.6 * 0.4 / 500)
     assert figures["acc_t1_interval"] == pytest.approx([0.6 - half, 0.6 + half], abs=0.006)

@@ -137,7 +137,7 @@ def test_undefined_figures_are_dashes_and_numbers_typographic(write):
 def test_example_shows_the_wrong_step_its_cause_and_correction(write):
     shown = example_parts(EXAMPLE)
     first, second = (tuple(step[key] for key in ("number", "text", "accused")) for step in shown["steps"])
-    assert (first, second) == ((1, "7 · 8 = 54", True), (2, "56 + 1 = 57", False))  # of the second answer
+    assert (first, second) == ((1, "7 · 8 = 54", True), (2, "56 + 1 = 57", False))  # the second answer's
     assert (shown["cause"], shown["correction"]) == ("7 · 8 is 56", "7 · 8 = 56")
     assert shown["before"] == {"text": "55", "verdict": "wrong"}
     assert shown["after"] == {"text": "57", "verdict": "right"}

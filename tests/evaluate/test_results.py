@@ -1,4 +1,4 @@
-"""Each dataset and limit has its own result folder, which no other evaluation overwrites."""
+"""Each dataset and limit has its own result folder, never overwritten by another evaluation."""
 
 import os
 

@@ -29,7 +29,7 @@ VERDICTS = st.sampled_from([True, False, None])
 
 
 def scored(correct, scores, corrected, number=0):
-    """A trial; `corrected` has the result of each step, None if it is unknown."""
+    """A trial; `corrected` has the outcome for each step, None if unknown."""
     problem = Problem(id=f"p{number}", question="1 + 1?", answer="2")
     return threshold.Trial(problem, Trace(), correct, scores, scores, results=dict(enumerate(corrected, 1)))
 
@@ -52,7 +52,7 @@ def rows_of(**counts):
     return [scored(right, (score,), (result,), k) for k, (right, score, result) in enumerate(rows)]
 
 
-def test_what_the_bound_gives_up_is_shown_and_too_much_harm_turns_review_off():
+def test_the_cost_of_the_bound_is_shown_and_too_much_harm_turns_review_off():
     surest = [scored(False, (3.0,), (True,), k) for k in range(1000, 1010)]
     fitted = fit_threshold([*surest, *rows_of(spoiled=6, fixed=40, right=344)], 0.005)  # 6 of 400: p = 0.017
     assert (fitted.threshold, fitted.acc_t2, fitted.right_to_wrong) == (2.5, 0.9, 0.0)
@@ -71,7 +71,7 @@ def test_what_the_bound_gives_up_is_shown_and_too_much_harm_turns_review_off():
     assert fitted.off == f"{text}, with at most 0.5 % spoiled (review.max_harm)"
 
 
-def test_what_is_unknown_counts_as_the_worse_outcome_or_not_at_all():
+def test_unknown_results_count_as_the_worse_outcome_or_not_at_all():
     spoils = [scored(True, (9.0,), (None,)), scored(False, (5.0,), (True,)), scored(False, (5.0,), (True,))]
     fitted = fit_threshold(spoils, 1.0)
     assert (fitted.right_to_wrong, fitted.assumed) == (pytest.approx(1 / 3), 1)
@@ -88,7 +88,7 @@ def test_what_is_unknown_counts_as_the_worse_outcome_or_not_at_all():
 
 
 def replay(trials, at):
-    """Apply a threshold step by step: (right at turn 2, spoiled, accused steps)."""
+    """Apply a threshold step by step: (right at turn 2, spoiled, flagged steps)."""
     right = harm = 0
     accused = [next((k for k, score in enumerate(t.scores, 1) if score > at), None) for t in trials]
     for trial, step in zip(trials, accused, strict=True):
@@ -223,7 +223,7 @@ def known_with(monkeypatch, run, gguf):
     ],
 )
 def test_weight_of_the_confidence_ranks_fixed_answers_above_spoiled_ones(review, confidence, weight):
-    """Correcting the second step spoils two answers, fixes one and leaves one as it is. First steps score lower."""
+    """Correcting the second step spoils two answers, fixes one and leaves one unchanged. First steps score lower."""
     results = [(True, False), (True, False), (False, True), (False, False)]
     trials = [scored(right, (), (None, result)) for right, result in results]
     for trial, *last in zip(trials, review, confidence, strict=True):
@@ -235,7 +235,7 @@ def test_weight_of_the_confidence_ranks_fixed_answers_above_spoiled_ones(review,
 
 @pytest.mark.parametrize("given", [None, 0.25])
 def test_a_fit_chooses_the_weight_of_the_confidence_unless_it_is_set(known_with, monkeypatch, given):
-    """The review says the opposite of the confidence, which is right."""
+    """The review contradicts the confidence, which is right."""
     known, asked = known_with(5.0), []
 
     def read_odds(question, work, folder, weights):
@@ -292,7 +292,7 @@ def test_fit_stops_at_its_share(known_with):
 
 
 def test_blocks_without_a_wrong_answer_do_not_stop_the_fit(known_with):
-    """The highest scores are of right answers that stay right: nothing to fix there, and nothing spoiled."""
+    """The highest scores belong to right answers that stay right: nothing to fix, and nothing spoiled."""
     known = known_with(8.0)
     surest = [i for i, right in enumerate(known.correct) if right][::3]
     for i in surest:
@@ -319,7 +319,7 @@ def test_too_few_problems_or_verdicts_fit_no_threshold(known_with):
     known = known_with(3.0)
     few = known.fit(problems=MANY[: MIN_PROBLEMS - 1])
     assert (few.threshold, few.problems, known.solved) == (None, 49, 0)
-    assert few.off == "49 problems are too few to fit its threshold, 50 are needed"
+    assert few.off == "49 problems are too few to fit the threshold (50 needed)"
     assert known.fit(problems=MANY[:MIN_PROBLEMS]).n == 50
     known.correct[:50] = [None] * 49 + [True]
     assert known.fit(problems=MANY[:60]).off == "only 11 of 60 answers to fitting problems could be graded"
@@ -362,14 +362,14 @@ def test_a_fit_with_other_settings_does_not_replace_the_one_of_the_configuration
     threshold.store_threshold(weighted, run, gguf, fitted_on(60, at=3.0))
     found = [threshold.load_threshold(each, run, gguf).threshold for each in (Config(), other, weighted)]
     assert found == [2.0, 0.0, 3.0]
-    # where none is for this very limit, as for a file that was moved, the strictest but for those
+    # without a fit for this max_harm: that of the next lower one, else of the next higher one
     for limit, expected in ((0.1, 2.0), (0.3, 0.0), (0.001, 2.0)):
         unknown = Config.model_validate({"review": {"max_harm": limit}})
         assert threshold.load_threshold(unknown, run, gguf).threshold == expected
 
 
-def test_no_problem_is_tested_that_a_threshold_was_fitted_on(run, gguf, tmp_path):
-    """A later evaluation that could test all problems leaves out those that an earlier one has fitted the threshold on."""
+def test_problems_that_a_threshold_was_fitted_on_are_not_tested(run, gguf, tmp_path):
+    """A later evaluation of all problems leaves out those on which an earlier one fitted the threshold."""
     rows = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(300)]
     config = Config.model_validate({"eval": {"source": str(write_rows(tmp_path / "e.jsonl", rows))}})
     context = Context(config, run, ProgressDisplay(quiet=True))
@@ -384,13 +384,13 @@ def test_no_problem_is_tested_that_a_threshold_was_fitted_on(run, gguf, tmp_path
     assert len(earlier.fitting) > 50
 
 
-def test_a_stored_fit_holds_for_one_file_and_one_set_of_prompts(run, gguf, tmp_path):
+def test_a_stored_fit_applies_to_one_file_and_one_set_of_prompts(run, gguf, tmp_path):
     threshold.store_threshold(Config(), run, gguf, fitted_on(60))
     other = gguf.with_name("dpo-q2_k.gguf")
     other.write_bytes(b"GGUF2")
     assert threshold.load_threshold(Config(), run, other) is None
     elsewhere = Run(tmp_path / "elsewhere")
-    assert threshold.load_threshold(Config(), elsewhere, gguf).threshold == 1.0  # lies beside the file
+    assert threshold.load_threshold(Config(), elsewhere, gguf).threshold == 1.0  # stored next to the GGUF
     (tmp_path / "student_review.txt").write_text("Review it.")
     prompts = Config.model_validate({"prompts": {"folder": str(tmp_path)}})
     assert threshold.load_threshold(prompts, run, gguf) is None

@@ -1,4 +1,4 @@
-"""What the tests of the export share: the tiny student, and llama.cpp's converter if this machine has it."""
+"""Fixtures for the export tests: the tiny student, and llama.cpp's converter if this machine has it."""
 
 import pytest
 

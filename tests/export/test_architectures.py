@@ -76,7 +76,7 @@ ADAPTERS = {
 
 @pytest.fixture(scope="module")
 def patched(converter, tmp_path_factory):
-    """llama.cpp's converter, except that it takes the tests' byte-level BPE for a known one."""
+    """llama.cpp's converter, except that it treats the tests' byte-level BPE as a known one."""
     folder = tmp_path_factory.mktemp("llama.cpp") / "source"
     shutil.copytree(converter, folder, ignore=shutil.ignore_patterns("__pycache__"))
     base = folder / "conversion/base.py"
@@ -96,7 +96,7 @@ def tokenizer(tmp_path_factory):
 
 
 def make_base(folder, tokenizer, family, variant):
-    """A random model in `folder`; the variant decides ties and shards."""
+    """A random model in `folder`; the variant determines tied weights and shards."""
     prefix, own = FAMILIES[family]
     text_config = getattr(transformers, f"{prefix}TextConfig", None)
     config_class = text_config or getattr(transformers, f"{prefix}Config")
@@ -173,7 +173,7 @@ def test_f16_gguf_equals_transformers(family, variant, tokenizer, patched, tmp_p
 def test_a_model_with_factors_for_long_contexts_gets_the_context_of_its_short_ones(
     tokenizer, patched, tmp_path
 ):
-    """llama.cpp would use the long ones for short rows, too."""
+    """llama.cpp would use the long ones for short rows too."""
     longrope = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
@@ -190,7 +190,7 @@ def test_a_model_with_factors_for_long_contexts_gets_the_context_of_its_short_on
     transformers.Phi3ForCausalLM(shape).float().save_pretrained(base)
     gguf = tmp_path / "f32.gguf"
     conversion.run_converter(patched, base, gguf, outtype="f32")
-    for cache_gb in (4.0, 0.001):  # of their own, or shared
+    for cache_gb in (4.0, 0.001):  # separate, or shared
         with Engine(gguf, context=1024, cache_gb=cache_gb) as engine:
             assert (engine.context, engine.unified) == (256, False)
     ids = np.random.default_rng(0).integers(4, 512, 60).tolist()
@@ -199,7 +199,7 @@ def test_a_model_with_factors_for_long_contexts_gets_the_context_of_its_short_on
 
 
 def test_importance_of_experts_is_measured_on_their_own_tokens(tokenizer, converter, tmp_path):
-    """With eight experts, two of them for each of three tokens: some have none."""
+    """Eight experts, two per token and three tokens: some get none."""
     own = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "sliding_window": None}
     shape = transformers.MixtralConfig(**SHAPE | own, num_local_experts=8, num_experts_per_tok=2)
     torch.manual_seed(0)
@@ -236,7 +236,7 @@ def test_importance_of_experts_is_measured_on_their_own_tokens(tokenizer, conver
 def test_what_the_converter_cannot_do_is_an_error(
     family, variant, reason, large, tokenizer, converter, run, tmp_path, monkeypatch
 ):
-    """Before the merge, unless only a run of the converter tells and the merge does not take longer."""
+    """Before the merge, unless only running the converter can tell and the merge takes no longer."""
     base = make_base(tmp_path / "base", tokenizer, family, variant)
     random_adapter(base, run.path("sft/adapter"), std=0.1, target_modules="all-linear", **ADAPTERS[variant])
     if family == "phi3":

@@ -1,6 +1,6 @@
 """Chat formats derived from real templates: the small Jinja template and the Go template make the same text.
 
-chat_templates.json.xz holds models/templates of llama.cpp (MIT), from the source distribution of llama-cpp-python 0.3.36.
+chat_templates.json.xz contains models/templates of llama.cpp (MIT), from the source distribution of llama-cpp-python 0.3.36.
 """
 
 import json
@@ -43,7 +43,7 @@ REFUSED = {
     "trl/llava_next": "cannot render",
     "trl/llava_next_training": "cannot render",
 }
-"""What looks at more than roles and contents (tools, parts of a content), with the reason."""
+"""Templates that need more than roles and contents (tools, content parts), with the reason."""
 INJECTION = CHATML.replace("message['role'] + ", """message['role'] + '\"\"\"\\n{{ .System }} {# ' + """)
 LIKE_PHI4 = (
     CHATML.replace("<|im_end|>\n", "<|im_end|>")
@@ -69,7 +69,7 @@ def templates():
 
 @pytest.fixture(scope="module")
 def formats(templates):
-    """(the derived formats, the messages of the refusals) by the names of the templates."""
+    """(derived formats, error messages) by template name."""
     derived, refused = {}, {}
     for name, template in templates.items():
         try:
@@ -88,7 +88,7 @@ def derive(template):
 
 
 def chats():
-    """The chats of the derivation and others, by name."""
+    """The chats used for the derivation, and others, by name."""
     roles = {"s": "system", "u": "user", "a": "assistant"}
     more = {
         row[0]: tuple({"role": roles[r], "content": c} for r, c in zip(row[0], row[1:], strict=True))
@@ -202,7 +202,7 @@ def test_bos_that_is_also_the_start_of_a_turn_stays_in_the_template():
 
 
 def test_date_does_not_depend_on_the_day_and_open_thinking_is_closed(formats):
-    """Llama 3.2 writes today's date, Llama 3.1 the day on which it was made."""
+    """Llama 3.2 writes today's date, Llama 3.1 a fixed one."""
     for name in ("meta-llama-Llama-3.2-3B-Instruct", "meta-llama-Llama-3.1-8B-Instruct"):
         assert "Today Date: 26 Jul 2024" in formats[0][name].system.before
     # closed as in training
@@ -219,7 +219,7 @@ def test_date_does_not_depend_on_the_day_and_open_thinking_is_closed(formats):
         ("'<|im_end|>\n'", "('' if '{' in message['content'] else '<|im_end|>\n')", "'quotes and"),
     ],
 )
-def test_template_that_looks_at_more_is_refused_with_the_reason(part, instead, reason):
+def test_template_that_uses_more_is_rejected_with_the_reason(part, instead, reason):
     with pytest.raises(DataError, match="cannot be reduced") as error:
         derive(CHATML.replace(part, instead))
     assert reason in error.value.message
@@ -249,10 +249,8 @@ def test_folder_gets_the_template_the_end_of_turn_and_no_second_bos(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["train", "run"])
-def test_training_is_refused_before_it_begins_if_the_template_cannot_be_exported(
-    sclite, run, folder, tmp_path, command
-):
-    """With `run`, also before the teacher is paid."""
+def test_training_does_not_start_if_the_template_cannot_be_exported(sclite, run, folder, tmp_path, command):
+    """With `run`, before any teacher request."""
     shutil.copytree(folder, tmp_path / "student")
     path = tmp_path / "student/chat_template.jinja"
     path.write_text(path.read_text().replace("<|im_end|>", "<|im_end|>' ~ (messages | length) ~ '"))

@@ -193,7 +193,7 @@ def test_card_lists_sources_counts_and_cost_and_the_hub_reads_it(run, report):
         ({"source": "/home/somebody/wrong.jsonl"}, "were imported from wrong.jsonl"),
     ],
 )
-def test_card_names_the_source_of_the_attempts_without_its_place(tmp_path, student, attempts, shown):
+def test_card_shows_the_source_of_the_attempts_without_its_path(tmp_path, student, attempts, shown):
     export_data(export_config(student, attempts=attempts), run := make_run(tmp_path / "run"))
     card = read_card(run)
     assert f"the corrected attempts {shown}" in card

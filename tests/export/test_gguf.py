@@ -51,7 +51,7 @@ def read_all(path):
 
 @pytest.fixture
 def grouped(student, tmp_path):
-    """The student's folder with two heads of keys and values and a head of its own."""
+    """The student's folder with two key-value heads and an untied output head."""
     folder, shape = tmp_path / "grouped", LlamaConfig.from_pretrained(student)
     shutil.copytree(student, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     shape.num_key_value_heads, shape.tie_word_embeddings = 2, False
@@ -78,7 +78,7 @@ def test_writer_gives_the_same_file_as_llama_cpp(request, converter, tmp_path, b
 
 @pytest.mark.parametrize("damaged", [b"", b"GGUF", b"ELF", 8, 16, 24, 32, -1])
 def test_damaged_header_is_an_error(gguf, tmp_path, damaged):
-    """Of the counts of tensors and entries, of the first key's length and text, or of the file's end."""
+    """Damage to the tensor and entry counts, the first key's length and text, or the end of the file."""
     if isinstance(damaged, int):
         whole = gguf.read_bytes()
         damaged = whole[:-1] if damaged < 0 else whole[:damaged] + b"\xff" * 8 + whole[damaged + 8 :]
@@ -96,13 +96,13 @@ def test_small_llama_needs_no_converter(student, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [{"r": 4}, {"r": 16, "use_rslora": True}], ids=["plain", "rslora"])
-def test_adapter_gguf_beside_its_base_is_what_peft_computes(student, gguf, converter, run, settings):
+def test_adapter_gguf_on_its_base_matches_peft(student, gguf, converter, run, settings):
     settings = {"lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]} | settings
     folder = run.path("sft/adapter")
     trained = random_adapter(student, folder, std=0.05, **settings).eval()
     record_origin(trained, student, folder)
     origin = json.loads((folder / "trained_on.json").read_text())
-    origin["nf4"] = ["model.layers.0.mlp.gate_proj"]  # not beside a GGUF of the base
+    origin["nf4"] = ["model.layers.0.mlp.gate_proj"]  # not with a GGUF of the base
     (folder / "trained_on.json").write_text(json.dumps(origin))
     found = export_lora(Config.model_validate({"student": {"model": str(student)}}), run, "sft")
     assert Path(found["lora"]) == run.path("export/sft-lora.gguf")
@@ -127,7 +127,7 @@ def test_adapter_gguf_beside_its_base_is_what_peft_computes(student, gguf, conve
 
 
 def test_adapter_gguf_that_is_another_model_is_not_exported(student, converter, run, monkeypatch):
-    """As it comes from llama.cpp's converter, which does not know of rank-stabilized scales."""
+    """As written by llama.cpp's converter, which does not support rank-stabilized scaling."""
     settings = {"r": 16, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]}
     random_adapter(student, run.path("sft/adapter"), std=0.05, **settings)
     monkeypatch.setattr("sclite.export.model.write_plain", shutil.copytree)
@@ -142,13 +142,13 @@ def test_adapter_gguf_that_is_another_model_is_not_exported(student, converter, 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"modules_to_save": ["norm"]}, r"its own model\..*norm\.weight, which a LoRA file cannot hold"),
+        ({"modules_to_save": ["norm"]}, r"its own model\..*norm\.weight, which a LoRA file cannot store"),
         ({"alpha_pattern": {"q_proj": 40}}, "its own alpha_pattern"),
         ({"rank_pattern": {"q_proj": 4}, "use_rslora": True}, "its own rank_pattern"),
     ],
     ids=["saved", "alpha", "rank"],
 )
-def test_adapter_that_a_lora_file_cannot_hold_is_refused(student, run, settings, reason):
+def test_adapter_that_a_lora_file_cannot_store_is_rejected(student, run, settings, reason):
     random_adapter(student, run.path("sft/adapter"), r=2, target_modules=["q_proj"], **settings)
     with pytest.raises(DataError, match=reason) as error:
         export_lora(Config.model_validate({"student": {"model": str(student)}}), run, "sft")
@@ -174,7 +174,7 @@ def test_missing_converter_is_a_network_error_with_instructions(student, tmp_pat
         conversion.convert_model(other, tmp_path / "other.gguf")
 
 
-def test_environment_without_pip_gets_its_own_remedy(tmp_path, monkeypatch):
+def test_environment_without_pip_gets_its_own_hint(tmp_path, monkeypatch):
     monkeypatch.delenv("SCLITE_LLAMA_CPP", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(conversion.importlib.util, "find_spec", lambda name: None)
@@ -251,7 +251,7 @@ sys.exit("\\rWriting:  64%|######3   | 4.61M/7.23M [00:00<00:00, 211Mbyte/s]")
 
 
 @pytest.mark.parametrize("real", [False, True])
-def test_disk_that_fills_up_during_the_conversion_is_named(request, student, tmp_path, real):
+def test_disk_that_fills_up_during_the_conversion_is_reported(request, student, tmp_path, real):
     """The converter's progress bar ends after the error."""
     (tmp_path / conversion.SCRIPT).write_text(FULL_DISK)
     source = request.getfixturevalue("converter") if real else tmp_path
@@ -282,7 +282,7 @@ def test_quantized_file_is_smaller_and_runs(gguf, tmp_path, name):
 
 
 def test_type_with_blocks_of_32_has_no_fallback(tmp_path):
-    """Of rows of 64 values: iq4_nl takes them as they are, and only its larger types fall back."""
+    """With rows of 64 values: iq4_nl supports them, and only its larger types fall back."""
     write_tokenizer(tmp_path / "narrow", sample_texts(), vocab_size=512)
     shape = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     shape.num_attention_heads = shape.num_key_value_heads = 2
@@ -299,7 +299,7 @@ def test_type_with_blocks_of_32_has_no_fallback(tmp_path):
 def test_file_that_has_the_type_is_copied_and_an_unknown_type_is_an_error(gguf, tmp_path):
     quantize(gguf, tmp_path / "same.gguf", "f32")
     assert (tmp_path / "same.gguf").read_bytes() == gguf.read_bytes()
-    # llama.cpp has names for the last three, but cannot write the one and gguf cannot read the others
+    # llama.cpp has names for the last three, but cannot write one of them, and gguf cannot read the others
     for unknown in ("q4_k_x", "nvfp4", "q1_0", "q2_0"):
         with pytest.raises(UsageError, match=unknown) as error:
             quantize(gguf, tmp_path / "x.gguf", unknown)
@@ -325,7 +325,7 @@ def test_every_type_that_is_offered_can_be_written_and_compared(gguf, tmp_path):
     [("iq2_xxs", None, "choose another type (export.quant)"), ("q8_0", 100_000, "free some disk space")],
     ids=["no-importance", "full-disk"],
 )
-def test_quantization_that_fails_names_the_remedy_for_its_cause(gguf, tmp_path, name, limit, remedy):
+def test_failed_quantization_suggests_a_fix_for_its_cause(gguf, tmp_path, name, limit, remedy):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     # a write beyond the limit fails, as on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit or before[0], before[1]))
@@ -338,8 +338,8 @@ def test_quantization_that_fails_names_the_remedy_for_its_cause(gguf, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_measured_or_compared_is_computed_on_the_cpu_alone(gguf, monkeypatch):
-    """CUDA builds compute large products on a GPU, also of weights in RAM: inexactly, and with copies of other names."""
+def test_measurements_and_comparisons_run_on_the_cpu_only(gguf, monkeypatch):
+    """CUDA builds compute large products on a GPU even for weights in RAM: inexactly, and on copies with other names."""
     api, opened = llama(), []
     init = api.llama_init_from_model
 

@@ -1,4 +1,4 @@
-"""`sclite export --push`: what arrives at a Hub, and what its refusals say. The Hub speaks the HTTP API that huggingface_hub uses."""
+"""`sclite export --push`: what a Hub receives, and its errors. The fake Hub speaks huggingface_hub's HTTP API."""
 
 import base64
 import hashlib
@@ -150,7 +150,7 @@ def test_pushed_gguf_card_and_modelfile_are_the_exported_bytes(sclite, student, 
     assert repo == {"private": True, "files": {name: (folder / name).read_bytes() for name in names}}
     assert repo["files"]["README.md"].startswith(b"---\nlicense: mit\n")
     assert hub.commits == [names]
-    # again: nothing is sent; with another card: the card alone
+    # again: nothing is sent; with another card: only the card
     assert sclite("export", *options, "--set", "export.license=mit").code == DONE
     assert hub.commits == [names]
     assert sclite("export", *options, "--set", "export.license=apache-2.0").code == DONE
@@ -169,7 +169,7 @@ def test_merged_folder_and_data_are_pushed_with_their_cards(sclite, student, hub
     model = hub.repos["models/me/x"]
     merged = {p.name: p.read_bytes() for p in run.path("export/base-merged").iterdir()}
     assert model["files"] == merged
-    written = [name for name in merged if name != "tokenizer.model"]  # which SentencePiece wrote
+    written = [name for name in merged if name != "tokenizer.model"]  # written by SentencePiece
     assert not [name for name in written if str(student).encode() in merged[name]]  # no local paths
     assert not model["private"]
     assert b"library_name: transformers" in model["files"]["README.md"]
@@ -189,7 +189,7 @@ def test_pushed_adapter_has_a_card_that_names_its_base(sclite, student, hub, con
     ended = sclite("export", "--format", "lora", *options)
     assert (ended.code, ended.error) == (DONE, "")
     assert re.search(
-        r"^Checked .*: beside its base in 16 bits; same next token: (99|100)\.\d% .KL 0.000", ended.out, re.M
+        r"^Checked .*: on its 16-bit base; same next token: (99|100)\.\d% .KL 0.000", ended.out, re.M
     )
     files, command = (
         hub.repos["models/me/adder"]["files"],
@@ -200,16 +200,16 @@ def test_pushed_adapter_has_a_card_that_names_its_base(sclite, student, hub, con
     card = files["README.md"].decode()
     assert f"{command}  # BASE: {student.name}" in card
     assert "The chat template is that of BASE.gguf" in card
-    assert "one of training" not in card
+    assert "one used in training" not in card
 
 
 @pytest.mark.parametrize(
     ("name", "token", "code", "message", "hint"),
     [
-        ("adder", TOKEN, USAGE, "'adder' is not the name of a repository", "--push OWNER/NAME"),
-        ("me/a b", TOKEN, USAGE, "'me/a b' is not the name of a repository", "--push OWNER/NAME"),
-        ("me/adder", "", USAGE, "there is no token for the Hub", "export HF_TOKEN=.."),
-        ("me/adder", "hf_refused_refused", NETWORK, "the Hub refuses the token", "export HF_TOKEN=.."),
+        ("adder", TOKEN, USAGE, "'adder' is not a repository name", "--push OWNER/NAME"),
+        ("me/a b", TOKEN, USAGE, "'me/a b' is not a repository name", "--push OWNER/NAME"),
+        ("me/adder", "", USAGE, "no Hugging Face Hub token found", "export HF_TOKEN=..."),
+        ("me/adder", "hf_refused_refused", NETWORK, "the Hub rejects the token", "export HF_TOKEN=..."),
         ("me/public", TOKEN, USAGE, "me/public on the Hub is public", "export.private=false"),
         ("other/adder", TOKEN, NETWORK, "does not let this token write to other/adder", "OWNER/NAME"),
     ],
@@ -256,5 +256,5 @@ def test_refusal_never_shows_a_token_from_a_file(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
     with Hub() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        with pytest.raises(NetworkError, match=r"refuses the token: .*Bearer \*\*\*"):
+        with pytest.raises(NetworkError, match=r"rejects the token: .*Bearer \*\*\*"):
             open_repository(Export(push="me/x"))

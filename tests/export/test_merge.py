@@ -181,7 +181,7 @@ def test_adapter_of_other_weights_or_another_base_is_rejected(student, adapter, 
         merge(student, adapter, tmp_path / "merged")
 
 
-def test_prefixed_weights_are_found_beside_those_of_multi_token_prediction(student, tmp_path):
+def test_prefixed_weights_are_found_among_those_of_multi_token_prediction(student, tmp_path):
     """As in Qwen3.5, whose text model has no prefix in training."""
     shutil.copytree(student, tmp_path / "base")
     path, layer = tmp_path / "base/model.safetensors", "layers.0.mlp.gate_proj.weight"

@@ -73,7 +73,7 @@ def config_of(base, quant="q8_0", **export):
 
 @pytest.fixture
 def instead(monkeypatch):
-    """Puts a function in place of one of the stage's, which it gets as its first argument."""
+    """Replace one of the stage's functions; the replacement gets the original as its first argument."""
 
     def replace(name, function):
         monkeypatch.setattr(export, name, functools.partial(function, getattr(export, name)))
@@ -103,8 +103,8 @@ def test_parity_describes_the_exported_file(base, run):
     assert name == f"{base.name}-sft"
 
 
-def test_answers_are_counted_that_end_and_can_be_read(tmp_path, monkeypatch):
-    """A student that knows two answers by heart, one of them without tags."""
+def test_complete_and_readable_answers_are_counted(tmp_path, monkeypatch):
+    """A student that has memorized two answers, one of them without tags."""
     folder = tiny_llama(tmp_path / "student")
     tokenizer, model = load_tokenizer(str(folder)), AutoModelForCausalLM.from_pretrained(folder)
     chats = [[{"role": "user", "content": each}] for each in ("Say A.", "Say B.")]
@@ -197,7 +197,7 @@ def write_token(reader, token, text):
 
 
 def without_end_of_turn(path):
-    """The end token is another one, and llama.cpp does not know the trained one by its name."""
+    """The end token differs, and llama.cpp does not recognize the trained one by its name."""
     reader = GGUFReader(path, "r+")
     reader.get_field("tokenizer.ggml.eos_token_id").parts[-1][0] = 3
     types = reader.get_field("tokenizer.ggml.token_type")
@@ -206,7 +206,7 @@ def without_end_of_turn(path):
 
 
 def with_swapped_tokens(path):
-    """<|im_start|> and <|im_end|> are exchanged."""
+    """<|im_start|> and <|im_end|> are swapped."""
     reader = GGUFReader(path, "r+")
     write_token(reader, 1, "<|im_end|>")
     write_token(reader, 2, "<|im_start|>")
@@ -253,9 +253,9 @@ def test_fault_in_a_finished_gguf_fails_the_export(base, run, instead, fault, me
 
 
 def test_next_tokens_alone_can_fail_the_export(base, run, instead):
-    """A file of fewer bits than its name says, whose KL divergence is within the bound of its name."""
+    """A file with fewer bits than its name says, but a KL divergence within the limit for that name."""
     instead("quantize", lambda quantize, source, out, _, *given: quantize(source, out, "q3_k_m", *given))
-    message = r"trained model: sft-q4_0.gguf has another next token at \d\d\.\d% of positions, beside near ties \(at most"
+    message = r"trained model: sft-q4_0.gguf has another next token at \d\d\.\d% of positions, near ties aside \(at most"
     with pytest.raises(ScliteError, match=message) as error:
         export.export_model(config_of(base, "q4_0"), run, "sft")
     assert "KL" not in error.value.message
@@ -287,7 +287,7 @@ def test_fault_in_the_second_file_fails_the_export_of_both(base, run, instead, f
     "figure",
     ["mean_abs_logprob_diff", "top1_agreement", "adapter_share", "largest_gap", "kl", "top1_up_to_ties"],
 )
-def test_figure_that_is_no_number_is_a_violation(figure):
+def test_nan_is_a_violation(figure):
     full = {"mean_abs_logprob_diff": 0.0, "top1_agreement": 1.0, "adapter_share": 1.0, "adapter_effect": 1.0}
     file = {"quantization": "q8_0", "kl": 0.0, "top1_agreement": 1.0, "top1_up_to_ties": 1.0, "changed": None}
     result = {"tokens_equal": 9, "tokens_compared": 9, "end_of_turn": "</s>", "skipped": None}
@@ -299,17 +299,17 @@ def test_figure_that_is_no_number_is_a_violation(figure):
 
 @pytest.fixture(autouse=True)
 def _without_probe(request, monkeypatch):
-    """No GGUF is first opened in another process, except for tests of those that llama.cpp cannot open."""
+    """GGUFs are not opened in another process first, except in tests of those that llama.cpp cannot open."""
     if "probe" not in request.fixturenames:
         monkeypatch.setattr(export, "check_gguf", lambda path: None)
 
 
 @pytest.fixture
 def probe():
-    """GGUFs are first opened in another process."""
+    """GGUFs are opened in another process first."""
 
 
-def test_several_types_are_made_from_one_merge_and_again_if_one_is_damaged(base, run, instead):
+def test_several_types_share_one_merge_and_are_rewritten_if_one_is_damaged(base, run, instead):
     calls = []
     instead("merge", lambda merge, *given, **named: calls.append(given) or merge(*given, **named))
     config = config_of(base, "q4_k_m, Q8_0,bf16,q8_0")
@@ -409,7 +409,7 @@ def test_killed_export_keeps_what_it_has_finished(base, run, monkeypatch, functi
 
 
 @pytest.mark.parametrize("change", ["file", "adapter"])
-def test_kept_file_that_is_damaged_or_of_another_adapter_is_made_again(base, run, instead, change):
+def test_kept_file_that_is_damaged_or_of_another_adapter_is_rewritten(base, run, instead, change):
     config, calls = config_of(base, "q8_0,q4_0"), []
 
     def quantize_and_count(quantize, source, out, quant, importance):
@@ -444,7 +444,7 @@ def test_type_below_five_bits_gets_an_importance_matrix_from_the_run(base, run):
     assert report.figures["parity"]["importance"] == []
     named = [each for each in report.figures["warnings"] if "importance matrix" in each]
     assert named == [
-        "sft-q3_k_m.gguf: made without an importance matrix, since the run has too few rows to measure one"
+        "sft-q3_k_m.gguf: written without an importance matrix: the run has too few rows to measure one"
     ]
     assert with_it["files"]["sft-q3_k_m.gguf"]["kl"] < without["files"]["sft-q3_k_m.gguf"]["kl"]
 
@@ -470,7 +470,7 @@ def test_disk_that_is_too_small_or_full_is_an_error_and_leaves_no_files(
     with monkeypatch.context() as small:
         small.setattr(export.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
         small.setattr(export, "merge", None)
-        with pytest.raises(ScliteError, match=rf"needs about {size} of disk space .* 1 MB are free"):
+        with pytest.raises(ScliteError, match=rf"needs about {size} of disk space .* but only 1 MB are free"):
             write(config_of(base), run, "sft")
     monkeypatch.setattr(export, "converter", lambda: None)
     monkeypatch.setattr(export, "run_script", lambda *given: None)
@@ -486,7 +486,7 @@ def test_disk_that_is_too_small_or_full_is_an_error_and_leaves_no_files(
     assert list(run.path("export").iterdir()) == []
 
 
-def test_bounds_come_from_the_configuration_also_after_the_export(base, run):
+def test_bounds_come_from_the_configuration_even_after_the_export(base, run):
     config = config_of(base, max_kl='{"q8_0": 1e-9}')
     assert config.export.max_kl["q4"] == Config().export.max_kl["q4"]
     export.export_model(config_of(base), run, "sft")
@@ -502,7 +502,7 @@ def test_bounds_come_from_the_configuration_also_after_the_export(base, run):
 
 
 def test_modelfile_and_card_stay_those_of_the_student_that_was_trained_last(base, run):
-    """Whatever else is exported, as `sclite eval --models base` does."""
+    """Whatever else is exported; `sclite eval --models base` does this."""
     context = Context(config_of(base), run, ProgressDisplay(quiet=True))
     exports.export(context)
     for earlier in (["base"], ["sft"]):
@@ -520,7 +520,7 @@ def test_modelfile_and_card_stay_those_of_the_student_that_was_trained_last(base
         assert {name: run.path(f"export/{name}").read_text() for name in described} == described
 
 
-def test_chat_takes_a_gguf_of_the_newest_adapter_in_any_quantization(base, run):
+def test_chat_uses_a_gguf_of_the_newest_adapter_in_any_quantization(base, run):
     """A retrained student is exported first; files of the earlier one are no substitute."""
     context = {
         quant: Context(config_of(base, quant), run, ProgressDisplay(quiet=True)) for quant in ("q8_0", "f16")
@@ -549,7 +549,7 @@ def test_export_that_fails_leaves_no_comparison_of_an_earlier_one(base, run):
 
 
 def test_gguf_for_sampling_has_the_name_of_the_student(base, run, tmp_path):
-    """llama.cpp knows by the name whether spaces after special tokens count, as in Phi-3."""
+    """llama.cpp decides by name whether spaces after special tokens are kept, as in Phi-3."""
     made = export.write_sampling_gguf(
         config_of(base), run.path("sft/adapter"), tmp_path / "work", small=False
     )
@@ -557,7 +557,7 @@ def test_gguf_for_sampling_has_the_name_of_the_student(base, run, tmp_path):
     assert name.lower().replace(" ", "-") == f"{base.name}-sft".lower()
 
 
-def test_finished_export_is_described_where_it_is_now(base, run, tmp_path):
+def test_moved_export_is_described_at_its_new_path(base, run, tmp_path):
     shutil.copytree(run.path("sft/adapter"), run.path("dpo/adapter"))
     for name in ("sft", "dpo"):
         export.export_model(config_of(base), run, name)
@@ -594,7 +594,7 @@ def test_merged_folder_is_what_was_trained(base, run, monkeypatch):
         assert torch.allclose(trained(ids).logits, merged(ids).logits, atol=0.02)
     removed, remove = [], shutil.rmtree
     monkeypatch.setattr(shutil, "rmtree", lambda path, **named: (removed.append(path), remove(path, **named)))
-    export.export_merged(config_of(base), run, "sft")  # again, which removes no files at their final place
+    export.export_merged(config_of(base), run, "sft")  # again: files at their final path are not removed
     assert folder not in removed
     assert [path.name for path in run.path("export").iterdir()] == ["sft-merged"]
     template = AutoTokenizer.from_pretrained(folder).chat_template
@@ -671,7 +671,7 @@ def evaluated(run, config, folder, *names):
 
 
 def test_model_card_has_the_settings_and_figures_of_the_model_that_it_describes(base, run):
-    """Neither what is configured today, nor what was measured of an earlier adapter."""
+    """Neither the current configuration, nor measurements of an earlier adapter."""
     config, figures = config_of(base), {"files": {}}
     sign_sft(run, config)
     evaluated(run, config, "first", "base", "sft")
@@ -692,7 +692,7 @@ def test_model_card_has_the_settings_and_figures_of_the_model_that_it_describes(
     assert "Not evaluated" in build_model_card(config, run, "sft", "gguf", figures)
 
 
-def test_model_card_of_dpo_leaves_out_a_stage_that_was_trained_again_since(base, run):
+def test_model_card_of_dpo_omits_a_stage_that_was_retrained_since(base, run):
     config, wanted = config_of(base), ("sft", "warmup", "dpo")
     for stage in wanted:
         run.path(f"{stage}/adapter").mkdir(parents=True, exist_ok=True)
@@ -721,11 +721,11 @@ def test_model_card_has_base_files_and_evaluation_and_another_base_a_warning(bas
     text = run.path("export/README.md").read_text()
     assert "Not evaluated" in text
     assert "\nsclite serve --model sft-q8_0.gguf\n" in text
-    assert "The chat template is the one of training" in text
+    assert "The chat template is the one used in training" in text
     keeping = Config.model_validate(config.model_dump() | {"export": {"keep_template": True}})
     own = build_model_card(keeping, run, "sft", "gguf", report.figures)
     assert f"The chat template is that of {base.name}, unchanged" in own
-    assert "one of training" not in own
+    assert "one used in training" not in own
     evaluated(run, config, "test", "sft")
     summary = run.read_json("eval/test/summary.json")
     summary["models"]["openai//data/alice/Qwen"] = summary["models"]["sft"] | {"file": "", "made_from": ""}
@@ -853,7 +853,7 @@ def test_code_in_a_model_folder_does_not_run(base, run, converter, tmp_path):
     ran = tmp_path / "ran"
     folder = tmp_path / "with-code"
     shutil.copytree(base, folder)
-    (folder / "tokenizer.model").unlink()  # or the converter would not use transformers
+    (folder / "tokenizer.model").unlink()  # otherwise the converter would not use transformers
     (folder / "own.py").write_text(
         f"open({str(ran)!r}, 'w').write('x')\nfrom transformers import PreTrainedTokenizerFast as T, LlamaConfig as C\n"
     )

@@ -35,8 +35,8 @@ def test_modelfile_has_template_system_prompt_stop_and_context():
 
 
 @pytest.mark.parametrize("given", [{"system": 'say """'}, {"system": 'say "stop"'}, {"stop": '"'}])
-def test_text_that_a_modelfile_cannot_hold_is_an_error(given):
-    with pytest.raises(DataError, match="cannot hold"):
+def test_text_that_a_modelfile_cannot_contain_is_an_error(given):
+    with pytest.raises(DataError, match="cannot contain"):
         build_modelfile("m.gguf", "", **given)
 
 
@@ -66,7 +66,7 @@ def test_invalid_model_name_is_a_usage_error(name, tmp_path):
         ("mine", FAILED, "ollama is not installed", "ollama.com/install"),
     ],
 )
-def test_ollama_that_cannot_create_the_model_is_named_before_the_export(
+def test_ollama_that_cannot_create_the_model_is_reported_before_the_export(
     sclite, student, tmp_path, monkeypatch, name, code, message, hint
 ):
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -79,7 +79,7 @@ def test_ollama_that_cannot_create_the_model_is_named_before_the_export(
 
 @pytest.fixture
 def program(tmp_path, monkeypatch):
-    """An `ollama` that notes its arguments, and refuses to create `bad`."""
+    """A fake `ollama` that records its arguments and fails to create `bad`."""
     path = tmp_path / "bin/ollama"
     path.parent.mkdir()
     path.write_text(
@@ -97,7 +97,7 @@ def test_ollama_create_runs_and_its_error_is_reported(program, tmp_path):
 
 
 def serve_modelfile(body):
-    """What Ollama replies: with the file and the system prompt of the Modelfile, and the template in the file."""
+    """What Ollama replies with the file and system prompt of the Modelfile, and the template in the file."""
     folder = Run("runs/default").path("export")
     modelfile = (folder / "Modelfile").read_text()
     system = {"role": "system", "content": re.search('^SYSTEM """(.*?)"""', modelfile, re.S | re.M)[1]}
@@ -166,7 +166,7 @@ def test_question_is_one_that_nothing_was_trained_on(sclite, student, program, m
     assert sum(question in asked["messages"][0]["content"] for question in kept) == 1
 
 
-def test_stopped_ollama_is_named_after_the_export(sclite, student, program, monkeypatch):
+def test_stopped_ollama_is_reported_after_the_export(sclite, student, program, monkeypatch):
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
     ended = sclite("export", "--ollama", "mine", "--quant", "f16", "--set", f"student.model={student}")
     assert (ended.code, "ollama serve" in ended.hint) == (NETWORK, True)

@@ -16,7 +16,7 @@ def random_model(folder: Path, config: Mapping[str, Any], device: str) -> Path:
     """Write a pre-quantized checkpoint: NF4 with double quantization, everything else in bfloat16.
 
     Weights of one shape are the same in every layer, so that a 7B model takes seconds. The tokenizer is the embedded
-    student's, whose ids any larger vocabulary holds.
+    student's, whose IDs exist in any larger vocabulary.
     """
     import torch
     from safetensors.torch import save_file

@@ -21,7 +21,7 @@ from tests.toy import toy_config
 
 
 def config_of(backend: str = "unsloth", four_bit: bool = True, **sft: Any) -> Config:
-    """A short training of the embedded student, in 4 bits, at high rates."""
+    """A short training of the embedded student, in 4 bits, with high learning rates."""
     return toy_config(
         "embedded",
         student={"backend": backend, "batch": 16, "load_in_4bit": four_bit},
@@ -72,7 +72,7 @@ def hidden_gaps(backend: str, run: Run) -> dict[str, float]:
 
 
 def odds(backend: str, run: Run) -> list[float]:
-    """Log-odds of accusing at every step of every attempt, by the DPO student."""
+    """Log-odds that each step of each attempt is wrong, from the DPO student."""
     import torch
 
     from sclite.student.log_probs import autocast, hidden_states, pad

@@ -74,13 +74,13 @@ def test_rows_are_chosen_by_reason_kind_id_prefix_first_and_limit(full):
         ({"what": "pairs", "reason": "leak"}, "--reason applies to drops", "sclite show drops"),
     ],
 )
-def test_an_unknown_choice_names_the_known_ones(full, choice, message, hint):
+def test_an_unknown_choice_lists_the_known_ones(full, choice, message, hint):
     with pytest.raises(UsageError, match=message) as error:
         choose_rows(full, **choice)
     assert hint in error.value.hint
 
 
-def test_a_missing_run_names_the_runs_beside_it(full):
+def test_a_missing_run_lists_the_runs_next_to_it(full):
     full.write_json("run.toml", {})
     with pytest.raises(DataError, match="nowhere does not exist") as error:
         count_rows(Run(full.folder.parent / "nowhere"))
@@ -90,7 +90,7 @@ def test_a_missing_run_names_the_runs_beside_it(full):
     assert "sclite build-data" in error.value.hint
 
 
-def test_a_damaged_row_is_named_whatever_is_chosen(full):
+def test_a_damaged_row_is_reported_whatever_is_chosen(full):
     with open(full.path("problems.jsonl"), "a") as file:
         file.write("no JSON\n")
     with pytest.raises(DataError, match=r"problems\.jsonl, line 5"):

@@ -58,7 +58,7 @@ def test_a_damaged_run_does_not_hide_the_others_but_no_run_is_an_error(sclite, t
     assert "run.toml" in second["error"]
     ended = sclite("runs", str(tmp_path))
     assert ended.code == 3
-    assert "holds no run" in ended.error
+    assert "contains no run" in ended.error
 
 
 def test_report_prints_the_path_of_the_newest_report_without_a_display(sclite, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The status of a run: done, stale, half-way or not begun, read without changing the run."""
+"""The status of a run: done, stale, half-way or not started, read without changing the run."""
 
 import os
 import shutil
@@ -130,7 +130,7 @@ def test_a_run_must_exist_and_needs_a_configuration_problems_and_a_teacher(run):
     assert following(run, "problems.source=p.jsonl") == "sclite build-data"
 
 
-def test_problems_left_out_for_the_evaluation_make_nothing_stale(built):
+def test_problems_dropped_for_the_evaluation_make_nothing_stale(built):
     built.append("problems.jsonl", [Problem(id="e1", question="Asked?", answer="1")])
     assert state(built, "templates")[0] == "stale"
     left_out = Drop(stage="problems", id="e1", reason="overlaps_evaluation", raw="Asked?")
@@ -157,7 +157,7 @@ def test_stages_are_done_until_an_output_is_missing_or_another_file(trained):
     found = read(trained)["stages"]
     assert (found["sft"]["state"], found["attempts"]["state"]) == ("stale", "stale")
     assert "is not the adapter that sft wrote" in found["sft"]["why"][0]
-    assert following(trained) == "sclite train --fresh"  # else it is refused
+    assert following(trained) == "sclite train --fresh"  # otherwise it is refused
     trained.path("sft/adapter/adapter_model.safetensors").unlink()
     assert read(trained)["stages"]["sft"]["why"][-1].endswith("safetensors is missing")
 
@@ -338,7 +338,7 @@ def test_the_next_command_runs_the_first_unfinished_stage(trained):
     assert following(trained, "teacher.model=openai/other") == "sclite train --fresh"
     assert following(trained, "teacher.max_tokens=8192") == "sclite train"  # the rows stay
     assert following(trained, "seed=1") == "sclite build-data"
-    assert following(trained, "sft.num_train_epochs=7") == "sclite train --fresh"  # else it is refused
+    assert following(trained, "sft.num_train_epochs=7") == "sclite train --fresh"  # otherwise it is refused
     own = ("teacher.model=embedded/tutor", "problems.source=")
     assert following(trained, *own, "sft.num_train_epochs=7") == "sclite quickstart --fresh"
     adapter(trained, "warmup/adapter")
@@ -347,7 +347,7 @@ def test_the_next_command_runs_the_first_unfinished_stage(trained):
         following(trained, "attempts.temperature=0.1") == "sclite train --fresh"
     )  # the warm-up would be refused
     trained.path("done/sft.json").unlink()
-    unnamed = "sclite train --fresh --set student.model=.."
+    unnamed = "sclite train --fresh --set student.model=MODEL"
     assert following(trained, "student.model=") == unnamed
     assert following(trained, "student.model=", "teacher.model=") != unnamed
     Path("sclite.toml").write_text("")
@@ -372,7 +372,7 @@ def test_eval_is_suggested_only_with_problems_and_review_with_a_threshold(run, s
     stages = {name: Stage("done") for name in ("problems", *OUTPUTS, "export-dpo")} | {"eval": Stage()}
     stages |= {} if fitted is None else {"threshold": fitted}
     assert next_command(config(run, *settings), stages) == f"sclite {command} --run {run.folder}"
-    earlier = {"export-sft": Stage("stale"), **stages}  # `sclite export` would not make it again
+    earlier = {"export-sft": Stage("stale"), **stages}  # `sclite export` would not write it again
     assert next_command(config(run, *settings), earlier) == f"sclite {command} --run {run.folder}"
 
 
@@ -382,13 +382,13 @@ def test_the_thresholds_of_all_exported_students_are_found(built):
         adapter(built, f"{name}/adapter")
         gguf = export(built, name)
         if name == "sft":
-            assert "threshold" not in states(built)  # train fits that of DPO's student
+            assert "threshold" not in states(built)  # train fits the threshold of the DPO student
             store_threshold(made, built, gguf, FittedThreshold(threshold=2.0, problems=70, max_harm=0.005))
             assert read(built)["stages"]["threshold"]["counts"] == {"problems": 70, "fitted": 1}
     assert (states(built)["threshold"], states(built)["threshold-sft"]) == ("not_begun", "done")
     built.path(
         "export/sft-q4_k_m.gguf"
-    ).unlink()  # `sclite export` would not make it again, `sclite eval` does
+    ).unlink()  # `sclite export` would not write it again, but `sclite eval` does
     assert states(built)["export-sft"] == "stale"
     assert states(built)["export-dpo"] == "done"
     built.path("export/sft-q4_k_m.gguf").write_bytes(b"GGUF" + b"sft")
@@ -434,7 +434,7 @@ def test_threshold_on_few_problems_stays_fitted_with_another_limit(built):
     adapter(built, "dpo/adapter")
     fitted = FittedThreshold(threshold=None, problems=8, max_harm=0.01)
     store_threshold(config(built), built, export(built, "dpo"), fitted)
-    assert states(built, "review.max_harm=0.2")["threshold"] == "done"  # `train` would fit no other
+    assert states(built, "review.max_harm=0.2")["threshold"] == "done"  # `train` would not fit another
 
 
 def test_the_newest_student_must_be_exported_and_evaluated(built):

@@ -10,7 +10,7 @@ from sclite.student.adapters import adapter_weights
 
 @pytest.mark.parametrize(("student", "fits"), [("dpo", "train"), ("sft", "eval PROBLEMS")])
 def test_next_command_after_an_export_keeps_the_settings_of_the_file(sclite, monkeypatch, student, fits):
-    """Otherwise it would replace the file, or fit the threshold of another one. `train` fits only that of DPO's student."""
+    """Otherwise it would replace the file, or fit another file's threshold. `train` fits only the DPO student's."""
     run = Run("runs/default")
     run.path(adapter_weights(student)).parent.mkdir(parents=True)
     run.path(adapter_weights(student)).write_bytes(b"weights")

@@ -51,7 +51,7 @@ def quickstarted(tmp_path_factory):
     return folder, folder / "runs/quickstart", json.loads(done.stdout)
 
 
-def test_json_output_holds_the_table_of_problems_that_were_never_trained_on(quickstarted):
+def test_json_output_contains_the_table_of_problems_that_were_never_trained_on(quickstarted):
     _, run, summary = quickstarted
     trained = {row["question"] for row in rows_of(run / "problems.jsonl")}
     tested = {row["question"] for row in rows_of(run / summary["folder"] / "dpo.jsonl")}
@@ -121,7 +121,7 @@ def test_status_and_export_suggest_the_command_that_follows(quickstarted, tmp_pa
         assert done.out.splitlines()[-1] == f"Next: {following}"
 
 
-def test_other_commands_split_the_problems_alike(quickstarted, command):
+def test_other_commands_split_the_problems_identically(quickstarted, command):
     folder, run, _ = quickstarted
     names = ("problems.jsonl", "attempts.jsonl", "reviews.jsonl")
     before = [(run / name).read_bytes() for name in names]
@@ -160,12 +160,12 @@ def test_eval_without_dpo_and_results_per_dataset(quickstarted, tmp_path, comman
 
 
 class TeacherCalled(BaseException):
-    """The quickstart has its problems and goes on."""
+    """The quickstart has its problems and continues."""
 
 
 @pytest.fixture
 def before_templates(monkeypatch):
-    """The quickstart ends before its templates, with TeacherCalled."""
+    """The quickstart stops before its templates, with TeacherCalled."""
 
     def stop(*_):
         raise TeacherCalled
@@ -179,7 +179,7 @@ def test_problems_of_the_user_are_not_replaced(tmp_path):
     config = load(None, [f"run={tmp_path}"], {}, flow.DEFAULTS, own_file=False)
     rows = [Problem(id=f"arithmetic-103-{n}", question=f"What is {n} + 1?", answer="1") for n in range(300)]
     run.replace("problems.jsonl", rows)
-    with pytest.raises(UsageError, match="has problems of its own"):
+    with pytest.raises(UsageError, match="already contains other problems"):
         flow.quickstart(config, quiet=True)
     assert run.read("problems.jsonl", Problem) == rows
 

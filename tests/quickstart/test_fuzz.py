@@ -1,4 +1,4 @@
-"""Damage to any file of a finished run: no command ends in a traceback, and no paid reply is lost."""
+"""Damage to any file of a finished run: no command prints a traceback, and no paid reply is lost."""
 
 import json
 from pathlib import Path

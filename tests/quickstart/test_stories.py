@@ -1,4 +1,4 @@
-"""The arithmetic stories: they can be solved from their text, and the sets have no common question."""
+"""The arithmetic stories: they can be solved from their text, and the sets share no question."""
 
 import re
 

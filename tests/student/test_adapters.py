@@ -35,7 +35,7 @@ VISION = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
     "image_size": 28, "patch_size": 14,
 }  # fmt: skip
-# the layers as the families' own modeling files in transformers name them
+# layer names as in each family's modeling file in transformers
 FAMILIES = {
     "llama": (GROUPED, LINEAR),
     "qwen2": (GROUPED, LINEAR),
@@ -63,7 +63,7 @@ def kind_of(name):
 
 
 def test_a_student_is_trained_without_dropout(folder, tmp_path):
-    """Neither that of an imported adapter nor that of the base: the reference of DPO has none."""
+    """Neither an imported adapter's nor the base's: the DPO reference has none."""
     base = tmp_path / "base"
     shutil.copytree(folder, base)
     config = json.loads((base / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""A student behind a real HTTP endpoint: what is sent, what comes back, what a re-run costs."""
+"""A student behind a real HTTP endpoint: requests, replies, and the cost of a re-run."""
 
 import json
 import threading
@@ -110,7 +110,7 @@ def test_endpoint_neither_continues_nor_scores(run):
     assert "free review" in error.value.hint
 
 
-def test_rerun_costs_nothing_but_other_sampling_or_another_version_is_asked(run):
+def test_rerun_costs_nothing_but_other_sampling_or_another_version_is_requested(run):
     requests = [request("1?", seed=seed) for seed in (1, 2, 3)]
     with TeacherServer(lambda body, nth: say(f"said {nth}")) as server:
         first = ask(run, server.url, requests)
@@ -145,7 +145,7 @@ def test_text_of_a_stream_comes_before_the_reply_is_complete(run):
         assert "".join(texts) == reply.text == TRACE
         assert (reply.finish, reply.tokens, reply.prompt_tokens) == ("stop", 9, 12)
         assert server.requests[0]["stream"] is True
-        # from the ledger: at once
+        # immediately, from the ledger
         assert list(endpoint.stream(request("1?"))) == [TRACE, reply]
         assert len(server.requests) == 1
 
@@ -166,7 +166,7 @@ def test_streamed_text_is_that_of_the_reply(run, content, stop, shown):
         assert reply.text == shown or reply.finish == "error"
 
 
-def test_stream_that_is_left_is_given_up_and_frees_the_endpoint(run):
+def test_abandoned_stream_is_given_up_and_frees_the_endpoint(run):
     wait = threading.Event()
     answers = iter([replace(say("one two three"), pause=wait), say("good")])
     with TeacherServer(lambda body, nth: next(answers)) as server, student(run, server.url) as endpoint:
@@ -179,7 +179,7 @@ def test_stream_that_is_left_is_given_up_and_frees_the_endpoint(run):
         wait.set()
 
 
-def test_claude_gets_no_top_p_beside_a_temperature(run):
+def test_claude_gets_no_top_p_with_a_temperature(run):
     with TeacherServer(lambda body, nth: say(TRACE)) as server:
         made = config.Teacher(model="openai/claude-haiku-4-5", api_base=server.url, repairs=0)
         with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(made, ledger) as client:
@@ -188,7 +188,7 @@ def test_claude_gets_no_top_p_beside_a_temperature(run):
     assert "top_p" not in server.requests[0]
 
 
-def test_endpoint_that_does_not_stream_is_named(run):
+def test_endpoint_that_does_not_stream_is_reported(run):
     whole = Answer(200, json.dumps(say(TRACE).body).encode())
     with TeacherServer(lambda body, nth: whole) as server, student(run, server.url) as endpoint:
         *_, reply = endpoint.stream(request("1?"))

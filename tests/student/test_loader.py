@@ -27,7 +27,7 @@ from tests.toy import tiny_llama, toy_config
 
 
 def shaped(*kinds, family="llama"):
-    """A model configuration of which only the kinds of its layers are known."""
+    """A model configuration with nothing but its layer types."""
     shape = SimpleNamespace(layer_types=list(kinds) or None, model_type=family)
     return SimpleNamespace(get_text_config=lambda: shape)
 
@@ -123,7 +123,7 @@ def refused(status):
         (OSError(28, "No space left on device"), DataError),
     ],
 )
-def test_failing_download_is_an_error_of_the_network_or_of_the_name(monkeypatch, raised, kind):
+def test_failed_download_blames_the_network_or_the_name(monkeypatch, raised, kind):
     def snapshot_download(*_, **__):
         raise raised
 
@@ -196,8 +196,8 @@ def test_code_in_a_model_folder_never_runs(tmp_path):
     assert not ran.exists()
 
 
-def test_adapter_takes_the_16_bit_inputs_of_autocast_as_they_are(tmp_path, monkeypatch):
-    """PEFT would make float32 of each, and autocast 16 bits again."""
+def test_adapter_does_not_convert_the_16_bit_inputs_of_autocast(tmp_path, monkeypatch):
+    """PEFT would convert each to float32, and autocast back to 16 bits."""
     monkeypatch.setattr("sclite.student.loader.cpu_training_dtype", lambda _: torch.bfloat16)
     model, _ = load_student(toy_config(tiny_llama(tmp_path / "student")), "sft", train=True)
     seen = set()

@@ -1,4 +1,4 @@
-"""Where Ollama listens, and which models it has."""
+"""Ollama's address and its list of models."""
 
 import pytest
 
@@ -24,12 +24,12 @@ from tests.replay import TeacherServer
     ],
 )
 def test_address_is_read_as_ollama_does(monkeypatch, given, url):
-    """The expected ones are those of Host in Ollama's envconfig/config.go; 0.0.0.0 is where a server listens."""
+    """Expected values as from Host in Ollama's envconfig/config.go; 0.0.0.0 is only an address to listen on."""
     monkeypatch.setenv("OLLAMA_HOST", given)
     assert ollama_url() == url
 
 
-def test_what_ollama_lacks_or_refuses_is_named_with_what_to_type(monkeypatch):
+def test_ollama_errors_say_what_is_missing_and_what_to_type(monkeypatch):
     monkeypatch.setenv("OLLAMA_HOST", "box:port")
     with pytest.raises(UsageError, match="OLLAMA_HOST=box:port"):
         ollama_url()

@@ -1,4 +1,4 @@
-"""Self-correction with a scripted student: which step is accused, how it is corrected, when the first answer is kept."""
+"""Self-correction with a scripted student: which step is flagged, how it is corrected, when the first answer is kept."""
 
 import math
 import threading
@@ -89,7 +89,7 @@ UNSURE = {
     "72 / 2 = 36": -5.0,
     "36 + 5 = 41": 4.0,
 }
-"""Log-odds of what the student writes as it solves, against any other text."""
+"""Log-odds of the text that the student writes while solving, against any other."""
 
 
 def test_confidence_is_read_where_the_student_solves():
@@ -124,7 +124,7 @@ def test_scores_are_the_weighted_mean_of_review_and_confidence(weight, scores, a
 
 
 @pytest.mark.parametrize("weight", [0.75, 1.0])
-def test_a_correction_is_not_accused_because_the_student_would_not_have_written_it(weight):
+def test_a_correction_is_not_flagged_because_the_student_would_not_have_written_it(weight):
     student = Scripted(odds=lambda _: (-4.0,) * 3, confidence=UNSURE, corrections=[CORRECTION] * 2)
     (got,) = review(student, WRONG, confidence_weight=weight, rounds=2)
     assert UNSURE["72 / 2 = 36"] < 0
@@ -132,7 +132,7 @@ def test_a_correction_is_not_accused_because_the_student_would_not_have_written_
 
 
 @pytest.mark.parametrize(("weight", "scores"), [(0.5, (-5.0, -4.0, -4.0)), (1.0, (-6.0, -4.0, -4.0))])
-def test_a_correction_made_while_solving_has_no_confidence_of_its_own(weight, scores):
+def test_a_correction_made_while_solving_has_no_confidence(weight, scores):
     step = Step("72 / 2 = 38", None, "72 is not twice 38.", "72 / 2 = 36")
     student = Scripted(odds=lambda _: (-4.0,) * 3, confidence=UNSURE)
     (got,) = review(
@@ -165,7 +165,7 @@ def test_wrong_step_is_corrected_and_correct_work_unchanged():
 
 
 @pytest.mark.parametrize(("threshold", "accused"), [(-2.0, 1), (0.0, 2), (2.0, 3), (5.0, None), (4.0, None)])
-def test_first_step_above_the_threshold_is_accused(threshold, accused):
+def test_first_step_above_the_threshold_is_flagged(threshold, accused):
     student = Scripted(odds=lambda _: (-1.0, 1.0, 4.0), corrections=[CORRECTION])
     (got,) = review(student, WRONG, threshold=threshold)
     assert got.accused == accused
@@ -201,7 +201,7 @@ def test_second_round_reviews_the_corrected_work_and_its_own_corrections():
     assert len(student.scored) == 2
     assert render(RIGHT) in student.scored[1].messages[-1]["content"]
     assert got.accused == 2
-    assert got.scores == (-4.0, 3.0, -4.0)  # of the first answer
+    assert got.scores == (-4.0, 3.0, -4.0)  # the first answer's
     rest = "<Step3>36 + 5 = 38\n<Cause>Too few.</Cause>\n<Correction>36 + 5 = 41</Correction>\n</Step3>\n<Answer>41</Answer>"
     student = Scripted(odds=accuse_38, corrections=[CORRECTION], rest=rest)
     (got,) = review(student, WRONG, rounds=2)
@@ -318,7 +318,7 @@ def test_attempts_do_not_affect_each_other():
 
 
 def test_student_never_sees_the_gold_answer():
-    """The review has no way to know it: neither function takes one, and no request mentions it."""
+    """The review cannot know it: neither function takes it, and no request mentions it."""
     wrong = {"corrections": [CORRECTION.replace("36", "30")], "rest": REST.replace("41", "35")}
     student = Scripted(odds=accuse_38, **wrong)
     (got,) = review(student, WRONG)
@@ -377,7 +377,7 @@ def test_samples_of_one_correction_have_different_seeds():
     assert {r.temperature for r in student.requests if r.pieces[-1] != CAUSE} == {0.0}
 
 
-def test_missing_reply_is_no_correction():
+def test_missing_reply_is_not_a_correction():
     class Silent(Scripted):
         def generate(self, requests):
             return iter(())
@@ -420,7 +420,7 @@ def test_free_review_returns_the_corrected_solution():
         *((text, UNREADABLE) for text in ("gibberish", "", "<Step1>a</Step1>", "<Answer>41</Answer>")),
     ],
 )
-def test_free_review_without_accusation_or_unreadable_keeps_the_first_answer(text, note):
+def test_free_review_that_flags_nothing_or_is_unreadable_keeps_the_first_answer(text, note):
     (got,) = review(Scripted(rest=text), WRONG, script=free)
     assert (got.trace, got.accused, got.note, got.tokens) == (None, None, note, 10)
 

@@ -105,7 +105,7 @@ def test_continuation_has_loss_only_after_the_step(tokenizer, step):
     assert row.weights == [0.0] * len(given) + [1.0] * (len(row.ids) - len(given))
 
 
-def test_decisions_follow_each_step_up_to_the_accused_one_or_the_last(tokenizer):
+def test_decisions_follow_each_step_up_to_the_flagged_one_or_the_last(tokenizer):
     row = encode_review(tokenizer, SOLVE, REVIEW, decision_weight=4.0)
     assert row.accused == (False, True)
     accuse, close = decision_ids(tokenizer)
@@ -121,7 +121,7 @@ def test_decisions_follow_each_step_up_to_the_accused_one_or_the_last(tokenizer)
     assert row.weights[row.marks[0] + 1] == 1.0
 
 
-def test_wrong_step_carries_no_loss_in_its_review(tokenizer):
+def test_wrong_step_has_no_loss_in_its_review(tokenizer):
     row = encode_review(tokenizer, SOLVE, REVIEW)
     answer = len(prompt_ids(tokenizer, SOLVE))
     masked = [i for i, weight in enumerate(row.weights) if not weight and i >= answer]

@@ -1,4 +1,4 @@
-"""A tokenizer.json that transformers' class for the model reads in part only, as SmolLM2's on the Hub."""
+"""A tokenizer.json that transformers' class for the model reads only in part, such as SmolLM2's on the Hub."""
 
 import json
 
@@ -16,7 +16,7 @@ SPECIAL = ["<unk>", "<|im_start|>", "<|im_end|>"]
 
 @pytest.fixture
 def split_digits(tmp_path):
-    """(folder, its tokenizer.json): a byte-level BPE that takes every digit by itself, under GPT-2's class."""
+    """(folder, its tokenizer.json): a byte-level BPE that splits digits, with GPT-2's class."""
     tokenizer, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), byte_level]
@@ -38,7 +38,7 @@ def encoded(tokenizer):
     return [tokenizer.encode(text, add_special_tokens=False) for text in TRICKY]
 
 
-def test_all_of_the_file_is_read_also_from_an_export(split_digits, tmp_path):
+def test_the_whole_file_is_read_even_from_an_export(split_digits, tmp_path):
     folder, file = split_digits
     expected = [file.encode(text, add_special_tokens=False).ids for text in TRICKY]
     assert encoded(AutoTokenizer.from_pretrained(folder)) != expected  # the class that the model names

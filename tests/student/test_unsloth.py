@@ -36,7 +36,7 @@ FAMILIES = {
         },
     },
 }  # fmt: skip
-"""Those that Unsloth has kernels for, and two that it compiles, one of them with a vision tower."""
+"""Families that Unsloth has kernels for, and two that it compiles, one of them with a vision tower."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The count of a student's work."""
+"""Counting a student's work."""
 
 from dataclasses import replace
 

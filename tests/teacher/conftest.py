@@ -1,4 +1,4 @@
-"""What the tests of the teacher share: a ledger, and one call that asks a scripted server."""
+"""Fixtures for the teacher tests: a ledger, and calls to a scripted server."""
 
 import pytest
 
@@ -28,7 +28,7 @@ def teacher_of(ledger):
 
 @pytest.fixture
 def ask(teacher_of):
-    """ask(server or address, jobs, **settings): the results of a teacher of its own, by job."""
+    """ask(server or address, jobs, **settings): the results from a new teacher, by job."""
 
     def call(server, jobs, **settings):
         with teacher_of(server, **settings) as teacher:
@@ -39,7 +39,7 @@ def ask(teacher_of):
 
 @pytest.fixture
 def asked(ask):
-    """asked(answer, jobs, **settings): (the results, the requests) with a server of its own that answers so."""
+    """asked(answer, jobs, **settings): (results, requests) with a new server that replies with `answer`."""
 
     def call(answer, jobs, **settings):
         with TeacherServer(answer) as server:

@@ -201,12 +201,12 @@ def test_refused_request_is_skipped_and_kept_and_the_others_continue(ask, status
             assert [r.text for r in results] == [*["good", None] * 10, "good"]
             refused = Rejection("refused_by_teacher", message)
             assert results[1].rejection == refused
-        (alone,) = ask(server, [job(21)])  # one refusal does not condemn the teacher
+        (alone,) = ask(server, [job(21)])  # one refusal does not stop the teacher
     assert (alone.rejection, len(server.requests)) == (refused, 22)
 
 
 def test_refusal_of_all_further_requests_ends_the_stage_and_drops_none_for_good(ask):
-    """LiteLLM's proxy answers with 422 or 400 when an account has used up a limit."""
+    """LiteLLM's proxy returns 422 or 400 when an account has reached a limit."""
     spent = True
 
     def answer(request, nth):
@@ -282,7 +282,7 @@ def test_exceptions_in_a_check_the_jobs_or_the_ledger_reach_the_caller(asked, as
     with TeacherServer(lambda request, nth: say("good")) as server, pytest.raises(OSError, match="no space"):
         ask(server, [job(1)])
     monkeypatch.undo()
-    assert not server.requests  # nothing is sent that the ledger does not hold
+    assert not server.requests  # nothing is sent that is not in the ledger
 
 
 @pytest.mark.parametrize("convinced", [True, False])

@@ -44,7 +44,7 @@ def test_key_of_azure_is_kept_beside_an_address_without_a_version(monkeypatch):
 
 
 def test_ollama_gets_a_context_for_prompt_and_reply_unless_replies_are_short():
-    """It would drop the beginning of what exceeds 4,096 tokens, and say nothing."""
+    """It would silently drop the beginning of anything over 4,096 tokens."""
     teacher = {"model": "ollama_chat/qwen3", "max_tokens": 4096}
     assert provider.connect(config.Teacher(**teacher)).options["num_ctx"] > 2 * 4096
     for own in ({"max_tokens": 1024}, {"extra": {"num_ctx": 9000}}):

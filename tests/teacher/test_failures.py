@@ -66,7 +66,7 @@ def test_an_error_concerns_one_attempt_one_request_or_every_one(action, text, st
         assert read_failure(Failed(text, status)).action == action, status
 
 
-def test_credit_that_has_run_out_is_named_whatever_the_status():
+def test_exhausted_credit_is_reported_whatever_the_status():
     failure = read_failure(Failed("Your credit balance is too low to access the Anthropic API.", 400))
     error = failures.teacher_error(failure, config.Teacher(model="anthropic/claude"), "ANTHROPIC_API_KEY")
     assert "has no credit left: Your credit balance" in error.message

@@ -1,4 +1,4 @@
-"""A hostile server: whatever it sends, the limit holds, nothing hangs, and every row becomes a template or a drop."""
+"""A hostile server: whatever it sends, the limit is kept, nothing hangs, and every row becomes a template or a drop."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Concurrency halves on overload and grows on success; limits per minute hold."""
+"""Concurrency halves on overload and grows on success; limits per minute are kept."""
 
 import asyncio
 import time

@@ -22,7 +22,7 @@ PARAMETERS = {"temperature": 0.5, "max_tokens": 50, "top_p": 0.9, "seed": 3, "dr
 
 @pytest.fixture(scope="module", autouse=True)
 def _imported():
-    """LiteLLM's first call imports for seconds, which would count as a timeout."""
+    """LiteLLM's first call spends seconds on imports, which would count as a timeout."""
     with pytest.MonkeyPatch.context() as patch, TeacherServer(lambda request, nth: say("good")) as server:
         patch.setenv("OPENAI_API_KEY", KEY)
         asyncio.run(outcome(connect(server.url, direct=False), seconds=60.0))
@@ -134,7 +134,7 @@ def test_both_clients_meet_the_same_error(name):
 )
 @pytest.mark.parametrize("model", ["openai/replay", "hosted_vllm/replay"])
 def test_error_or_html_with_status_200_is_retried_and_free_unlike_half_a_reply(answer, message, model):
-    """LiteLLM takes HTML from vLLM for a refusal."""
+    """LiteLLM treats HTML from vLLM as a refusal."""
 
     async def raised(made):
         with pytest.raises(made.errors) as caught:

@@ -125,5 +125,5 @@ def test_error_with_status_200_is_an_error(error, status):
 
 
 @pytest.mark.parametrize("error", [None, "", {}, {"message": ""}])
-def test_empty_error_beside_a_reply_is_ignored(error):
+def test_empty_error_next_to_a_reply_is_ignored(error):
     assert read({**body({"content": "good"}), "error": error}).text == "good"

@@ -34,7 +34,7 @@ RECIPES = {
         "max_position_embeddings": 40_960, "tie_word_embeddings": False,
     },
 }  # fmt: skip
-"""By the recipe's name in examples/recipes."""
+"""By recipe name in examples/recipes."""
 
 SMALL = {
     "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 8, "num_attention_heads": 4,
@@ -52,7 +52,7 @@ OTHERS = {
         "linear_num_key_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 32, **SMALL,
     },
 }  # fmt: skip
-"""Small ones of the other families that the model knows."""
+"""Small models of the other families that the memory model supports."""
 
 
 def config_of(shape: dict):

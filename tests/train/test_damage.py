@@ -16,7 +16,7 @@ FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_s
 
 
 class Stopped(Exception):
-    """Raised by a test to stop a training."""
+    """Raised by a test to stop training."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def stopped(whole, tmp_path, monkeypatch):
 
 
 def resume(whole, run: Run, stage: str) -> list[str]:
-    """Resume a stage, to the weights of the unbroken run; returns the warnings."""
+    """Resume a stage; it must end with the weights of the unbroken run. Returns the warnings."""
     config, unbroken = whole
     said = Said()
     TRAIN[stage](config, run, progress=said)
@@ -133,7 +133,7 @@ def test_a_damaged_adapter_is_refused_and_fresh_retrains_it(whole, stage, harm):
     assert TRAIN[stage](config, run).skipped
 
 
-def test_files_are_synced_before_the_mark_that_vouches_for_them(whole, tmp_path, monkeypatch):
+def test_files_are_synced_before_their_mark_is_written(whole, tmp_path, monkeypatch):
     config, unbroken = whole
     run = part_of(unbroken, tmp_path, "sft")
     synced, sync, replace = [], os.fsync, os.replace

@@ -1,4 +1,4 @@
-"""DPO with the real trainer, from an adapter that is not zero: first loss, reference, and saved adapter."""
+"""DPO with the real trainer, from a nonzero adapter: first loss, reference, and saved adapter."""
 
 import math
 
@@ -34,7 +34,7 @@ def config(folder):
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
-    """A run with an SFT adapter, a warm-up adapter on top and pairs: all that DPO starts from."""
+    """A run with an SFT adapter, a warm-up adapter on top, and pairs: everything that DPO starts from."""
     run = Run(tmp_path_factory.mktemp("run"))
     write_toy(run)
     train_sft(config, run)
@@ -45,7 +45,7 @@ def run(config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(config, run):
-    """The report of DPO, whose adapter is in the run from now on."""
+    """The report of DPO; its adapter is then in the run."""
     return train_dpo(config, run)
 
 
@@ -88,7 +88,7 @@ def test_dpo_starts_at_ln_2_with_zero_margins_and_learns_the_toy_pairs(run, repo
 
 
 def test_with_the_base_model_as_reference_dpo_does_not_start_at_ln_2(config, run, bundles):
-    """So the test above proves something."""
+    """Otherwise the test above would prove nothing."""
     model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"), train=True)
     with model.disable_adapter():
         base = reference_log_probs(model, bundles, tokenizer)
@@ -176,7 +176,7 @@ def test_bundle_ids_are_the_ids_of_prompt_and_pieces(run, tokenizer, bundles, qu
             assert side.weights == [0.0] * len(before) + [1.0] * len(after)
 
 
-def test_partial_completions_carry_no_end_token_and_show_canonical_work(tokenizer, bundles, attempts):
+def test_partial_completions_have_no_end_token_and_show_canonical_work(tokenizer, bundles, attempts):
     end = tokenization.end_id(tokenizer)
     for bundle in bundles:
         for side in filter(None, (bundle.review, bundle.rejected)):

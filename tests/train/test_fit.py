@@ -51,14 +51,14 @@ print((taken() - before) / (full - before))
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 def test_freed_tensors_between_kept_ones_go_back_to_the_system():
-    """Without the call the whole heap stays taken: a share of 1.0 with glibc 2.36."""
+    """Without the call no heap memory is returned: a share of 1.0 with glibc 2.36."""
     said = subprocess.check_output([sys.executable, "-c", ALLOCATE], text=True, env=os.environ)
     assert float(said) == pytest.approx(0.5, abs=0.1)
 
 
 @pytest.mark.parametrize("chosen", [None, "7"])
 def test_onednn_caches_kernels_for_few_row_lengths(tmp_path, monkeypatch, chosen):
-    """The cache holds 1,024 by default, and its size is read once from the environment."""
+    """The cache size is 1,024 by default, and read once from the environment."""
     name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
     monkeypatch.setenv(name, chosen or "")
     if chosen is None:

@@ -18,7 +18,7 @@ LLAMA = {
 
 @pytest.fixture
 def quantized(tmp_path):
-    """A random checkpoint with 4-bit weights, made as for the GPU tests."""
+    """A random checkpoint with 4-bit weights, created as in the GPU tests."""
     quantize = pytest.importorskip("bitsandbytes.functional").quantize_4bit
     try:
         quantize(torch.ones(64, 64, dtype=torch.bfloat16), quant_type="nf4", compress_statistics=True)

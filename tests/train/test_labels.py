@@ -16,7 +16,7 @@ from tests.toy import CHATML, TRAIN, Said, sample_texts, toy_config, write_pairs
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A student with a tokenizer and a configuration but no weights."""
+    """A student with a tokenizer and a configuration, but no weights."""
     path = tmp_path_factory.mktemp("student")
     write_tokenizer(path, sample_texts())
     (path / "config.json").write_text('{"model_type": "llama"}')

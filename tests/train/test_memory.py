@@ -102,7 +102,7 @@ def test_optimizer_state_bytes_match_torch_and_bitsandbytes():
 
 
 class PeakTracker(TorchDispatchMode):
-    """Peak bytes of the tensors made inside; those in `before` do not count."""
+    """Peak bytes of the tensors created inside, without those in `before`."""
 
     def __init__(self, before=()):
         super().__init__()
@@ -129,8 +129,8 @@ class PeakTracker(TorchDispatchMode):
         self.alive -= size
 
 
-def test_bytes_per_logit_match_what_torch_holds():
-    """The backward pass through our own loss, on a head of which all else is small."""
+def test_bytes_per_logit_match_what_torch_keeps():
+    """The backward pass through our loss, for a head next to which everything else is small."""
     shape = {**SMALL, "num_hidden_layers": 1, "vocab_size": 32768}
     model = LlamaForCausalLM(LlamaConfig(**shape)).bfloat16().requires_grad_(False)
     hidden = torch.randn(96, 128, dtype=torch.bfloat16, requires_grad=True)
@@ -281,7 +281,7 @@ MEASURED = [
     (LLAMA, "sft", 2, 2048, 7.88), (LLAMA, "dpo", 2, 2048, 8.10), (LLAMA, "dpo", 1, 4096, 8.08),
     (LLAMA, "sft", 1, 76_032, 20.29), (LLAMA, "dpo", 1, 55_232, 18.47),
 ]  # fmt: skip
-"""Peaks in GB that tests/benchmarks/bench_train.py read off an H200, the last two off an H100: Unsloth, rank 32, full rows."""
+"""Peaks in GB measured by tests/benchmarks/bench_train.py on an H200, the last two on an H100: Unsloth, rank 32, full rows."""
 
 
 @pytest.mark.parametrize(("name", "stage", "rows", "length", "peak_gb"), MEASURED)

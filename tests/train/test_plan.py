@@ -23,7 +23,7 @@ GPU = {"name": "GPU 24", "total_gb": 24.0, "free_gb": 23.4, "processes": []}
 
 
 def config(run, **sections) -> Config:
-    """A 7B student with nothing but its configuration; four rows per step."""
+    """A 7B student with only its configuration; four rows per step."""
     student = run.folder / "student-7b"
     student.mkdir(parents=True, exist_ok=True)
     (student / "config.json").write_text(json.dumps(QWEN_MATH_7B))
@@ -77,7 +77,7 @@ def test_without_a_gpu_the_plan_is_float32_and_fits_in_the_ram_or_not(run, monke
         assert {(stage["fits"], stage["largest_length"]) for stage in found["stages"].values()} == {
             (fits, None)
         }
-        print_plan(found)  # an estimate of RAM is no reason to fail
+        print_plan(found)  # an estimate of RAM is not a reason to fail
         assert ("GB of RAM needed, 30.0 GB available" in capsys.readouterr().out) is (fits is False)
     on_card = planned(run)
     assert found["gpu"] is None
@@ -193,7 +193,7 @@ def test_corrections_are_priced_like_the_templates_so_far(toy):
     pay(toy, "templates", *[0.02] * 9)  # six templates, three repairs
     teacher = planned(toy, unseen=frozenset({"p1", "p2"}), attempts={"samples": 4})["teacher"]
     assert teacher == {"requests": 8, "at_most": True, "cost_usd": 0.24, "spent_usd": 0.18}
-    imported = {"samples": 4, "source": "tries.jsonl"}  # which may hold more of them
+    imported = {"samples": 4, "source": "tries.jsonl"}  # which may contain more of them
     teacher = planned(toy, unseen=frozenset({"p1", "p2"}), attempts=imported)["teacher"]
     assert teacher == {"requests": None, "at_most": False, "cost_usd": None, "spent_usd": 0.18}
 
@@ -216,7 +216,7 @@ def test_finished_or_imported_corrections_cost_nothing(toy, capsys):
     found = planned(toy)
     assert (found["teacher"]["requests"], found["teacher"]["cost_usd"]) == (0, 0.0)
     print_plan(found)
-    assert "none left to request; the run has cost $0.12" in capsys.readouterr().out
+    assert "none left to request; the run has cost $0.12 so far" in capsys.readouterr().out
 
 
 def test_short_times_and_small_sizes_are_not_shown_as_zero(run, capsys):
@@ -258,8 +258,8 @@ def test_the_terminal_shows_fit_memory_holders_and_unknowns(toy, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "12.4 GB used by python [serve] (PID 4242)" in said
     assert "sft does not fit" in said
-    assert "unknown until every stage of this run has run a step" in said
+    assert "unknown until every stage has run a step" in said
     print_plan(planned(toy, None))
     said = capsys.readouterr().out
     assert "No CUDA GPU" in said
-    assert max(map(len, said.splitlines()[1:])) <= 120  # the first line holds a path
+    assert max(map(len, said.splitlines()[1:])) <= 120  # the first line contains a path

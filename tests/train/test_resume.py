@@ -1,4 +1,4 @@
-"""A killed training resumes to the same losses and weights, and only with the inputs that it started with."""
+"""Training resumes after a kill to the same losses and weights, and only with the inputs it started with."""
 
 import math
 import signal
@@ -81,7 +81,7 @@ def test_ctrl_c_saves_a_checkpoint_of_the_current_step(whole, tmp_path, monkeypa
     run = part_of(unbroken, tmp_path, "sft")
     reached = interrupt(config, run, "sft", signal.SIGINT)
     assert checkpoints_of(run, "sft").step() == reached
-    # the last steps, at which checkpoints are now wanted, rather than the spacing that the checkpoint remembers
+    # the last steps, where checkpoints are now wanted, instead of the interval stored in the checkpoint
     marked, total = [], len(metrics_of(unbroken, "sft"))
     monkeypatch.setattr(Checkpoints, "mark", lambda self, step: marked.append(step))
     train_sft(config.model_copy(update={"sft": config.sft.model_copy(update={"checkpoints": total})}), run)
@@ -101,15 +101,15 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path):
     checkpoints.prepare(inputs)
     assert not (tmp_path / "checkpoint-6").exists()
     assert checkpoints.step() == 3
-    with pytest.raises(DeviceError, match="are of a training on cpu, not on cuda"):
+    with pytest.raises(DeviceError, match="are from training on cpu, not on cuda"):
         checkpoints.prepare(inputs, "cuda")
     assert checkpoints.step() == 3
     checkpoints.prepare({"seed": 1})
     assert checkpoints.step() == 0
 
 
-def test_the_checkpoint_before_stays_until_the_next_is_complete(folder, run, monkeypatch):
-    """Beside that of the best step, here the first: the evaluation loss rises as that of the training falls."""
+def test_the_previous_checkpoint_is_kept_until_the_next_is_complete(folder, run, monkeypatch):
+    """Next to the best step's, here the first: the evaluation loss rises as the training loss falls."""
     write_toy(run, 12)
     mark, before, whole = Checkpoints.mark, {}, trainer.weighted_loss
 

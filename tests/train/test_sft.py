@@ -34,7 +34,7 @@ def trained(folder, tmp_path_factory):
     return config, run, report, seen
 
 
-def test_in_the_trainers_batches_the_prompt_alone_is_masked(folder, tmp_path):
+def test_only_the_prompt_is_masked_in_the_trainers_batches(folder, tmp_path):
     """In the batches that the trainer's data loader gives to the model."""
     config = toy_config(folder)
     model, tokenizer = load_student(config, "sft", train=True)
@@ -136,7 +136,7 @@ def test_the_micro_batch_changes_neither_losses_nor_gradients(folder, trained, t
 
 
 def test_base_model_is_not_fetched_after_training(folder, run, monkeypatch):
-    """The network may be gone by then."""
+    """The network may be down by then."""
 
     def train_offline(*given, **named):
         monkeypatch.setattr(stage, "fetch_model", lambda _: pytest.fail("fetched"))

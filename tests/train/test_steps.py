@@ -1,4 +1,4 @@
-"""Every optimizer step changes weights; a stage that changed none is an error and not finished."""
+"""Every optimizer step changes weights; a stage that changed none fails and is not finished."""
 
 import math
 

@@ -15,7 +15,7 @@ from tests.toy import toy_config, toy_problems, toy_trace, write_toy
 def rows_of(
     folder, tmp_path, change=lambda attempt: attempt, **warmup
 ) -> tuple[object, dict[str, TrainingSequence]]:
-    """(tokenizer, the rows of the toy run by their names), after a `change` of its attempts."""
+    """(tokenizer, the rows of the toy run by name), after applying `change` to its attempts."""
     run, config = Run(tmp_path), toy_config(folder, warmup=warmup)
     write_toy(run)
     run.replace("attempts.jsonl", map(change, run.read("attempts.jsonl", Attempt)))
@@ -99,7 +99,7 @@ def test_reviews_end_in_the_right_answer_and_continued_rows_show_no_cause(folder
         assert "The tens slip." not in given
 
 
-def test_closed_rows_have_loss_on_closing_tags_and_the_end_alone(folder, tmp_path):
+def test_closed_rows_have_loss_only_on_closing_tags_and_the_end(folder, tmp_path):
     tokenizer, rows = rows_of(folder, tmp_path, decision_weight=8.0)
     _, close = decision_ids(tokenizer)
     for number, step in ((1, 1), (2, 2), (4, 1), (5, 2)):
@@ -114,7 +114,7 @@ def test_closed_rows_have_loss_on_closing_tags_and_the_end_alone(folder, tmp_pat
 
 
 def test_work_without_an_answer_is_not_closed(folder, tmp_path):
-    """Its end token would teach to end there."""
+    """Its end token would teach the student to stop there."""
 
     def broken(attempt):
         trace = attempt.trace.partition("<Answer>")[0] if attempt.id == "p1" else attempt.trace

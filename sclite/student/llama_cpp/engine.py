@@ -29,13 +29,13 @@ _log: deque[str] = deque(maxlen=40)
 _kept: list[object] = []
 """Callbacks: ctypes needs them until the process ends."""
 OWN_CACHES = 8
-"""Sequences that must fit with caches of their own; with fewer, a shared cache decodes more at once."""
+"""Sequences that must fit with their own caches; with fewer, a shared cache decodes more at once."""
 FEW = 4
 """With fewer sequences, as in a chat, the speed of a single one matters."""
 SHORT = 8192
 """The longest context without flash attention, which would need 0.5 GB for 32 heads."""
 SMALL = 20_000_000
-"""Parameters below which the weights stay in a CPU's cache: more threads or sequences then cost more than they gain."""
+"""With fewer parameters, the weights stay in the CPU's cache: more threads or sequences cost more than they gain."""
 
 
 def load_cuda_libraries() -> None:
@@ -100,10 +100,10 @@ class Engine(AbstractContextManager["Engine"]):
         exact: bool = False,
     ):
         """Load the file. `context`: maximum tokens of a sequence (capped at the length the model was trained for).
-        `parallel`: sequences decoded at once (default: as many as have a cache of their own in `cache_gb` GB, at most 32,
+        `parallel`: sequences decoded at once (default: as many as have their own cache in `cache_gb` GB, at most 32,
         or 4 for a model under 20M parameters on a CPU).
 
-        With caches of their own, the same requests give the same texts in every run, and 32 sequences are twice as fast
+        With their own caches, the same requests give the same texts in every run, and 32 sequences are twice as fast
         on a CPU. If fewer than `OWN_CACHES` fit, all share one cache and wait while it is full; with `unified` False,
         fewer are decoded at once, with True all share one cache.
         A model with factors for long contexts (Phi) gets the context of its short ones, which training uses.
@@ -158,9 +158,7 @@ class Engine(AbstractContextManager["Engine"]):
         """Choose the number of sequences and the size of the cache, and open the context with them."""
         api, model = self._api, self._model
         if unified is None and 0 < api.llama_model_n_swa(model) < self.context:
-            unified = (
-                False  # a shared cache takes cells that have left one sequence's window from its copies, too
-            )
+            unified = False  # a shared cache also drops cells outside one sequence's window from its copies
         count = api.llama_model_n_params(model)
         # cache bytes per token: keys and values of every layer in float16
         kind = self._metadata("general.architecture")
@@ -248,7 +246,7 @@ class Engine(AbstractContextManager["Engine"]):
     def generate(self, requests: Sequence[Request]) -> Iterator[Reply]:
         """Yield each reply as it finishes. Greedy at temperature 0; `tokens` includes the end token.
 
-        A prompt that does not fit gives a reply with finish "error" and the reason; a reply that reaches the end of the
+        A prompt that does not fit yields a reply with finish "error" and the reason; a reply that reaches the end of the
         context has finish "length". Sampling depends only on the request's seed.
         """
         sequences = {self._sequence(request): index for index, request in enumerate(requests)}
@@ -280,7 +278,7 @@ class Engine(AbstractContextManager["Engine"]):
         room = self.context - len(ids)
         sequence = TokenSequence(ids, request=request, limit=min(request.max_tokens, room))
         if not ids or room < 1:
-            # LiteLLM knows this wording, and then tries a model with a longer context
+            # LiteLLM recognizes this wording, and then tries a model with a longer context
             limit = f"this model's maximum context length is {self.context} tokens"
             why = f"{limit}, the prompt has {len(ids)}: use a longer context"
             sequence.finish, sequence.error = "error", why
@@ -289,7 +287,7 @@ class Engine(AbstractContextManager["Engine"]):
         return sequence
 
     def score(self, requests: Sequence[ScoreRequest], cancel: Event | None = None) -> Iterator[Scores]:
-        """Yield the log-odds of the options at each mark: one prefill per request, and the options that are not in it.
+        """Yield the log-odds of the options at each mark: one prefill per request, plus the options that are not in it.
 
         A request that does not fit, or is cancelled, gives NaN at every mark.
         """
@@ -321,7 +319,7 @@ class Engine(AbstractContextManager["Engine"]):
             else:
                 owner.update(dict.fromkeys(parts, index))
         missing, prefill = Counter(owner.values()), Counter[int]()
-        # few slots: one after another in one slot, so that the solution stays in another one's cache for the continuation
+        # few slots: one after another in one slot, so that another keeps the solution in its cache for the continuation
         runs = [[part] for part in owner] if self.parallel < FEW else [list(owner)]
         for done in chain.from_iterable(self.scheduler.run(run, cancel) for run in runs):
             index = owner[done]

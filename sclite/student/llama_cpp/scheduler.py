@@ -1,7 +1,7 @@
 """Many sequences at once in one llama.cpp context: slots, mixed batches, shared prefixes.
 
 A sequence is decoded from `past` to the end of its ids; prefill and decoding are the same operation. A finished sequence's
-slot goes to the next one in the queue before the next batch, so a batch is always as full as the queue allows. The cache
+slot goes to the next one in the queue before the next batch, so batches are always as full as the queue allows. The cache
 of a slot is kept until its space is needed, and a new sequence with the same prefix copies it instead of computing it.
 Only the scheduler's own thread touches the context: callers wait for events, so Ctrl-C never stops it halfway.
 """
@@ -21,9 +21,9 @@ from sclite.student.llama_cpp.sequence import Run, TokenSequence
 from sclite.student.llama_cpp.vocabulary import Vocabulary
 
 WORTH_SHARING = 16
-"""A shorter common prefix, in tokens, is recomputed."""
+"""Tokens; a shorter common prefix is recomputed."""
 MOST_READ = 256
-"""Logits read from a batch, one row of the vocabulary each: 0.16 GB for 152k tokens."""
+"""Maximum number of logits read from a batch, each a row of the vocabulary: 0.16 GB for 152k tokens."""
 MEMORY_HINT = "close other programs that use the memory, export a smaller quantization, or lower eval.context (or --parallel of serve)"
 
 
@@ -226,7 +226,7 @@ class Scheduler:
         if total:
             pointer = self.api.llama_get_logits(self.context)
             place = ctypes.cast(pointer, ctypes.c_void_p).value
-            if (place, total) != self._seen:  # their address rarely changes, and making the array takes long
+            if (place, total) != self._seen:  # the address rarely changes, and creating the array is slow
                 self._seen = place, total
                 self._rows = np.ctypeslib.as_array(pointer, (total, self.vocabulary.size))
             rows = self._rows
@@ -248,14 +248,14 @@ class Scheduler:
     # -- slots
 
     def _admit(self) -> None:
-        """Put waiting sequences into free slots, as far as the cache has room."""
+        """Put waiting sequences into free slots while the cache has room."""
         free = [slot for slot in self.slots if slot not in self.active]
         while self.waiting and free:
             sequence = self.waiting[0]
             if sequence.finish:  # it could not even start
                 self._report(self.waiting.popleft())
                 continue
-            # the slot that shares the longest prefix, the length of that, and how much of it is in the cache
+            # the slot with the longest common prefix, the prefix's length, and how much of it is in the cache
             source: _Slot | None = None
             common = ready = 0
             read = min(sequence.reads, default=len(sequence.ids) - 1)  # computed whatever the cache holds
@@ -273,7 +273,7 @@ class Scheduler:
                     source, common, ready = other, length, cached
             ready = ready if ready >= WORTH_SHARING else 0
             if common - ready >= WORTH_SHARING:
-                return  # the prefix is being computed now: after this batch it can be copied
+                return  # the prefix is being computed: it can be copied after this batch
             needed = len(sequence.ids) - ready + 32  # cells, with room to decode
             needed += sum(len(running.ids) - running.shared + 32 for running in self.active.values())
             if self.unified and self.active and needed > self.cells:
@@ -281,7 +281,7 @@ class Scheduler:
             self.waiting.popleft()
             slot = min(free, key=lambda s: (len(s.kept) > 0, s.freed_at))
             if source is not None and source in free and (len(slot.kept) or ready == len(source.kept)):
-                slot = source  # else the source's own end stays in the cache, such as the solution that is reviewed
+                slot = source  # else the rest of the source stays in the cache, such as the solution under review
             free.remove(slot)
             if source is not slot or not ready:
                 self.api.llama_memory_seq_rm(self.memory, slot.number, -1, -1)

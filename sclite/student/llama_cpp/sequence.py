@@ -62,7 +62,7 @@ class TokenSequence:
         return len(self.ids) - len(self.prompt)
 
     def option(self, at: int, tokens: list[int]) -> "Option":
-        """Where to read an option after position `at`: in this sequence if it is there, else in a separate one."""
+        """Where to read an option after position `at`: in this sequence if it contains it, else in a separate one."""
         present = self.ids[at + 1 : at + len(tokens)] == tokens[:-1]
         sequence = self if present else TokenSequence(self.ids[: at + 1] + tokens[:-1])
         places = list(enumerate(tokens, at))
@@ -110,7 +110,7 @@ class TokenSequence:
 SMALLEST = 1e-9
 """The smallest probability of any other text: log-odds are at most 20.7."""
 Option = tuple[TokenSequence, list[tuple[int, int]]]
-"""A sequence, and the (position, token) pairs in it whose log-probabilities add up to that of an option."""
+"""A sequence, and its (position, token) pairs whose log-probabilities add up to that of an option."""
 
 
 def log_prob(option: Option) -> float:
@@ -123,7 +123,7 @@ def log_prob(option: Option) -> float:
 
 
 def log_odds(first: Option, second: Option | None) -> float:
-    """log p of an option - log p of the other one, or of anything else, which is at least SMALLEST likely."""
+    """log p of an option - log p of the other one, or of anything else, whose probability is at least SMALLEST."""
     likely = log_prob(first)
     return likely - (log_prob(second) if second else math.log(max(-math.expm1(likely), SMALLEST)))
 

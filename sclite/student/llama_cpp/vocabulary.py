@@ -18,7 +18,7 @@ class Vocabulary:
     def ids(self, text: str, special: bool = False) -> list[int]:
         """Token ids of the text on its own, without BOS. `special`: parse control tokens in the text."""
         data = text.encode("utf-8")
-        count = -len(data) - 8  # minus the room that is needed, as llama.cpp returns it if there is less
+        count = -len(data) - 8  # llama.cpp returns minus the room needed if there is too little
         while count < 0:
             found = (self._api.llama_token * -count)()
             count = self._api.llama_tokenize(self._of, data, len(data), found, -count, False, special)

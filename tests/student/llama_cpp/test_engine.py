@@ -273,7 +273,7 @@ def test_sampling_depends_on_the_seed_not_on_the_batch(gguf):
     with Engine(gguf, parallel=8, context=512) as engine:
         found = replies(engine, [sampled(seed) for seed in range(8)])
     together = [found[seed].text for seed in range(8)]
-    with Engine(gguf, parallel=4, context=512) as engine:  # fewer have another attention
+    with Engine(gguf, parallel=4, context=512) as engine:  # fewer use a different attention
         alone = [next(engine.generate([sampled(seed)])).text for seed in range(8)]
     # rounding differs between batches, so a draw at the boundary of two tokens may flip
     assert sum(one == other for one, other in zip(alone, together, strict=True)) >= 6
@@ -298,7 +298,7 @@ def test_dominant_token_takes_one_draw_and_a_flat_nucleus_is_kept_whole():
         other.random()
     assert sample(open_, request, draw) == sample(open_, request, other)
     logits = np.zeros(5000, dtype=np.float32)
-    logits[0] = 12.0  # each of the others is below 1e-4 of it; together they hold 3 % of the mass
+    logits[0] = 12.0  # each of the others is below 1e-4 of it; together they have 3 % of the mass
     request, draw = Request((), temperature=1.0, top_p=0.999), np.random.default_rng(0)
     assert len({sample(logits, request, draw) for _ in range(2000)}) > 20
 
