@@ -8,7 +8,7 @@ import pytest
 
 from sclite.config import Config
 from sclite.data.attempts import write_attempts
-from sclite.data.imported import import_attempts
+from sclite.data.imported import import_attempts, read_labelled
 from sclite.errors import DataError
 from sclite.records import Attempt, Drop
 from sclite.trace import Step, Trace, parse, render
@@ -112,3 +112,15 @@ def test_labelled_step_makes_the_attempt_wrong_and_other_columns_are_refused(gra
     assert (found.correct, found.first_error) == (False, 1)
     with pytest.raises(DataError, match=r"has `label` but no `first_error_step`: .*add 1"):
         load(grader, write("mine.jsonl", {"problem": "What is 1 + 1?", "steps": ["3"], "label": 0}))
+
+
+def test_labels_are_read_for_an_evaluation(write):
+    rows = [work("1 + 1 = 3", "So 3", first_error_step=1), work("2", first_error_step=-1), work("3")]
+    found = read_labelled(Path(write("mine.jsonl", *rows)))
+    assert [(question, len(trace.steps), step) for question, trace, step in found] == [
+        ("What is 1 + 1?", 2, 1),
+        ("What is 1 + 1?", 1, 0),
+    ]
+    for row, said in ((work("3"), "has no labels"), (work("3", label=0), "line 1: it has `label` but no")):
+        with pytest.raises(DataError, match=said):
+            read_labelled(Path(write("other.jsonl", row)))
