@@ -75,6 +75,7 @@ def main() -> None:
 def _report_bug(kind: type[BaseException], value: BaseException | None, trace: TracebackType | None) -> None:
     """Print an unexpected exception as one line and save its traceback. Python then exits with code 1."""
     from sclite import console
+    from sclite.config import without_password
     from sclite.errors import ScliteError
 
     if issubclass(kind, KeyboardInterrupt):
@@ -84,7 +85,7 @@ def _report_bug(kind: type[BaseException], value: BaseException | None, trace: T
         with tempfile.NamedTemporaryFile(
             "w", prefix="sclite-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
         ) as file:
-            file.write(f"{sys.argv}\n")
+            file.write(f"{[without_password(word) for word in sys.argv]}\n")
             traceback.print_exception(kind, value, trace, file=file)
         where = f"the traceback is in {file.name}"
     except OSError:

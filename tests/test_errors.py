@@ -35,13 +35,16 @@ m.run_checks = fail
 
 
 def test_an_unexpected_exception_is_one_line_with_a_traceback_file(tmp_path):
-    done = sclite(tmp_path, "doctor", code=FAILING)
+    address = "teacher.api_base=http://me:hunter2@localhost:8000/v1"
+    done = sclite(tmp_path, "doctor", "--set", address, code=FAILING)
     assert (done.returncode, done.stdout) == (1, "")
     first, hint = done.stderr.splitlines()
     assert first == "error: unexpected ZeroDivisionError: no"
     log = Path(re.search(r"the traceback is in (\S+\.log)", hint)[1])
     assert log.parent == tmp_path
     assert "in fail" in log.read_text()
+    assert "doctor" in log.read_text()
+    assert "hunter2" not in log.read_text()
     debugged = sclite(tmp_path, "doctor", code=FAILING, SCLITE_DEBUG="1")
     assert "Traceback" in debugged.stderr
     assert debugged.returncode == 1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sclite.errors import DataError
 from sclite.export.tensors import BaseWeights, open_tensors
-from sclite.student.loader import attention_of
+from sclite.student.backends import attention_of
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,9 @@ from sclite.export.quantize import estimate_bytes
 from sclite.export.samples import Sample, split_samples
 from sclite.export.tensors import BaseWeights
 from sclite.student.adapters import meta_model
+from sclite.student.backends import attention_of, nf4_config
 from sclite.student.cuda_memory import available_ram
-from sclite.student.loader import attention_of, max_positions, nf4_config, read_config
+from sclite.student.loader import max_positions, read_config
 from sclite.student.origin import read_origin
 from sclite.student.tokenization import piece_ids, prompt_ids
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,6 +13,7 @@ from sclite import prompts
 from sclite.config import Config, Student, TrainingStage
 from sclite.errors import DataError, DeviceError, NetworkError, UsageError
 from sclite.student.adapters import check_adapter, load_adapter, lora_targets, meta_model
+from sclite.student.backends import OWN_KERNELS, disable_dropout, load_plain, load_unsloth
 from sclite.student.chat_template import renderer
 from sclite.student.cuda_memory import cuda_failure, has_driver, is_out_of_memory
 from sclite.student.tokenization import end_id, prompt_ids, prompt_text
@@ -21,16 +21,13 @@ from sclite.student.tokenizer_file import is_ignored
 from sclite.trace import Step, Trace, render
 
 if TYPE_CHECKING:
-    import torch
     from peft import LoraConfig, PeftModel
-    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).resolve().parent.parent / "quickstart" / "student"
 """The folder of the embedded student, shipped in the package."""
-OWN_KERNELS = ("llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3")
-"""Families for which Unsloth has its own decoder; it compiles the layers of others."""
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -247,7 +244,12 @@ def load_student(
                     task_type="CAUSAL_LM",
                 )
             length = min(most, max(settings.max_length, 8192))
-            model = _load(name, config, model_config, lora, backend, length)
+            if backend == "unsloth":
+                model = load_unsloth(fetch_model(name), config, model_config, lora, length)
+                if lora is not None:
+                    cast("PeftModel", model).peft_config["default"].base_model_name_or_path = name
+            else:
+                model = load_plain(name, config, model_config, lora)
             if adapter is not None:
                 load_adapter(cast("PeftModel", model), adapter)
             if train:
@@ -271,17 +273,6 @@ def load_student(
     return model, tokenizer
 
 
-def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout of a model to 0: DPO's reference and the evaluation use none either (as in TRL)."""
-    import torch
-
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):  # 0.1 in Granite
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010
-
-
 def is_padding_free(model_config: PretrainedConfig, settings: TrainingStage, backend: str) -> bool:
     """Whether the rows of a batch are concatenated instead of padded.
 
@@ -300,128 +291,3 @@ def is_padding_free(model_config: PretrainedConfig, settings: TrainingStage, bac
 def max_positions(model_config: PretrainedConfig) -> int:
     """The number of positions that a model supports."""
     return getattr(model_config.get_text_config(), "max_position_embeddings", None) or 1 << 20
-
-
-def attention_of(model_config: PretrainedConfig) -> dict[str, str]:
-    """Which attention a model must be loaded with: PyTorch's fused one, the default, ignores the soft cap of Gemma 2."""
-    capped = getattr(model_config.get_text_config(), "attn_logit_softcapping", None)
-    return {"attn_implementation": "eager"} if capped else {}
-
-
-def half_dtype() -> torch.dtype:
-    """The 16-bit type for computing on this GPU."""
-    import torch
-
-    able = torch.cuda.is_bf16_supported(
-        including_emulation=False
-    )  # before Ampere it is emulated, without tensor cores
-    return torch.bfloat16 if able else torch.float16
-
-
-def cpu_training_dtype(model_config: PretrainedConfig) -> torch.dtype:
-    """The type of frozen weights when training on a CPU: bfloat16 if the checkpoint has it and the CPU multiplies it, else float32.
-
-    SmolLM2-135M trains twice as fast with them and in two thirds of the memory (docs/training.md).
-    """
-    import torch
-
-    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    native = able.get("avx512_bf16") or able.get("amx_bf16")
-    return torch.bfloat16 if native and model_config.dtype == torch.bfloat16 else torch.float32
-
-
-def nf4_config(skipped: Sequence[str] | None = None) -> BitsAndBytesConfig:
-    """NF4 with double quantization, computing in 16 bits; `skipped` linear layers are left unquantized (default: the head)."""
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        llm_int8_skip_modules=None if skipped is None else list(skipped),
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=half_dtype() if torch.cuda.is_available() else torch.bfloat16,
-    )
-
-
-def _load(
-    name: str,
-    config: Config,
-    model_config: PretrainedConfig,
-    lora: LoraConfig | None,
-    backend: str,
-    length: int,
-) -> PreTrainedModel:
-    """The model with a LoRA. Unsloth silently truncates rows of more than `length` tokens: none may reach it."""
-    import torch
-
-    if backend == "plain":
-        from peft import get_peft_model
-        from peft.tuners.lora import LoraLayer
-        from transformers import AutoModelForCausalLM
-
-        trained = lora is not None and not lora.inference_mode
-        arguments: dict[str, Any] = {"dtype": cpu_training_dtype(model_config) if trained else torch.float32}
-        if torch.cuda.is_available():
-            arguments = {"dtype": half_dtype(), "device_map": {"": 0}}
-            if config.student.load_in_4bit and getattr(model_config, "quantization_config", None) is None:
-                arguments["quantization_config"] = nf4_config()
-        arguments |= attention_of(model_config)
-        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **arguments)
-        if lora is None:
-            return model
-        torch.manual_seed(config.seed)
-        student = get_peft_model(model, lora)
-        for module in student.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                # at the first forward without gradients, bitsandbytes would repack the weight and break its backward pass
-                setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
-        if trained and (torch.cuda.is_available() or next(model.parameters()).dtype.itemsize == 2):
-            # The trainer autocasts inputs to 16 bits. PEFT would convert each to float32 first.
-            for module in student.modules():
-                if isinstance(module, LoraLayer):
-                    module.cast_input_dtype_enabled = False
-        return cast("PreTrainedModel", student)
-
-    from transformers import AutoModelForCausalLM
-    from unsloth import FastLanguageModel
-
-    has_kernels = model_config.model_type in OWN_KERNELS
-    model, _ = FastLanguageModel.from_pretrained(
-        str(fetch_model(name).resolve()),  # a Hub ID that ends in -bf16 would be loaded in 16 bits
-        max_seq_length=length,
-        load_in_4bit=config.student.load_in_4bit,
-        dtype=None,
-        device_map={"": 0},
-        use_exact_model_name=True,  # otherwise Unsloth replaces a base with its own copy
-        offload_embedding=False,
-        fix_tokenizer=False,
-        trust_remote_code=False,
-        **({} if has_kernels else {"auto_model": AutoModelForCausalLM}),  # else not the export's class
-    )
-    if lora is None:
-        return model
-    if unsupported := [
-        x for x in ("rank_pattern", "alpha_pattern", "use_dora", "target_parameters") if getattr(lora, x)
-    ]:
-        message = f"the adapter of the run uses {unsupported[0]}, which Unsloth training does not support"
-        hint = "use a plain LoRA, or --set student.backend=plain"
-        raise DataError(message, hint)
-    targets = lora.target_modules or []
-    if not isinstance(targets, str):
-        # from a list, Unsloth drops full paths and unknown names, except for its own decoders
-        targets = sorted(targets) if has_kernels else rf"(.*\.)?({'|'.join(map(re.escape, sorted(targets)))})"
-    student = FastLanguageModel.get_peft_model(
-        model,
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        target_modules=targets,
-        target_parameters=[],  # the default includes those of experts, which cannot be merged
-        lora_dropout=lora.lora_dropout,
-        use_rslora=lora.use_rslora,
-        bias="none",
-        use_gradient_checkpointing="unsloth",
-        random_state=config.seed,
-    )
-    student.peft_config["default"].base_model_name_or_path = name
-    return student

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from sclite.errors import DataError
-from sclite.student.loader import half_dtype
+from sclite.student.backends import half_dtype
 from sclite.student.tokenization import TrainingSequence
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from sclite.errors import DataError
 from sclite.student.adapters import lora_targets, meta_model
-from sclite.student.loader import cpu_training_dtype
+from sclite.student.backends import cpu_training_dtype
 from sclite.student.log_probs import head_chunk_size
 
 if TYPE_CHECKING:

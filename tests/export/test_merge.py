@@ -13,7 +13,7 @@ from sclite.errors import DataError
 from sclite.export import merge as module
 from sclite.export.merge import merge
 from sclite.export.tensors import BaseWeights, Tensors
-from sclite.student.loader import nf4_config
+from sclite.student.backends import nf4_config
 from sclite.student.origin import read_origin, record_origin
 from tests.toy import LINEAR, merged_by_peft, random_adapter, tiny_llama
 

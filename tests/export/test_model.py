@@ -34,10 +34,11 @@ from sclite.progress import ProgressDisplay
 from sclite.records import Template
 from sclite.run import Report, Run
 from sclite.student.adapters import adapter_weights
+from sclite.student.backends import nf4_config
 from sclite.student.ggufs import exports_of, gguf_path, source_digest
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.probe import check_gguf
-from sclite.student.loader import load_tokenizer, nf4_config
+from sclite.student.loader import load_tokenizer
 from sclite.student.origin import record_origin
 from sclite.student.tokenization import prompt_ids
 from sclite.train.stage import training_inputs

@@ -198,7 +198,7 @@ def test_code_in_a_model_folder_never_runs(tmp_path):
 
 def test_adapter_does_not_convert_the_16_bit_inputs_of_autocast(tmp_path, monkeypatch):
     """PEFT would convert each to float32, and autocast back to 16 bits."""
-    monkeypatch.setattr("sclite.student.loader.cpu_training_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr("sclite.student.backends.cpu_training_dtype", lambda _: torch.bfloat16)
     model, _ = load_student(toy_config(tiny_llama(tmp_path / "student")), "sft", train=True)
     seen = set()
     for name, module in model.named_modules():

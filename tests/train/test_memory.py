@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from sclite.errors import DataError
 from sclite.student.adapters import lora_targets
-from sclite.student.loader import attention_of
+from sclite.student.backends import attention_of
 from sclite.student.log_probs import PaddedBatch, hidden_states, token_log_probs, vocabulary_log_probs
 from sclite.train import memory
 from sclite.train.memory import Setting, architecture, estimate, nf4_bytes, optimizer_bytes, peak
