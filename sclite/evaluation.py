@@ -24,6 +24,7 @@ from sclite.signature import digest
 from sclite.student.adapters import STUDENTS
 from sclite.student.ggufs import gguf_path, source_digest
 from sclite.student.llama_cpp.engine import Engine
+from sclite.student.recorder import recorded
 from sclite.student.work_counter import WorkCounter
 from sclite.train.metrics_logger import read_metrics
 
@@ -120,19 +121,24 @@ def evaluate(
                 if config.review.needs_fit and fitting >= MIN_PROBLEMS:
                     work += 0 if is_current(config, load_threshold(config, run, path), fitting) else fitting
                 texts, scores = (2 * number, 0) if config.review.mode == "free" else (work, work)
-                with Engine(path, context=config.eval.context, unified=False) as engine:
-                    student = WorkCounter(engine, texts, scores, partial(advance, name, number))
+                kept = run.path(f"{folder}/{name}.partial.jsonl")
+                identity = f"{run.file_digest(str(path.resolve()))} {config.eval.context}"
+                with (
+                    Engine(path, context=config.eval.context, unified=False) as engine,
+                    recorded(engine, kept, identity) as recorder,
+                ):
+                    student = WorkCounter(recorder, texts, scores, partial(advance, name, number))
                     figures[name] = evaluate_model(config, run, name, student, path, held_out, grader, judge)
                     if name in compared:
                         samples = 0 if name == "base" else config.eval.votes * number
                         report = partial(advance, f"baselines of {name}", 0)
                         report(0, 0.0)
-                        student = WorkCounter(engine, number + samples, samples, report)
+                        student = WorkCounter(recorder, number + samples, samples, report)
                         given = (config, run, name, student, held_out, figures[name], grader)
                         baselines[name] = measure_baselines(*given)
                     if works:
                         student = WorkCounter(
-                            engine, 0, len(works), partial(advance, f"labelled work, {name}", 0)
+                            recorder, 0, len(works), partial(advance, f"labelled work, {name}", 0)
                         )
                         labelled[name] = measure_labelled(
                             config, student, works, cutoff_of(config, figures[name])

@@ -11,8 +11,10 @@ from sclite.records import Problem
 from sclite.run import Report
 from sclite.student.adapters import STUDENTS, adapter_weights
 from sclite.student.ggufs import adapters_of, export_stage, find_ggufs, gguf_path, inputs_of
+from sclite.student.recorder import recorded
 from sclite.student.step_scores import Cutoff
 
+PARTIAL = "export/threshold.partial.jsonl"
 REVIEW_OFF = "review is off; turn it on with --self-correct"
 
 
@@ -84,8 +86,14 @@ def fit_review_threshold(context: Context, problems: Sequence[Problem]) -> None:
             def count(solved: int, share: float, note: str) -> None:
                 progress(solved, len(problems), share=share, note=note)
 
-            student = engine and WorkCounter(engine, len(problems), len(problems), count)
-            fitted = ensure_threshold(config, run, path, student, problems, grader)
+            if engine is None:
+                fitted = ensure_threshold(config, run, path, None, problems, grader)
+            else:
+                with recorded(
+                    engine, run.path(PARTIAL), f"{run.file_digest(str(path.resolve()))} {config.eval.context}"
+                ) as recorder:
+                    student = WorkCounter(recorder, len(problems), len(problems), count)
+                    fitted = ensure_threshold(config, run, path, student, problems, grader)
     report = Report("threshold", {"problems": fitted.problems}, figures=fitted.model_dump(), skipped=skipped)
     remedy = "; `sclite eval PROBLEMS` fits it on others" if fitted.problems < MIN_PROBLEMS else ""
     context.add(report, f"threshold: {fitted.summary}{remedy}")

@@ -4,7 +4,7 @@ On a CUDA GPU each stage that needs the GPU runs in its own process (`context.is
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,9 @@ from sclite.errors import DataError, DeviceError, GpuMemoryError, UsageError
 from sclite.progress import Progress, ProgressDisplay
 from sclite.records import FEEDBACK, Problem, Review
 from sclite.run import Report, Run
-from sclite.signature import differences
+from sclite.signature import differences, digest
 from sclite.student.adapters import STUDENTS, adapter_weights
+from sclite.student.recorder import recorded
 
 if TYPE_CHECKING:
     from sclite.data.problems import Split
@@ -198,7 +199,11 @@ def sample_student(
     context = context or Context(config, run, ProgressDisplay(quiet=True))
     adapter = "sft/adapter" if stage == "attempts" else "warmup/adapter"
     made = context.student(adapter, stage, progress) if with_student else nullcontext()
-    with Grader() as grader, made as student:
+    with ExitStack() as stack:
+        grader, student = stack.enter_context(Grader()), stack.enter_context(made)
+        if stage == "pairs" and student is not None and config.attempts.kind != "endpoint":
+            identity, path = digest(pairs.pairs_inputs(config, run)), run.path("pairs.partial.jsonl")
+            student = stack.enter_context(recorded(student, path, identity))
         tools: dict[str, Any] = {"student": student, "grader": grader, "progress": progress}
         if stage == "pairs":
             report = pairs.write_pairs(config, run, **tools)

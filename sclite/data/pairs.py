@@ -16,7 +16,7 @@ from sclite.data.attempts import endpoint_cost_usd, external_student_digest
 from sclite.data.imported import reject_row
 from sclite.grading.grader import Grader
 from sclite.progress import Progress, no_progress
-from sclite.records import Attempt, Drop, Pair, Problem, Review, Row
+from sclite.records import Attempt, Drop, Pair, Problem, Review
 from sclite.run import Report, Run, timed
 from sclite.signature import digest, with_unanswered
 from sclite.student.adapters import adapter_weights
@@ -31,21 +31,10 @@ from sclite.student.self_correction import (
 )
 from sclite.trace import CAUSE, Trace, close_piece, open_piece, parse, render, step_pieces
 
-PARTIAL, BEGUN = "pairs.partial.jsonl", "pairs.begun.json"
 Own = tuple[str, bool | None]
 """A student's own cause and correction, as a continuation of `<Cause>`, and whether it leads to the gold answer."""
 _UNREADABLE, _UNANSWERED = "student_review_not_readable", "student_did_not_reply"
 _ALREADY_RIGHT = "student_review_already_right"  # needs no content pair
-
-
-class OwnReview(Row):
-    """What the student wrote about an attempt, as in `Own`, or the reason why it is unusable."""
-
-    id: str
-    sample: int
-    text: str = ""
-    correct: bool | None = None
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,10 +64,7 @@ def pairs_inputs(config: Config, run: Run) -> dict[str, object]:
 def write_pairs(
     config: Config, run: Run, *, student: Student | None, grader: Grader, progress: Progress = no_progress
 ) -> Report:
-    """Sample the student's corrections of its wrong attempts; writes pairs.jsonl, without a student decisions only.
-
-    An interrupted run resumes after its last complete batch.
-    """
+    """Sample the student's corrections of its wrong attempts; writes pairs.jsonl, without a student decisions only."""
     if run.is_imported("pairs", "pairs.jsonl"):
         return _validate_imported(run)
     inputs, report = pairs_inputs(config, run), Report("pairs")
@@ -94,12 +80,12 @@ def write_pairs(
             for case in cases:
                 case.reasons.append("no_student_review")
         else:
-            _sample_own(config, run, inputs, student, cases, grader, progress)
+            _sample_own(config, student, cases, grader, progress)
         own = {(case.review.id, case.review.sample): (case.own, case.reasons) for case in cases}
         made = [make_pairs(r, work, *own.get((r.id, r.sample), ([], []))) for r, work in judged]
         pairs = [pair for found, _ in made for pair in found]
         drops = [drop for _, drop in made if drop is not None]
-        run.write_json(BEGUN, inputs)
+        run.mark_started("pairs")
         run.replace("pairs.jsonl", pairs)
         run.replace_drops("pairs", drops)
     report.counts |= Counter(pair.kind for pair in pairs)
@@ -117,7 +103,6 @@ def write_pairs(
         report.figures["own_reviews"], unanswered = dict(reasons), reasons[_UNANSWERED]
         report.cost_usd = endpoint_cost_usd(run, "pairs")
     run.sign("pairs", with_unanswered(inputs, unanswered), report, {"pairs.jsonl": len(pairs)})
-    run.path(PARTIAL).unlink(missing_ok=True)
     return report
 
 
@@ -159,13 +144,7 @@ def _validate_imported(run: Run) -> Report:
 
 
 def _sample_own(
-    config: Config,
-    run: Run,
-    inputs: dict[str, object],
-    student: Student,
-    cases: Sequence[Case],
-    grader: Grader,
-    progress: Progress,
+    config: Config, student: Student, cases: Sequence[Case], grader: Grader, progress: Progress
 ) -> None:
     """Add `attempts.reviews` of the student's own corrections to each case."""
     settings, whole = config.attempts, config.attempts.kind == "endpoint"
@@ -173,13 +152,7 @@ def _sample_own(
         asked, size = [*cases] * settings.reviews, len(cases)
     else:
         asked, size = [case for case in cases for _ in range(settings.reviews)], config.student.batch
-    rows: list[OwnReview] = []
-    if run.read_json(BEGUN) == inputs and not whole:  # replies of an endpoint are in the ledger
-        rows = run.read(PARTIAL, OwnReview, whole=False)
-        del rows[len(rows) // size * size :]
-    run.replace(PARTIAL, rows)
-    run.write_json(BEGUN, inputs)
-    for start in range(len(rows), len(asked), size or 1):
+    for start in range(0, len(asked), size or 1):
         block = asked[start : start + size]
 
         def show(done: int, _: int, before: int = start) -> None:
@@ -202,32 +175,20 @@ def _sample_own(
             (None if result.correction is None else (result.trace or case.work).answer, case.problem.answer)
             for case, result in zip(block, written, strict=True)
         )
-        for case, own, right in zip(block, written, verdicts, strict=True):
-            of, reason = {"id": case.review.id, "sample": case.review.sample}, unusable_reason(own, case)
-            text = "" if reason else continuation(own)
-            rows.append(OwnReview(**of, text=text, correct=right, reason=reason))
-        run.append(PARTIAL, rows[-len(block) :])
-    for case, row in zip(asked, rows, strict=True):
-        if row.reason:
-            case.reasons.append(row.reason)
-        else:
-            case.own.append((row.text, row.correct))
-
-
-def unusable_reason(own: Reviewed, case: Case) -> str:
-    """Why what the student wrote about a case cannot be one side of a pair, or ""."""
-    before = [step.text.split() for step in (own.trace or case.work).steps[: case.step - 1]]
-    if own.accused is None and own.note:
-        return _UNANSWERED if own.note == NO_REPLY else _UNREADABLE
-    if own.accused is None:
-        return "student_review_accuses_nothing"
-    if own.accused != case.step:
-        return "student_review_accuses_another_step"
-    if not own.cause or not own.correction:
-        return _UNREADABLE
-    if before != [step.text.split() for step in case.work.steps[: case.step - 1]]:
-        return "student_review_changes_steps"
-    return ""
+        for case, result, right in zip(block, written, verdicts, strict=True):
+            before = [step.text.split() for step in (result.trace or case.work).steps[: case.step - 1]]
+            if result.accused is None and result.note:
+                case.reasons.append(_UNANSWERED if result.note == NO_REPLY else _UNREADABLE)
+            elif result.accused is None:
+                case.reasons.append("student_review_accuses_nothing")
+            elif result.accused != case.step:
+                case.reasons.append("student_review_accuses_another_step")
+            elif not result.cause or not result.correction:
+                case.reasons.append(_UNREADABLE)
+            elif before != [step.text.split() for step in case.work.steps[: case.step - 1]]:
+                case.reasons.append("student_review_changes_steps")
+            else:
+                case.own.append((continuation(result), right))
 
 
 def continuation(reviewed: Reviewed | Review) -> str:

@@ -155,23 +155,6 @@ def test_student_corrects_each_wrong_attempt_at_the_teachers_step(run, grader):
         assert len({r.seed for r in same}) == 2  # two different samples
 
 
-def test_interrupted_corrections_resume_after_the_last_complete_batch(run, grader):
-    fill(run, 4)
-    texts = {f"p{i}": [RIGHT, WRONG] for i in range(4)}
-
-    def interrupt(done, total, **_):
-        if done == 6:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build(run, grader, {name: list(each) for name, each in texts.items()}, progress=interrupt)
-    assert run.path("pairs.partial.jsonl").is_file()
-    _, contents, requests = build(run, grader, {"p2": [RIGHT, WRONG], "p3": [RIGHT, WRONG]})
-    assert len([r for r in requests if r.pieces[-1] == CAUSE]) == 4
-    assert sides(contents) == dict.fromkeys(texts, (RIGHT, WRONG, "student"))
-    assert not run.path("pairs.partial.jsonl").exists()
-
-
 @pytest.mark.parametrize(("dropped", "warned"), [(3, True), (2, False)])
 def test_warning_if_most_content_pairs_were_dropped(run, grader, warnings, dropped, warned):
     fill(run, 4)
