@@ -107,10 +107,8 @@ def evaluate(
 
         def advance(label: str, rows: int, written: int, share: float, note: str = "") -> None:
             """Report on the part that runs, which solves `rows` problems: a model, or (0) the baselines of one."""
-            done, part = (
-                len(figures) * number + min(written, rows),
-                sum(map(len, (figures, baselines, labelled))),
-            )
+            done = len(figures) * number + min(written, rows)
+            part = sum(map(len, (figures, baselines, labelled)))
             progress(done, total, share=(part + share) / parts, note=f"{label}: {note}" if note else label)
 
         for name in names:
