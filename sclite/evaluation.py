@@ -5,15 +5,16 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from math import ceil
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
-from sclite.config import Eval
+from sclite.config import Config, Eval
 from sclite.context import Context
 from sclite.errors import DataError, UsageError
 from sclite.evaluate.baselines import measure_baselines
 from sclite.evaluate.evaluate import HeldOut, Judge, cutoff_of, evaluate_model, summary_notes
 from sclite.evaluate.labelled import measure_labelled
-from sclite.evaluate.metrics import Outcome, compare
+from sclite.evaluate.metrics import Outcome, compare_outcomes
 from sclite.evaluate.report import write_report
 from sclite.evaluate.results import REPORT, SUMMARY, result_folder, summaries
 from sclite.evaluate.threshold import FITTED_ON, MIN_PROBLEMS, is_current, load_threshold
@@ -26,6 +27,7 @@ from sclite.student.ggufs import gguf_path, source_digest
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.recorder import recorded
 from sclite.student.work_counter import WorkCounter
+from sclite.trace import Trace
 from sclite.train.metrics_logger import read_metrics
 
 
@@ -83,30 +85,42 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
     return HeldOut(tested, fitting, source, dataset, folder, Counter(drop.reason for drop in drops))
 
 
+def labelled_works(config: Config) -> list[tuple[str, Trace, int]]:
+    """(question, work, first wrong step or 0) of eval.labelled, if it is set; UsageError with free review."""
+    from sclite.data.imported import read_labelled
+
+    if not config.eval.labelled:
+        return []
+    if config.review.mode != "guided":
+        raise UsageError("eval.labelled needs the guided review", "unset it, or use --set review.mode=guided")
+    return read_labelled(Path(config.eval.labelled))
+
+
 def evaluate(
-    context: Context, names: Sequence[str], held_out: HeldOut, judge: Judge | None = None
+    context: Context,
+    names: Sequence[str],
+    held_out: HeldOut,
+    judge: Judge | None = None,
+    works: Sequence[tuple[str, Trace, int]] = (),
 ) -> dict[str, Any]:
     """Evaluate the exported students: rows, summary.json and report.html in the folder, thresholds in export/.
 
-    Any other name is a model behind an API, whose review is free.
+    Any other name is a model behind an API, whose review is free. `works` are those of eval.labelled.
     """
-    from sclite.data.imported import read_labelled
-
     config, run, folder = context.config, context.run, held_out.folder
     figures: dict[str, Any] = {}
     baselines: dict[str, Any] = {}
     labelled: dict[str, Any] = {}
-    works = read_labelled(Path(config.eval.labelled)) if config.eval.labelled else []
     number = len(held_out.problems)
     last = [name for name in names if name in STUDENTS][-1:]
-    compared = [name for name in names if config.eval.baselines and name in ("base", *last)]
+    with_baselines = [name for name in names if config.eval.baselines and name in ("base", *last)]
     students = sum(name in STUDENTS for name in names)
-    total, parts = len(names) * number, len(names) + len(compared) + (students if works else 0)
+    total, parts = len(names) * number, len(names) + len(with_baselines) + (students if works else 0)
     text = f"eval: {number} held-out problems, solved and reviewed"
     with context.display.stage("eval", text) as progress, Grader() as grader:
 
         def advance(label: str, rows: int, written: int, share: float, note: str = "") -> None:
-            """Report on the part that runs, which solves `rows` problems: a model, or (0) the baselines of one."""
+            """Report on the part that runs, which solves `rows` problems: a model, or (0) its baselines or labelled work."""
             done = len(figures) * number + min(written, rows)
             part = sum(map(len, (figures, baselines, labelled)))
             progress(done, total, share=(part + share) / parts, note=f"{label}: {note}" if note else label)
@@ -126,14 +140,16 @@ def evaluate(
                     recorded(engine, kept, identity) as recorder,
                 ):
                     student = WorkCounter(recorder, texts, scores, partial(advance, name, number))
-                    figures[name] = evaluate_model(config, run, name, student, path, held_out, grader, judge)
-                    if name in compared:
+                    given = (config, run, name, student, path, held_out, grader, judge)
+                    figures[name] = evaluate_model(*given, resumed=bool(recorder.known))
+                    if name in with_baselines:
                         samples = 0 if name == "base" else config.eval.votes * number
                         report = partial(advance, f"baselines of {name}", 0)
                         report(0, 0.0)
                         student = WorkCounter(recorder, number + samples, samples, report)
-                        given = (config, run, name, student, held_out, figures[name], grader)
-                        baselines[name] = measure_baselines(*given)
+                        baselines[name] = measure_baselines(
+                            config, run, name, student, held_out, figures[name], grader
+                        )
                     if works:
                         student = WorkCounter(
                             recorder, 0, len(works), partial(advance, f"labelled work, {name}", 0)
@@ -174,25 +190,28 @@ def evaluate(
     return summary
 
 
-def stored_results(run: Run, held_out: HeldOut) -> dict[str, Any]:
-    """The newest summary that another `run` has of these problems; raises DataError if there is none."""
-    found = next((each for each in summaries(run) if each.get("dataset") == held_out.dataset), None)
+def stored_results(run: Run, held_out: HeldOut, names: Sequence[str]) -> dict[str, Any]:
+    """The newest summary that another `run` has of these problems and one of the students; else raises DataError."""
+    found = next(
+        (s for s in summaries(run) if s.get("dataset") == held_out.dataset and s["models"].keys() & {*names}),
+        None,
+    )
     if found is None:
-        hint = f"evaluate it first: sclite eval {held_out.source} --run {run.folder}"
-        raise DataError(f"{run.folder} has no results on {held_out.source}", hint)
+        hint = f"evaluate it first: sclite eval {quote(held_out.source)} --run {quote(str(run.folder))}"
+        raise DataError(f"{run.folder} has no results of {', '.join(names)} on {held_out.source}", hint)
     return found
 
 
 def compare_results(
     run: Run, summary: Mapping[str, Any], other: Run, theirs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """{label: figures} of `metrics.compare`, for the first answers and the answers after review of each student in both."""
+    """{label: figures} of `compare_outcomes`, for the first answers and the answers after review of each student in both."""
     compared = {}
     for name in [name for name in summary["models"] if name in theirs["models"]]:
         here, there = (
             list(each.rows(found["models"][name]["rows"], Outcome, whole=False))
             for each, found in ((run, summary), (other, theirs))
         )
-        compared[f"{name}, first answer"] = compare(here, there, "correct1")
-        compared[f"{name}, after review"] = compare(here, there, "correct2")
+        compared[f"{name}, first answer"] = compare_outcomes(here, there, "correct1")
+        compared[f"{name}, after review"] = compare_outcomes(here, there, "correct2")
     return compared

@@ -4,7 +4,7 @@ On a CUDA GPU each stage that needs the GPU runs in its own process (`context.is
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # -- problems ------------------------------------------------------------------------------------------------------
 
-FIRST_PASS = 100
+FIRST_PASS_PROBLEMS = 100
 """Problems that the student solves before and after the warm-up."""
 
 
@@ -156,8 +156,8 @@ def build_corrections(context: Context, fresh: bool = False, alone: bool = False
             held_out = first_pass_problems(context)
             report = context.on_gpu(sample_student, "attempts", kept, held_out, not ready, progress=progress)
         right, wrong, unknown = (report.counts.get(name, 0) for name in ("right", "wrong", "unknown"))
-        text = f"{right} right, {wrong} wrong{f', {unknown} unknown' if unknown else ''}{drops(report)}{first_pass(report)}"
-        context.add(report, f"attempts: {text}")
+        text = f"{right} right, {wrong} wrong{f', {unknown} unknown' if unknown else ''}{drops(report)}"
+        context.add(report, f"attempts: {text}{first_pass_text(context, 'sft')}")
         if alone and judged:
             text = "feedback: the teacher solves questions without a gold answer"
             with paid_stage(context, "feedback", text) as given:
@@ -193,43 +193,45 @@ def sample_student(
     A student that was sampled also solves the `held_out` problems, to see whether the warm-up harms solving.
     """
     from sclite.data import attempts, pairs
-    from sclite.evaluate.answers import check_first_pass
+    from sclite.evaluate.answers import measure_first_pass
     from sclite.grading.grader import Grader
 
     context = context or Context(config, run, ProgressDisplay(quiet=True))
     adapter = "sft/adapter" if stage == "attempts" else "warmup/adapter"
     made = context.student(adapter, stage, progress) if with_student else nullcontext()
-    with ExitStack() as stack:
-        grader, student = stack.enter_context(Grader()), stack.enter_context(made)
-        if stage == "pairs" and student is not None and config.attempts.kind != "endpoint":
-            identity, path = digest(pairs.pairs_inputs(config, run)), run.path("pairs.partial.jsonl")
-            student = stack.enter_context(recorded(student, path, identity))
-        tools: dict[str, Any] = {"student": student, "grader": grader, "progress": progress}
-        if stage == "pairs":
-            report = pairs.write_pairs(config, run, **tools)
-        else:
-            report = attempts.write_attempts(config, run, problems=problems, **tools)
+    with Grader() as grader, made as student:
         if student is not None and held_out:
             progress(0, 0, note=f"solving {len(held_out)} held-out problems")
-            if warning := check_first_pass(config, run, stage, student, held_out, grader, report):
-                report.warn(progress, warning)
-    return report
+            measure_first_pass(config, run, adapter.partition("/")[0], student, held_out, grader)
+        tools: dict[str, Any] = {"grader": grader, "progress": progress}
+        if stage == "attempts":
+            return attempts.write_attempts(config, run, problems=problems, student=student, **tools)
+        if student is None or config.attempts.kind == "endpoint":  # whose replies are in the ledger
+            return pairs.write_pairs(config, run, student=student, **tools)
+        identity = digest(pairs.pairs_inputs(config, run))
+        with recorded(student, run.path("pairs.partial.jsonl"), identity) as recorder:
+            return pairs.write_pairs(config, run, student=recorder, **tools)
 
 
 def first_pass_problems(context: Context) -> list[Problem]:
     """The problems that the student solves before and after the warm-up."""
-    return untrained_problems(context)[:FIRST_PASS] if context.config.attempts.kind == "trained" else []
+    return (
+        untrained_problems(context)[:FIRST_PASS_PROBLEMS] if context.config.attempts.kind == "trained" else []
+    )
 
 
-def first_pass(report: Report) -> str:
-    """The share of right first answers for a stage's line."""
-    share = report.figures.get("first_pass")
-    return "" if share is None else f"; {100 * share:.0f} % of held-out problems right"
+def first_pass_text(context: Context, stage: str) -> str:
+    """The share of right first answers, for a stage's line."""
+    from sclite.evaluate.answers import first_pass
+
+    found = first_pass(context.run, stage) if context.config.attempts.kind == "trained" else None
+    return f"; {100 * found['right']:.0f} % of {found['n']} held-out problems right" if found else ""
 
 
 def build_pairs(context: Context) -> Report:
     """Pairs of chosen and rejected continuations, with the student's own corrections."""
     from sclite.data import pairs
+    from sclite.evaluate.answers import first_pass_warning
 
     config, run = context.config, context.run
     untrained = config.attempts.kind == "trained" and not run.path(adapter_weights("warmup")).is_file()
@@ -241,9 +243,11 @@ def build_pairs(context: Context) -> Report:
         sampled = not (untrained or ready)
         report = context.on_gpu(sample_student, "pairs", (), held_out, sampled, progress=progress)
     decisions, contents = (report.counts.get(name, 0) for name in ("decision", "content"))
-    return context.add(
-        report, f"pairs: {decisions} decisions, {contents} contents{drops(report)}{first_pass(report)}"
-    )
+    text = f"{decisions} decisions, {contents} contents{drops(report)}{first_pass_text(context, 'warmup')}"
+    context.add(report, f"pairs: {text}")
+    if sampled and (warning := first_pass_warning(run)):
+        context.display.print(f"warning: {warning}")
+    return report
 
 
 # -- training ------------------------------------------------------------------------------------------------------
@@ -272,8 +276,9 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
             raise DataError(why, hint)
         if corrects:
             check_sources(context)
+            problems, _ = problems_to_attempt(context)
             if not fresh:
-                refuse_other_attempts(context)
+                refuse_other_attempts(context, problems)
         elif context.config.warmup.num_train_epochs:
             why = f"{context.run.path('reviews.jsonl')} is missing, and the warm-up trains on reviews"
             raise DataError(why, "add it, or skip the warm-up: --set warmup.num_train_epochs=0")
@@ -303,13 +308,14 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
     return context.reports
 
 
-def refuse_other_attempts(context: Context) -> None:
+def refuse_other_attempts(context: Context, problems: Sequence[Problem]) -> None:
     """Raise UsageError if a stage 2 was trained on attempts with other settings, before new ones are paid for."""
     from sclite.data import attempts
 
-    problems, _ = problems_to_attempt(context)
-    signed = context.run.manifest("attempts")
-    if signed is None or context.run.manifest("warmup") is None:
+    run = context.run
+    signed = run.manifest("attempts")
+    imported = run.is_imported("corrections", "reviews.jsonl")
+    if signed is None or imported or run.manifest("warmup") is None:
         return
     before = {key: value for key, value in signed["inputs"].items() if key != "unanswered"}
     if changed := differences(before, attempts.attempts_inputs(context.config, context.run, problems)):
@@ -401,12 +407,13 @@ def evaluate_students(context: Context, names: Sequence[str], other: Run | None 
     from sclite.quickstart.tutor import first_wrong_step
 
     held_out = evaluation.held_out(context, untrained_problems(context))
-    theirs = evaluation.stored_results(other, held_out) if other else {}
+    works = evaluation.labelled_works(context.config)
+    theirs = evaluation.stored_results(other, held_out, names) if other else {}
     if trained := [name for name in names if name in STUDENTS]:
         exports.export(context, trained)
     # the bundled teacher can check the steps of its own kind of problem
     judge = first_wrong_step if context.config.teacher.embedded else None
-    summary = evaluation.evaluate(context, names, held_out, judge)
+    summary = evaluation.evaluate(context, names, held_out, judge, works)
     if other:
         summary["compared"] = evaluation.compare_results(context.run, summary, other, theirs)
     return summary

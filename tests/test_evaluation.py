@@ -187,7 +187,7 @@ def test_eval_compares_with_the_results_of_another_run(two_runs, sclite, capsys)
 def test_comparison_needs_results_on_the_same_problems(two_runs, sclite):
     done = sclite(*COMPARE, "nowhere")
     assert done.code == 3
-    assert "nowhere has no results on mine.jsonl" in done.error
+    assert "nowhere has no results of dpo on mine.jsonl" in done.error
     assert "sclite eval mine.jsonl --run nowhere" in done.hint
 
 
@@ -308,3 +308,31 @@ def test_progress_of_an_evaluation_is_the_share_of_its_texts_and_scores(tmp_path
     expected = [done / 210 / 2 if mode == "guided" else 19 / 40, *(0.5 + n / 70 / 2 for n in range(51))]
     assert list(dict.fromkeys(shares))[-52:] == pytest.approx(expected)
     assert seen[-1][:2] == (10, 10)
+
+
+def test_an_interrupted_evaluation_resumes_with_the_answers_it_has(tmp_path, monkeypatch):
+    engines = []
+
+    class Interrupted(Stepper):
+        def generate(self, requests):
+            for number, reply in enumerate(super().generate(requests)):
+                if number == 6 and not engines:
+                    raise KeyboardInterrupt
+                yield reply
+
+        def __exit__(self, *_):
+            engines.append(self)
+
+    monkeypatch.setattr(evaluation, "Engine", Interrupted)
+    monkeypatch.setattr(evaluation, "source_digest", lambda *_: "")
+    tree = {"review": {"threshold": 0.0}, "export": {"quant": "q8_0"}}
+    context = Context(Config.model_validate(tree), Run(tmp_path), ProgressDisplay(quiet=True))
+    write_gguf(context, "dpo-q8_0")
+    problems = [Problem(id=f"p{n}", question=f"question {n}", answer="2") for n in range(10)]
+    held_out = evaluation.HeldOut(problems, [], "mine", "mine", "eval/mine")
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.evaluate(context, ["dpo"], held_out)
+    figures = evaluation.evaluate(context, ["dpo"], held_out)["models"]["dpo"]
+    assert [len(engine.requests) for engine in engines] == [10, 4]
+    assert (figures["acc_t1"], figures["seconds"]) == (1.0, None)
+    assert not list(tmp_path.rglob("*.partial.jsonl"))

@@ -36,7 +36,7 @@ _MENTIONS = re.compile(
     r"|\b(?:reference|gold(?:en)?|ground[- ]truth)[- ](?:solution|answer)s?\b"
     r"|\b(?:the|this|your)\s+(?:solution|answer)\s+(?:that\s+)?(?:(?:was|is|has\s+been)\s+(?:given|provided|supplied)"
     r"|(?:you|I\s+was|we\s+were)\s+(?:gave|given)|(?:given|provided|shown)?\s*above)\b(?!\s+(?:by|in|as)\b)"
-    r"|\b(?:answer|solution)\s+key\b|\b(?:according\s+to|as\s+(?:stated\s+)?in)\s+the\s+(?:solution|answer)\b"
+    rf"|\b(?:answer|solution)\s+key\b|\baccording\s+to\s+the\s+(?:answer\b(?! (?:choice|option))|solution\b(?!{_MIXTURE}))"
     r"|\bthe\s+(?:expected|intended|target)\s+answer\b|\bthe\s+solution\s+(?:says|states)\b",
     re.I,
 )

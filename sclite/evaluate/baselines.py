@@ -76,6 +76,8 @@ def measure_baselines(
         used |= {label: list(zip(samples, ballots, strict=True)) for label, samples in chosen.items()}
         outcomes = run.read(figures["rows"], Outcome)
         used["second attempt"] = [(b[0], (o, b[0])) for o, b in zip(outcomes, ballots, strict=True)]
+        if config.review.mode == "free":  # a flag is written
+            outcomes = [o.model_copy(update={"tokens1": o.tokens1 + o.tokens2}) for o in outcomes]
         used["flagged resampled"] = [
             (b[0], (o, b[0])) if o.accused else (o, (o,)) for o, b in zip(outcomes, ballots, strict=True)
         ]

@@ -117,17 +117,18 @@ def evaluate_model(
     grader: Grader,
     judge: Judge | None = None,
     version: str = "",
+    resumed: bool = False,
 ) -> dict[str, Any]:
     """Evaluate one student with and without review; writes <name>.jsonl and <name>.json to the results folder.
 
     Free reviews have files of their own, <name>-free. The threshold is fitted, unless one is set or stored for the `gguf`.
     Returns stored figures if nothing has changed. A model behind an API has a `version` and no `gguf`; its figures are not
-    reused if a call has failed.
+    reused if a call has failed. Seconds are None in an evaluation that was `resumed`.
     """
     problems, free = held_out.problems, config.review.mode == "free" and not version
     file = f"{held_out.folder}/{name}{'-free' * free}"
     fits = config.review.needs_fit
-    chosen = config.eval.model_dump(exclude={"baselines", "votes"})
+    chosen = config.eval.model_dump(exclude={"baselines", "votes", "labelled"})
     settings = [chosen, config.review.model_dump(), prompts_digest(config)]
     rows_used = [[p.model_dump() for p in part] for part in (problems, held_out.fitting)]
     identity = version or run.file_digest(str(gguf.resolve()))
@@ -166,8 +167,8 @@ def evaluate_model(
         "correction_rate_given_location": None
         if version
         else located_correction_rate(student, rows, first, config, grader),
-        "seconds": round((between - began + ended - reviewing) / len(rows), 4),
-        "seconds_first": round((between - began) / len(rows), 4),
+        "seconds": None if resumed else round((between - began + ended - reviewing) / len(rows), 4),
+        "seconds_first": None if resumed else round((between - began) / len(rows), 4),
     }
     run.replace(f"{file}.jsonl", rows)
     run.write_json(f"{file}.json", figures)

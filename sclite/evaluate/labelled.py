@@ -6,7 +6,7 @@ from typing import Any
 from sclite.config import Config
 from sclite.evaluate.metrics import Outcome, compute_metrics
 from sclite.student.base import Student
-from sclite.student.self_correction import run_together
+from sclite.student.self_correction import NEVER, run_together
 from sclite.student.step_scores import Cutoff, pool, read_odds
 from sclite.trace import Trace, render
 
@@ -18,13 +18,10 @@ def measure_labelled(
 ) -> dict[str, Any]:
     """The `compute_metrics` figures SHARES, with intervals, of a guided review of (question, work, first wrong step or 0).
 
-    `n` counts the works, `unknown` those that are too long to review. The student corrects nothing.
+    `unknown` counts works that are too long to review, `n` the others. Without a threshold, all but the AUC is None.
     """
     weight = cutoff.confidence_weight
-    scripts = [
-        read_odds(question, work, config.prompts.folder, (weight,), rewritten=())
-        for question, work, _ in works
-    ]
+    scripts = [read_odds(question, work, config.prompts.folder, (weight,)) for question, work, _ in works]
     rows = []
     for (question, work, step), odds in zip(works, run_together(student, scripts), strict=True):
         scores = pool(*odds, weight)
@@ -47,4 +44,5 @@ def measure_labelled(
         rows.append(row)
     figures = compute_metrics(rows, seed=config.seed)
     names = ["n", "unknown", *SHARES, *(f"{name}_interval" for name in SHARES)]
-    return {name: figures[name] for name in names}
+    known = ("n", "unknown", "auc", "auc_interval") if cutoff.threshold == NEVER else names
+    return {name: figures[name] if name in known else None for name in names}

@@ -127,7 +127,7 @@ def compute_metrics(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: in
     return figures
 
 
-def compare(
+def compare_outcomes(
     outcomes: Sequence[Outcome], others: Sequence[Outcome], answer: Literal["correct1", "correct2"]
 ) -> dict[str, Any]:
     """How much more often a student is right than another one, on the n questions that both answered.

@@ -39,7 +39,11 @@ class TrainedWeights:
         self.base, self.model = BaseWeights(base, adapter), plain
         if adapter is not None:
             settings = PeftConfig.from_pretrained(str(adapter))
-            self.model = get_peft_model(plain, settings, low_cpu_mem_usage=True)
+            try:
+                self.model = get_peft_model(plain, settings, low_cpu_mem_usage=True)
+            except ValueError as error:  # no layer has these names
+                hint = "set student.model to the base model of the adapter"
+                raise DataError(f"the adapter {adapter} does not fit {base}: {error}", hint) from error
             hint = f"delete {adapter} and run `sclite train` again"
             self._adapter = open_tensors(adapter / "adapter_model.safetensors", hint)
             self._trained = set(self._adapter.keys())
@@ -84,6 +88,10 @@ class TrainedWeights:
             )
         for name in dict.fromkeys((*self.base, *self.saved)):
             weight = self[self.saved[name]] if name in self.saved else self.base[name]
+            if name in self.saved and weight.shape != self.model.get_parameter(self.saved[name]).shape:
+                raise DataError(
+                    f"{name} has another shape in the adapter", "use the base model of the adapter"
+                )
             half = outtype != "f32" and weight.ndim > 1
             if name in self.updates:
                 path, module = self.updates[name]
@@ -91,9 +99,9 @@ class TrainedWeights:
                 factors = {key: self[f"{path}.{key}"] for key in empty}
                 try:
                     module.load_state_dict(factors, strict=False, assign=True)
-                    weight = module.get_delta_weight("default").detach().add_(weight)
                 except RuntimeError as error:  # another shape
                     raise DataError(f"{name}: {error}", "use the base model of the adapter") from error
+                weight = module.get_delta_weight("default").detach().add_(weight)
                 module.load_state_dict(empty, strict=False, assign=True)
             elif name not in self.saved and not (half and weight.dtype == torch.bfloat16):
                 yield name, weight

@@ -268,6 +268,7 @@ def export_lora(config: Config, run: Run, name: str) -> dict[str, Any]:
         _check_space(work, 2 * student.size("f16"))
         # the converter takes the name in the GGUF from the folder
         made, settings, plain = work / out.name, work / "settings", work / model_title(config, name)
+        BaseWeights(student.base, adapter)  # rejects an adapter of other weights
         write_plain(adapter, plain)
         settings.mkdir()
         copy_settings(student.base, settings)  # the converter would run the code of a model folder

@@ -140,7 +140,7 @@ def read_status(config: Config, run: Run) -> dict[str, Any]:
         if stage.dropped and stage.state == NOT_BEGUN:
             stage.state, stage.why = HALF_WAY, ["only dropped rows so far"]
         if name in asked:
-            stage.cost_usd = asked[name]["cost_usd"]
+            stage.cost_usd = None if asked[name]["unpriced"] else asked[name]["cost_usd"]
     return {
         "run": str(run.folder),
         "busy": run.is_locked(),

@@ -47,7 +47,7 @@ def print_build_data(context: "Context", only: str | None, json: bool) -> None:
     if paired:
         console.print(f"{totals['pairs']} pairs in {escape(str(run.path('pairs.jsonl')))}")
     if totals["cost_usd"] is None:
-        console.print("Cost: unknown; teacher.price sets the price of the tokens")
+        console.print("Cost: unknown; set the price of the tokens (teacher.price, attempts.price)")
     elif totals["cost_usd"]:
         console.print(f"Cost: ${totals['cost_usd']:.4f}")
     for reason, count in sorted(dropped.items()):
@@ -174,12 +174,15 @@ def print_results(run: Run, summary: Mapping[str, Any]) -> None:
         )
     for name, figures in summary["models"].items():
         if figures["tokens"]:
-            cost = "{:.0f} tokens generated, {:.0f} prompt tokens, {:.2f} s"
-            keys = ("tokens", "prefill", "seconds")
+            keys = ("tokens", "prefill", *(() if figures["seconds"] is None else ("seconds",)))
+            cost = "{:.0f} tokens generated, {:.0f} prompt tokens" + ", {:.2f} s" * (len(keys) - 2)
             first = [figures[f"{key}_first"] for key in keys]
             review = [max(0, figures[key] - spent) for key, spent in zip(keys, first, strict=True)]
             text = f"answer {cost.format(*first)}; review {cost.format(*review)}"
             console.print(f"{escape(name)}, per problem: {text}")
+    for name, figures in summary.get("labelled", {}).items():
+        if figures["unknown"]:
+            console.print(f"{escape(name)}: {figures['unknown']} labelled works are too long to review")
     unknown = sum(figures["unknown"] for figures in summary["models"].values())
     if unknown:
         console.print(f"{unknown} answers could not be graded and are not counted")

@@ -1,6 +1,7 @@
 """The GPU: whether CUDA starts, out-of-memory errors, memory that a model leaves behind; and the RAM that is available."""
 
 import ctypes
+import os
 from pathlib import Path
 
 DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
@@ -21,10 +22,11 @@ def has_driver() -> bool:
 
 
 def cuda_failure() -> str:
-    """Why a CUDA build of PyTorch cannot start CUDA; "" if it can, or is a CPU build."""
+    """Why a CUDA build of PyTorch cannot start CUDA; "" if it can, is a CPU build, or may use no GPU."""
     import torch
 
-    if torch.version.cuda is None or torch.cuda.is_available():
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden or torch.version.cuda is None or torch.cuda.is_available():
         return ""
     try:
         torch.cuda.init()

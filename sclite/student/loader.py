@@ -88,7 +88,7 @@ def _model_errors(what: str, *kinds: type[Exception]) -> Iterator[None]:
                 raise NetworkError(message, hint) from error
             cause = cause.__cause__ or cause.__context__
         terms = "accept its terms on the Hub, then run `hf auth login` or set HF_TOKEN"
-        raise DataError(message, terms if "gated" in str(error) else "check student.model") from error
+        raise DataError(message, terms if "gated repo" in str(error) else "check student.model") from error
 
 
 def select_gpu(gpu: int | None) -> None:
@@ -119,8 +119,7 @@ def select_backend(student: Student) -> str:
     """unsloth or plain. On a CUDA machine a missing Unsloth or an old driver is an error, never a silent slow run."""
     import torch
 
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if student.backend == "auto" and has_driver() and not hidden and (why := cuda_failure()):
+    if student.backend == "auto" and has_driver() and (why := cuda_failure()):
         hint = "update the NVIDIA driver, or install a PyTorch for the CUDA version that `nvidia-smi` shows; "
         raise DeviceError(
             f"CUDA does not start: {why}", f"{hint}--set student.backend=plain trains on the CPU"

@@ -14,7 +14,7 @@ Result = TypeVar("Result", Reply, Scores)
 
 
 @contextmanager
-def recorded(student: Student, path: Path, identity: str) -> Iterator[Student]:
+def recorded(student: Student, path: Path, identity: str) -> Iterator["Recorder"]:
     """The student with a Recorder, whose file is removed at the end, unless the work is interrupted."""
     yield Recorder(student, path, identity)
     path.unlink(missing_ok=True)

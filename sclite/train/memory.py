@@ -159,7 +159,7 @@ def _keeps_scores(text: PretrainedConfig) -> bool:
 
     if getattr(text, "attn_logit_softcapping", None):
         return True
-    if not text.model_type.startswith("gemma3") or not torch.cuda.is_available():
+    if not text.model_type.startswith("gemma3") or not torch.cuda.is_initialized():
         return False
     return getattr(torch.cuda.get_device_properties(0), "shared_memory_per_block_optin", 0) < 152_000
 

@@ -28,7 +28,7 @@ ADVICE = {
     FALLING: "chosen texts become less likely, not only rejected ones: raise dpo.nll_weight or lower dpo.learning_rate",
     EXPLODING: "the gradient norm is more than ten times its median: lower the learning rate, or raise warmup_ratio",
     OTHER_REFERENCE: "dpo_loss does not begin at 0.693, so the reference is not the adapter that is trained: restart with "
-    "--fresh; if it stays so, report the model's name",
+    "--fresh; if it happens again, please report it with the model's name",
     NOT_A_NUMBER: "the loss or the gradient is NaN or infinite: lower the learning rate and restart this stage with --fresh",
 }
 PATIENCE = 20  # steps before the first warning

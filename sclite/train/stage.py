@@ -173,7 +173,7 @@ class TrainingJob:
                     self.warn(warning)
                 name = model_name(config.student)
                 if not Path(name).is_dir():
-                    self.progress(0, 0, note=f"loading {name}, downloaded if it is not cached")
+                    self.progress(0, 0, note=f"loading {name} (downloads it unless it is cached)")
                 tokenizer = load_tokenizer(name)
                 check_tokenizer(tokenizer, read_config(name), name)
                 build_task = prepare(self, tokenizer)

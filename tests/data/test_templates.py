@@ -72,7 +72,7 @@ NO_LEAKS = [
     "The solution is 5.", "The answer is given by 3x.", "Mix it into the solution: it has 5 litres of acid", "the given numbers",
     "the solution set is {1, 2}", "So the correct answer is 7", "The given solution of 2 litres is 20% acid",
     "the provided solution of $0.5$ L of salt water", "the given solution contains 20% salt", "the golden ratio answers it",
-    "The key to the answer is", "the expected value is", "Given the equation, its solutions are", "Of the given answer choices,", "The answer is given in dollars:",
+    "The key to the answer is", "according to the answer choices", "the same acid as in the solution of 20%", "the expected value is", "Given the equation, its solutions are", "Of the given answer choices,", "The answer is given in dollars:",
 ]  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def test_shares_of_located_and_accepted_work(capsys):
     assert (row.split()[:3], row.split()[-1]) == (["dpo", "4", "50.0"], "1.000")
 
 
-@pytest.mark.parametrize(("threshold", "located", "accepted"), [(NEVER, 0.0, 1.0), (1.5, 1.0, 1.0)])
+@pytest.mark.parametrize(("threshold", "located", "accepted"), [(NEVER, None, None), (1.5, 1.0, 1.0)])
 def test_the_threshold_decides(threshold, located, accepted):
     figures = measure_labelled(Config(), Reviewer(), WORKS, Cutoff(threshold))
     assert (figures["location"], figures["acceptance"]) == (located, accepted)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sclite.evaluate.metrics import NEVER, Outcome, auc, compare, compute_metrics, harmonic_mean
+from sclite.evaluate.metrics import NEVER, Outcome, auc, compare_outcomes, compute_metrics, harmonic_mean
 
 VERDICTS = st.sampled_from([True, False, None])
 
@@ -36,11 +36,11 @@ def test_students_are_compared_on_the_questions_that_both_answered():
         outcome(False, right, n, question=f"{n}?") for n, right in enumerate((True, True, True, None, True))
     ]
     theirs = [outcome(True, right, n, question=f"{n}?") for n, right in enumerate((False, True, False, True))]
-    found = compare(mine, theirs[::-1], "correct2")
+    found = compare_outcomes(mine, theirs[::-1], "correct2")
     expected = {"this": 1, "other": 1 / 3, "only_this": 2 / 3, "only_other": 0, "difference": 2 / 3}
     expected |= {"n": 3, "unknown": 1, "mcnemar_p": 0.5}
     assert {name: found[name] for name in expected} == pytest.approx(expected)
-    assert compare(mine, theirs, "correct1")["difference"] == -1
+    assert compare_outcomes(mine, theirs, "correct1")["difference"] == -1
 
 
 def test_unknown_outcome_is_not_a_wrong_answer():

@@ -316,7 +316,7 @@ def test_the_micro_batch_also_fits_into_the_host_memory_that_offloading_takes():
 
 @pytest.mark.parametrize(("shared", "heads"), [(101_376, 8), (232_448, 0)], ids=["RTX 4090", "H100"])
 def test_scores_of_gemma_3_are_kept_where_its_attention_cannot_be_fused(monkeypatch, shared, heads):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     device = SimpleNamespace(shared_memory_per_block_optin=shared)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     shape = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64, "head_dim": 8}
