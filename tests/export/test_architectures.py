@@ -18,39 +18,22 @@ from sclite.export.merge import merge
 from sclite.export.quantize import measure_importance, quantize
 from sclite.export.tensors import Tensors
 from sclite.student.llama_cpp.engine import Engine
-from tests.toy import merged_by_peft, random_adapter, sample_texts, write_tokenizer
+from tests.toy import merged_by_peft, raises, random_adapter, sample_texts, write_tokenizer
 
 SHAPE = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.12,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
-}
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
+    "initializer_range": 0.12, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+}  # fmt: skip
 LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
 LINEAR_ATTENTION = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "full_attention_interval": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "head_dim": 32,
-}
+    "layer_types": ["linear_attention", "full_attention"], "full_attention_interval": 2,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "head_dim": 32,
+}  # fmt: skip
 WINDOW = {"sliding_window": 32, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}
 FAMILIES = {
     "llama": ("Llama", {"rms_norm_eps": 1e-5}),
@@ -97,7 +80,7 @@ def tokenizer(tmp_path_factory):
 
 
 def make_base(folder, tokenizer, family, variant):
-    """A random model in `folder`; the variant decides ties and shards."""
+    """A random model in `folder` and its adapter beside it; the variant decides ties and shards."""
     prefix, own = FAMILIES[family]
     text_config = getattr(transformers, f"{prefix}TextConfig", None)
     config_class = text_config or getattr(transformers, f"{prefix}Config")
@@ -111,7 +94,8 @@ def make_base(folder, tokenizer, family, variant):
     if family == "qwen3.5":
         write_byte_level_tokenizer(folder)
     model.save_pretrained(folder, max_shard_size="100KB" if variant == "sharded" else "1GB")
-    return folder
+    settings = {"target_modules": "all-linear", **ADAPTERS[variant]}
+    return folder, random_adapter(folder, folder.with_name("adapter"), std=0.1, **settings)
 
 
 def write_byte_level_tokenizer(folder):
@@ -129,10 +113,8 @@ def write_byte_level_tokenizer(folder):
 @pytest.mark.parametrize("variant", ADAPTERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_tensors_equal_those_of_peft(family, variant, tokenizer, tmp_path):
-    base = make_base(tmp_path / "base", tokenizer, family, variant)
-    wanted = merged_by_peft(
-        random_adapter(base, tmp_path / "adapter", std=0.1, target_modules="all-linear", **ADAPTERS[variant])
-    )
+    base, trained = make_base(tmp_path / "base", tokenizer, family, variant)
+    wanted = merged_by_peft(trained)
     merged = Tensors(merge(base, tmp_path / "adapter", tmp_path / "merged"))
     check_merge(base, tmp_path / "adapter", tmp_path / "merged")
     tied = {"lm_head.weight"} - set(merged)
@@ -151,8 +133,7 @@ def test_merged_tensors_equal_those_of_peft(family, variant, tokenizer, tmp_path
     ],
 )
 def test_f16_gguf_equals_transformers(family, variant, tokenizer, patched, tmp_path):
-    base = make_base(tmp_path / "base", tokenizer, family, variant)
-    random_adapter(base, tmp_path / "adapter", std=0.1, target_modules="all-linear", **ADAPTERS[variant])
+    base, _ = make_base(tmp_path / "base", tokenizer, family, variant)
     merged = merge(base, tmp_path / "adapter", tmp_path / "merged", outtype="f16")
     gguf = tmp_path / "f16.gguf"
     conversion.run_converter(patched, merged, gguf)
@@ -172,20 +153,14 @@ def test_f16_gguf_equals_transformers(family, variant, tokenizer, patched, tmp_p
     assert found["adapter_effect"] > 0.05
 
 
-def test_a_model_with_factors_for_long_contexts_gets_the_context_of_its_short_ones(
-    tokenizer, patched, tmp_path
-):
+def test_a_model_with_factors_for_long_contexts_has_a_short_context(tokenizer, patched, tmp_path):
     """llama.cpp would use the long ones for short rows, too."""
-    longrope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * 8,
-        "long_factor": [4.0] * 8,
-    }
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "partial_rotary_factor": 1.0}
+    longrope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 256}
     shape = transformers.Phi3Config(
         **SHAPE | {"sliding_window": None, "max_position_embeddings": 1024},
         original_max_position_embeddings=256,
-        rope_parameters=longrope | {"original_max_position_embeddings": 256, "partial_rotary_factor": 1.0},
+        rope_parameters=longrope | factors,
     )
     torch.manual_seed(0)
     base = shutil.copytree(tokenizer, tmp_path / "base")
@@ -240,8 +215,8 @@ def test_what_the_converter_cannot_do_is_an_error(
     family, variant, reason, large, tokenizer, converter, run, tmp_path, monkeypatch
 ):
     """Before the merge, unless only a run of the converter tells and the merge does not take longer."""
-    base = make_base(tmp_path / "base", tokenizer, family, variant)
-    random_adapter(base, run.path("sft/adapter"), std=0.1, target_modules="all-linear", **ADAPTERS[variant])
+    base, _ = make_base(tmp_path / "base", tokenizer, family, variant)
+    shutil.copytree(tmp_path / "adapter", run.path("sft/adapter"))
     if family == "phi3":
         config = base / "config.json"
         config.write_text(config.read_text().replace("Phi3ForCausalLM", "OtherForCausalLM"))
@@ -249,7 +224,6 @@ def test_what_the_converter_cannot_do_is_an_error(
         monkeypatch.setattr(conversion, "LARGE", 0)
     if large or family == "gemma2":
         monkeypatch.setattr(export, "merge", None)
-    with pytest.raises(DataError, match=reason) as error:
+    with raises(DataError, reason, hint="--format merged"):
         export.export_model(Config.model_validate({"student": {"model": str(base)}}), run, "sft")
-    assert "--format merged" in error.value.hint
     assert not list(run.path("export").iterdir())
