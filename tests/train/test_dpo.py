@@ -132,21 +132,13 @@ def test_long_pairs_are_dropped_and_counted(config, run, bundles, tmp_path):
     assert report.counts["bundles"] == 6 - left
 
 
-def test_replay_share_sets_the_number_of_replay_rows(run, tokenizer, bundles):
+def test_replay_share_sets_the_number_of_replay_rows_which_come_in_turn(run, tokenizer, bundles):
     rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
     for share, wanted in ((0.0, 0), (0.5, 3), (1.0, 6)):
         assert sum(b.replay is not None for b in with_replay(bundles, rows, share)) == wanted
-
-
-def test_every_solved_row_is_replayed_in_turn(bundles):
-    replayed = lambda share: [b.replay for b in with_replay(bundles * 2, ["a", "b", "c", "d"], share)]  # noqa: E731
-    assert [row for row in replayed(0.5) if row] == ["a", "b", "c", "d", "a", "b"]
-    assert replayed(0.5)[::2] == [None] * 6
-    assert "".join(replayed(1.0)) == "abcdabcdabcd"
-    assert "".join(row or "-" for row in replayed(0.25)) == "---a---b---c"
-
-
-def test_more_than_one_solved_row_for_a_review_is_refused():
+    for share, wanted in ((0.25, "---a---b---c"), (0.5, "-a-b-c-d-a-b"), (1.0, "abcdabcdabcd")):
+        replayed = with_replay(bundles * 2, list("abcd"), share)
+        assert "".join(b.replay or "-" for b in replayed) == wanted
     with pytest.raises(UsageError, match=r"dpo\.replay_share.* less than or equal to 1"):
         load(None, ["dpo.replay_share=2"], {}, own_file=False)
 
