@@ -17,7 +17,7 @@ from sclite.run import Report, Run
 from sclite.student.adapters import adapter_weights
 from sclite.student.ggufs import export_stage, inputs_of
 from sclite.student.step_scores import Cutoff
-from tests.toy import ScriptedStudent
+from tests.toy import ScriptedStudent, raises
 
 
 def notes_on(fitting=60, **more):
@@ -110,9 +110,8 @@ def test_chat_says_why_review_is_off_and_what_turns_it_on(tmp_path):
     context = context_of(tmp_path)
     gguf = write_gguf(context, "dpo-q4_k_m")
     assert "has not been fitted; run `sclite train`" in exports.for_chat(context, None, None)[2]
-    with pytest.raises(DataError, match="has not been fitted") as error:
+    with raises(DataError, "has not been fitted", hint="sclite train"):
         exports.for_chat(context, None, self_correct=True)
-    assert "sclite train" in error.value.hint
     gguf.rename(write_gguf(context, "sft-q4_k_m"))  # train fits that of DPO's student
     assert "has not been fitted; run `sclite eval PROBLEMS`" in exports.for_chat(context, None, None)[2]
     gguf = write_gguf(context, "dpo-q4_k_m")

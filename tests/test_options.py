@@ -11,7 +11,7 @@ from sclite.errors import DataError, UsageError
 from sclite.records import Problem
 from sclite.run import Report, Run
 from sclite.settings import load
-from tests.toy import write_rows
+from tests.toy import raises, write_rows
 
 
 def problems(count: int, name: str = "mine.jsonl") -> None:
@@ -144,9 +144,8 @@ def test_columns_in_run_toml_are_those_of_its_own_source(tmp_path):
 def test_a_damaged_run_toml_is_reported(tmp_path, text):
     path = tmp_path / "run.toml"
     path.write_text(text)
-    with pytest.raises(DataError, match=str(path)) as error:
+    with raises(DataError, str(path), hint=f"remove {path}"):
         load(None, [f"run={tmp_path}"], {}, own_file=False)
-    assert f"remove {path}" in error.value.hint
     path.unlink()
     load(None, [f"run={tmp_path}"], {}, own_file=False)
 

@@ -19,7 +19,7 @@ from sclite.student.hf_model import HFModel
 from sclite.student.loader import load_student, load_tokenizer
 from sclite.train import micro_batch, sft, stage
 from sclite.train.metrics_logger import read_metrics
-from tests.toy import pay, toy_config, write_toy
+from tests.toy import pay, raises, toy_config, write_toy
 
 
 class Recorder(ProgressDisplay):
@@ -168,9 +168,8 @@ def test_missing_tensorboard_is_an_error_before_the_first_step(folder, tmp_path,
     real = importlib.util.find_spec
     without = lambda name, *a: None if name.startswith("tensorboard") else real(name, *a)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    with pytest.raises(UsageError, match="tensorboard is enabled but not installed") as error:
+    with raises(UsageError, "tensorboard is enabled but not installed", hint="pip install tensorboard"):
         train_sft(context_of(folder, tmp_path, sft={"tensorboard": True}))
-    assert "pip install tensorboard" in error.value.hint
 
 
 def test_the_plan_has_the_steps_rows_and_micro_batch_of_the_training(folder, tmp_path, monkeypatch):
