@@ -20,6 +20,7 @@ from tests.toy import SameVerdict, ScriptedStudent
 PROBLEMS = [Problem(id=f"p{n}", question=f"question {n}", answer="1") for n in range(200)]
 PLAIN, STEP = "the answer is 1", "<Step1>1 + 1 = 3\n</Step1>\n<Answer>3</Answer>"
 ALWAYS = {"review": {"threshold": 0.0}}  # corrects every step with log-odds above 0
+NONE = "no threshold corrects more answers than it spoils"
 WHOLE = {"question": "?", "gold": "1", "first": "x", "second": None, "format_ok": True}
 
 
@@ -39,12 +40,7 @@ def evaluate_student(run, gguf):
     ("text", "fitting", "asked", "off"),
     [
         (PLAIN, 180, 20, "its answers have no steps"),  # and need no fit
-        (
-            STEP,
-            60,
-            None,
-            "on the 60 problems used for the fit, no threshold corrects more answers than it spoils",
-        ),
+        (STEP, 60, None, f"on the 60 problems used for the fit, {NONE}"),
         (STEP, 40, 20, "40 problems are too few to fit its threshold, 50 are needed"),
     ],
 )
@@ -64,11 +60,8 @@ def test_steps_are_labelled_as_they_are_judged(run, gguf, judged, labels):
     student, grader = ScriptedStudent(STEP, odds=1.0), SameVerdict(False)
     evaluate_model(Config(), run, "dpo", student, gguf, held_out, grader, lambda *_: judged)
     for row in run.read("eval/a/dpo.jsonl", Outcome):
-        assert (row.true_known, row.true_step, row.step_labels) == (
-            judged is not None,
-            judged or None,
-            labels,
-        )
+        found = row.true_known, row.true_step, row.step_labels
+        assert found == (judged is not None, judged or None, labels)
 
 
 def test_a_flagged_step_counts_though_its_correction_cannot_be_read(run, gguf):
@@ -84,10 +77,8 @@ def test_an_answer_that_was_cut_off_is_not_reviewed_as_in_chat(run, gguf):
     student = ScriptedStudent(STEP, odds=1.0, finishes=("length", "stop"))
     evaluate_model(config, run, "dpo", student, gguf, held_out, SameVerdict(False), lambda *_: 1)
     rows = run.read("eval/a/dpo.jsonl", Outcome)
-    assert [(row.cut, row.accused, len(row.step_scores)) for row in rows] == [
-        (True, None, 0),
-        (False, 1, 1),
-    ] * 2
+    found = [(row.cut, row.accused, len(row.step_scores)) for row in rows]
+    assert found == [(True, None, 0), (False, 1, 1)] * 2
 
 
 def test_a_review_without_a_reply_is_unknown_and_a_judged_endpoint_is_given_no_beginning(run, grader):
@@ -204,9 +195,8 @@ def test_table_has_dashes_for_ungraded_answers_and_the_cost_of_the_review(capsys
     assert f"dpo, per problem: {said}" in " ".join(shown.split())
 
 
-def test_steps_corrected_in_the_first_answer_count_as_corrected(grader):
+def test_steps_corrected_in_the_first_answer_count_as_corrected():
     own = Trace((Step("1 + 1 = 3", None, "Too many.", "1 + 1 = 2"),), None, "2")
-    problem = Problem(id="p", question="1 + 1?", answer="2")
-    first = solve_problems(ScriptedStudent(render(own)), [problem], Config(), grader)
+    first = solve_problems(ScriptedStudent(render(own)), PROBLEMS[:1], Config(), SameVerdict(True))
     assert [step.text for step in first.parsed[0].work.steps] == ["1 + 1 = 2"]
     assert first.correct == [True]
