@@ -26,12 +26,10 @@ TRL, AXOLOTL = ROOT / "examples/trl-multi-gpu", ROOT / "examples/axolotl"
 ON_CPU = ["--use_cpu", "true", "--bf16", "false"]
 MISSING = "Axolotl is not installed: pip install axolotl==0.19.0 in a separate environment"
 requires_axolotl = pytest.mark.skipif(importlib.util.find_spec("axolotl") is None, reason=MISSING)
-GENERATION = CHATML.replace(
-    "message['content'] + '<|im_end|>\n' }}",
-    "'' }}{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}"
-    "{{ message['content'] + '<|im_end|>\n' }}{% endif %}",
-)
+SHOWN = "message['content'] + '<|im_end|>\n' }}"
+MARKED = "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+CHOSEN = "'' }}{% if message['role'] == 'assistant' %}" + MARKED + "{% else %}{{ " + SHOWN + "{% endif %}"
+GENERATION = CHATML.replace(SHOWN, CHOSEN)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +48,7 @@ def parse_config(classes, path: Path):
     return TrlParser(classes).parse_args_and_config(arguments, fail_with_unknown_args=True)
 
 
-def test_trl_parser_accepts_the_recipes():
+def test_trl_parser_accepts_the_recipes_but_no_unknown_key(tmp_path):
     classes = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
     _, training, model, data = parse_config(classes, TRL / "sft.yaml")
     assert training.assistant_only_loss
@@ -59,14 +57,10 @@ def test_trl_parser_accepts_the_recipes():
     script, training, _ = parse_config((ScriptArguments, DPOConfig, ModelConfig), TRL / "dpo.yaml")
     assert (script.dataset_name, script.dataset_config) == ("runs/default/export/data", "pairs")
     assert training.loss_type == ["sigmoid", "sft"]
-
-
-@pytest.mark.parametrize("name", ["sft.yaml", "dpo.yaml"])
-def test_trl_parser_rejects_an_unknown_key(name, tmp_path):
-    (tmp_path / name).write_text((TRL / name).read_text() + "learning_rat: 1.0\n")
-    settings = SFTConfig if name == "sft.yaml" else DPOConfig
-    with pytest.raises(ValueError, match="learning_rat"):
-        parse_config((ScriptArguments, settings, ModelConfig, DatasetMixtureConfig), tmp_path / name)
+    for name, settings in (("sft.yaml", SFTConfig), ("dpo.yaml", DPOConfig)):
+        (tmp_path / name).write_text((TRL / name).read_text() + "learning_rat: 1.0\n")
+        with pytest.raises(ValueError, match="learning_rat"):
+            parse_config((ScriptArguments, settings, ModelConfig, DatasetMixtureConfig), tmp_path / name)
 
 
 def test_accelerate_accepts_its_configuration(tmp_path):

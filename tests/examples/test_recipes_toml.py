@@ -43,12 +43,9 @@ def test_recipe_loads_and_has_no_unknown_key(name, tmp_path):
     assert config.run == f"runs/{name}"
     assert config.student.model
     tree = tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
-    used = {
-        f"{section}.{key}" if isinstance(value, dict) else section
-        for section, value in tree.items()
-        for key in (value if isinstance(value, dict) else [section])
-    }
-    assert used <= set(keys())
+    sections = {name: value for name, value in tree.items() if isinstance(value, dict)}
+    used = {f"{name}.{key}" for name, section in sections.items() for key in section}
+    assert used | (tree.keys() - sections.keys()) <= set(keys())
     wrong = tmp_path / "wrong.toml"
     wrong.write_text((FOLDER / f"{name}.toml").read_text().replace("[sft]", "[sft]\nlearning_rat = 1.0"))
     with pytest.raises(UsageError, match="learning_rat"):

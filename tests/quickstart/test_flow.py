@@ -159,21 +159,24 @@ def test_eval_without_dpo_and_results_per_dataset(quickstarted, tmp_path, comman
     assert after | fits == after  # fitted on more problems
 
 
-class TeacherCalled(BaseException):
-    """The quickstart has its problems and goes on."""
-
-
 @pytest.fixture
-def before_templates(monkeypatch):
-    """The quickstart ends before its templates, with TeacherCalled."""
+def begin(tmp_path, monkeypatch):
+    """begin(setting, ..): the quickstart in this folder up to its templates; returns its problems."""
+    monkeypatch.chdir(tmp_path)
 
     def stop(*_):
-        raise TeacherCalled
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "build_templates", stop)
+    def call(*chosen: str) -> Path:
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "build_templates", stop)
+            with pytest.raises(KeyboardInterrupt):
+                flow.quickstart(load(None, chosen, {}, flow.DEFAULTS, own_file=False), quiet=True)
+        return Path("runs/quickstart/problems.jsonl")
+
+    return call
 
 
-@pytest.mark.usefixtures("before_templates")
 def test_problems_of_the_user_are_not_replaced(tmp_path):
     run = Run(tmp_path)
     config = load(None, [f"run={tmp_path}"], {}, flow.DEFAULTS, own_file=False)
@@ -184,32 +187,20 @@ def test_problems_of_the_user_are_not_replaced(tmp_path):
     assert run.read("problems.jsonl", Problem) == rows
 
 
-@pytest.mark.usefixtures("before_templates")
-def test_a_damaged_problem_is_restored_and_none_is_lost_with_it(tmp_path):
-    path = tmp_path / "problems.jsonl"
-    config = load(None, [f"run={tmp_path}"], {}, flow.DEFAULTS, own_file=False)
-    for _ in range(2):
-        with pytest.raises(TeacherCalled):
-            flow.quickstart(config, quiet=True)
-        whole = path.read_bytes()
-        assert whole.count(b"\n") == 1040
-        path.write_bytes(whole.replace(b'"question"', b'"queston"', 1))
+def test_a_damaged_problem_is_restored_and_none_is_lost_with_it(begin):
+    whole = begin().read_bytes()
+    assert whole.count(b"\n") == 1040
+    Path("runs/quickstart/problems.jsonl").write_bytes(whole.replace(b'"question"', b'"queston"', 1))
+    assert begin().read_bytes() == whole
 
 
-@pytest.mark.usefixtures("before_templates")
-def test_more_problems_than_the_threshold_set_matches_stay(tmp_path):
-    for chosen, count in ((["problems.limit=1700"], 2700), ([], 2700)):
-        config = load(None, [f"run={tmp_path}", *chosen], {}, flow.DEFAULTS, own_file=False)
-        with pytest.raises(TeacherCalled):
-            flow.quickstart(config, quiet=True)
-        assert (tmp_path / "problems.jsonl").read_bytes().count(b"\n") == count
+def test_more_problems_than_the_threshold_set_matches_stay(begin):
+    assert begin("problems.limit=1700").read_bytes().count(b"\n") == 2700
+    assert begin().read_bytes().count(b"\n") == 2700
 
 
-@pytest.mark.usefixtures("before_templates")
-def test_evaluation_on_other_problems_leaves_the_split_of_the_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(TeacherCalled):
-        flow.quickstart(load(None, [], {}, flow.DEFAULTS, own_file=False), quiet=True)
+def test_evaluation_on_other_problems_leaves_the_split_of_the_run(begin):
+    begin()
     train = problem_set("train", 640)
     rows = [json.dumps({"question": p.question, "answer": p.answer}) for p in train[:9]]
     Path("other.jsonl").write_text("\n".join(rows))
