@@ -113,12 +113,6 @@ ERRORS = [
 ]  # fmt: skip
 
 
-def test_export_works_on_the_quickstarts_run_where_there_is_no_other(sclite):
-    Path("runs/quickstart").mkdir(parents=True)
-    Path("runs/quickstart/run.toml").write_text("")
-    assert "runs/quickstart has no templates" in sclite("export", "--format", "data").error
-
-
 @pytest.mark.parametrize(("typed", "code", "message", "hint"), ERRORS, ids=[typed for typed, *_ in ERRORS])
 def test_an_error_says_what_is_wrong_and_what_to_type(sclite, typed, code, message, hint):
     write_rows("mine.jsonl", PROBLEMS)
@@ -369,6 +363,7 @@ def test_commands_that_read_a_run_find_the_quickstarts(sclite, command):
     for folder in ("runs/quickstart", "runs/default"):
         Run(folder).append("problems.jsonl", [Problem(id="p", question="1 + 1?", answer="2")])
         assert folder in sclite(command).out
+        assert f"{folder} has no templates" in sclite("export", "--format", "data").error
 
 
 @pytest.mark.parametrize("command", ["build-data", "build-data --dry-run", "train", "run", "run --plan"])

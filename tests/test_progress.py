@@ -145,7 +145,7 @@ def hurried(monkeypatch):
     monkeypatch.setattr(progress, "LOG_SECONDS", 0.05)
 
 
-def test_notes_and_warnings_are_printed_to_a_log(hurried, capsys):
+def test_notes_warnings_and_numbers_of_stages_are_printed_to_a_log(hurried, capsys):
     with progress.ProgressDisplay().stage("sft", "sft: the student learns") as report:
         report(1, 9, note="loss 0.5")
         report(0, 0, warning="the margin [stays] at 0")
@@ -153,6 +153,12 @@ def test_notes_and_warnings_are_printed_to_a_log(hurried, capsys):
     err = capsys.readouterr().err
     assert "1 of 9 0 s so far, estimating time left, loss 0.5" in err
     assert "warning: the margin [stays] at 0" in err
+    display = progress.ProgressDisplay({"export": 1, "eval": 2})
+    for name in ("export", "eval", "export"):  # eval exports the students that training has not
+        with display.stage(name, f"{name}: work"):
+            time.sleep(0.1)
+    headings = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines() if line[0] != " "]
+    assert headings == ["1/2 export", "2/2 eval", "export"]
 
 
 @pytest.mark.parametrize("note", ["", "reference of 8 of 16 reviews"])
@@ -165,16 +171,6 @@ def test_a_log_goes_on_before_the_first_row(hurried, capsys, note):
     heading, first, second, *_ = capsys.readouterr().err.splitlines()
     assert heading == "dpo: the student learns"
     assert first == second == f"  0 s so far, {note}".rstrip(", ")
-
-
-def test_a_stage_that_comes_back_has_no_number_again(hurried, capsys):
-    """eval exports the students that training has not."""
-    display = progress.ProgressDisplay({"export": 1, "eval": 2})
-    for name in ("export", "eval", "export"):
-        with display.stage(name, f"{name}: work"):
-            time.sleep(0.1)
-    headings = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines() if line[0] != " "]
-    assert headings == ["1/2 export", "2/2 eval", "export"]
 
 
 NOTE = "loss 0.412, margin 0.31, accuracy 74 %, 3,204 tokens/s, 9.8 GB"

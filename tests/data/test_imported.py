@@ -174,13 +174,6 @@ def test_imported_attempts_are_corrected_and_unsigned_rows_are_not_imported(fill
     assert not filled.is_imported("pairs", "pairs.jsonl")
 
 
-def test_reviews_and_attempts_of_no_problem_are_reported(filled):
-    filled.replace("attempts.jsonl", [ATTEMPT.model_copy(update={"id": "p9"})])
-    filled.replace("reviews.jsonl", [REVIEW.model_copy(update={"id": "p9"})])
-    with pytest.raises(DataError, match=r"reviews\.jsonl, row 1 \(p9\): no problem has this id"):
-        pipeline.build_corrections(context_of(filled))
-
-
 CHANGED = render(NOTED).replace("48 + 24", "24 + 48")
 
 
@@ -217,7 +210,7 @@ def test_invalid_imported_row_is_reported(filled, name, row, change, said):
         BUILD[name](context_of(filled))
 
 
-def test_imported_decision_after_its_content_pair_is_reported(filled):
+def test_imported_rows_that_contradict_each_other_are_reported(filled):
     of = {"step": 1, "prefix": PREFIX[:1], "rejected": "</Step1>\n"}
     content = {"step": 1, "prefix": (PREFIX[0], CAUSE)}
     rows = [DECISION.model_copy(update=of), DECISION, CONTENT.model_copy(update=content)]
@@ -225,6 +218,10 @@ def test_imported_decision_after_its_content_pair_is_reported(filled):
     message = r"row 2 \(p0\): step is 2, after its attempt's content pair at step 1"
     with pytest.raises(DataError, match=message):
         pipeline.build_pairs(context_of(filled))
+    filled.replace("attempts.jsonl", [ATTEMPT.model_copy(update={"id": "p9"})])
+    filled.replace("reviews.jsonl", [REVIEW.model_copy(update={"id": "p9"})])
+    with pytest.raises(DataError, match=r"reviews\.jsonl, row 1 \(p9\): no problem has this id"):
+        pipeline.build_corrections(context_of(filled))
 
 
 WEIGHTS = save({"lora_A": np.zeros((2, 2), np.float32)})

@@ -53,6 +53,9 @@ def test_students_right_correction_else_the_teachers_is_chosen_over_a_wrong_one(
     assert (pair.chosen, pair.rejected, pair.origin, pair.step) == (chosen, WRONG, origin, 2)
     assert pair.prefix == (*decision.prefix, CAUSE)
     assert drop is None
+    noted = Trace((Step("x", None, REVIEW.cause, REVIEW.correction),))
+    assert render(noted) == f"<Step1>x\n{CAUSE}{continuation(REVIEW)}</Step1>"
+    assert continuation(REVIEW) == TEACHERS
 
 
 @pytest.mark.parametrize(
@@ -71,12 +74,6 @@ def test_review_without_a_content_pair_is_dropped_with_a_reason(own, reason):
     assert (drop.stage, drop.id, drop.sample, drop.reason) == ("pairs", "p0", 0, reason)
     assert drop.raw == (own[0][0] if own else "")
     assert len(pairs) == 2  # the decisions stay
-
-
-def test_continuation_ends_before_the_closing_tag_of_the_step():
-    assert continuation(REVIEW) == TEACHERS
-    noted = Trace((Step("x", None, REVIEW.cause, REVIEW.correction),))
-    assert render(noted) == f"<Step1>x\n{CAUSE}{TEACHERS}</Step1>"
 
 
 @dataclass

@@ -48,7 +48,7 @@ def parse_config(classes, path: Path):
     return TrlParser(classes).parse_args_and_config(arguments, fail_with_unknown_args=True)
 
 
-def test_trl_parser_accepts_the_recipes_but_no_unknown_key(tmp_path):
+def test_trl_parser_accepts_the_recipes():
     classes = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
     _, training, model, data = parse_config(classes, TRL / "sft.yaml")
     assert training.assistant_only_loss
@@ -57,20 +57,12 @@ def test_trl_parser_accepts_the_recipes_but_no_unknown_key(tmp_path):
     script, training, _ = parse_config((ScriptArguments, DPOConfig, ModelConfig), TRL / "dpo.yaml")
     assert (script.dataset_name, script.dataset_config) == ("runs/default/export/data", "pairs")
     assert training.loss_type == ["sigmoid", "sft"]
-    for name, settings in (("sft.yaml", SFTConfig), ("dpo.yaml", DPOConfig)):
-        (tmp_path / name).write_text((TRL / name).read_text() + "learning_rat: 1.0\n")
-        with pytest.raises(ValueError, match="learning_rat"):
-            parse_config((ScriptArguments, settings, ModelConfig, DatasetMixtureConfig), tmp_path / name)
 
 
-def test_accelerate_accepts_its_configuration(tmp_path):
+def test_accelerate_accepts_its_configuration():
     config = load_config_from_file(str(TRL / "accelerate.yaml"))
     assert config.distributed_type.value == "MULTI_GPU"
     assert config.num_processes == 4
-    wrong = tmp_path / "wrong.yaml"
-    wrong.write_text((TRL / "accelerate.yaml").read_text() + "num_proceses: 4\n")
-    with pytest.raises(ValueError, match="num_proceses"):
-        load_config_from_file(str(wrong))
 
 
 @requires_axolotl

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -51,14 +50,6 @@ def verdicts(grader):
 def test_every_pair_of_the_table_gets_its_verdict(verdicts, kind):
     pairs = [(p, v) for p, v in zip(PAIRS, verdicts, strict=True) if p["kind"] == kind]
     assert [(p["given"], p["gold"], v) for p, v in pairs if v is not p["equal"]] == []
-
-
-def test_the_table_is_large_and_balanced():
-    kinds = Counter(pair["kind"] for pair in PAIRS)
-    assert len(PAIRS) >= 1500
-    assert 0.3 <= sum(pair["equal"] for pair in PAIRS) / len(PAIRS) <= 0.7
-    assert {"fraction", "radical", "interval", "unit", "percent", "text", "set", "matrix"} <= set(kinds)
-    assert min(kinds.values()) >= 5
 
 
 def test_verdicts_are_symmetric_and_a_quick_comparison_never_raises(grader, verdicts):

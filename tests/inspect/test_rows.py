@@ -80,17 +80,14 @@ def test_an_unknown_choice_names_the_known_ones(full, choice, message, hint):
         choose_rows(full, **choice)
 
 
-def test_a_missing_run_names_the_runs_beside_it(full):
+def test_a_missing_run_names_the_runs_beside_it_and_a_damaged_row_its_line(full):
     full.write_json("run.toml", {})
     with raises(DataError, "nowhere does not exist", hint=str(full.folder)):
         count_rows(Run(full.folder.parent / "nowhere"))
     with pytest.raises(DataError) as error:
         count_rows(Run(full.folder / "deeper/nowhere"))
     assert "sclite build-data" in error.value.hint
-
-
-def test_a_damaged_row_is_named_whatever_is_chosen(full):
     with open(full.path("problems.jsonl"), "a") as file:
         file.write("no JSON\n")
-    with pytest.raises(DataError, match=r"problems\.jsonl, line 5"):
+    with pytest.raises(DataError, match=r"problems\.jsonl, line 5"):  # whatever is chosen
         choose_rows(full, "problems", limit=1)

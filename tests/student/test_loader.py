@@ -80,20 +80,17 @@ def test_token_without_embedding_is_rejected_before_loading_weights(tmp_path, ch
         load_student(config, "sft", train=train)
 
 
-def test_unused_special_token_may_lack_an_embedding_and_cudnn_attention_is_off(tmp_path):
+def test_special_token_may_lack_an_embedding_or_be_missing_and_cudnn_is_off(tmp_path):
     torch.backends.cuda.enable_cudnn_sdp(True)
     extra = {"additional_special_tokens": ["<image_soft_token>"]}
     config = changed_tokenizer(tmp_path / "student", lambda t: t.add_special_tokens(extra))
     assert load_student(config, "sft")[0].config.vocab_size == 512
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.flash_sdp_enabled()
-
-
-def test_tokenizer_without_end_and_pad_tokens_pads_with_the_end_of_turn(tmp_path):
-    config = changed_tokenizer(tmp_path / "student", lambda t: setattr(t, "eos_token", None))
-    path = tmp_path / "student/tokenizer_config.json"
+    config = changed_tokenizer(tmp_path / "endless", lambda t: setattr(t, "eos_token", None))
+    path = tmp_path / "endless/tokenizer_config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "pad_token"}))
-    tokenizer = load_tokenizer(config.student.model)
+    tokenizer = load_tokenizer(config.student.model)  # which pads with the end of turn
     assert (tokenizer.eos_token_id, tokenizer.pad_token) == (None, "<|im_end|>")
 
 
