@@ -227,7 +227,7 @@ def test_every_command_has_help(sclite, name):
     assert sclite(name, "-h").out == sclite(name, "--help").out
 
 
-def test_a_dry_run_of_corrections_needs_attempts_and_names_those_that_follow(sclite):
+def test_a_dry_run_of_corrections_needs_attempts_and_names_what_follows(sclite):
     run = Path("runs/default")
     asked = ("build-data", "--only", "corrections", "--dry-run", *TEACHER)
     write_rows(run / "problems.jsonl", [{"id": "p0", "question": "What is 2 + 2?", "answer": "4"}])

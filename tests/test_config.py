@@ -105,7 +105,7 @@ def test_every_unknown_key_gets_a_suggestion(wrong, meant):
     assert error.value.hint == " ".join(several if len(wrong) > 1 else hints)
 
 
-def test_malformed_settings_are_usage_errors_and_a_configuration_is_immutable():
+def test_malformed_settings_are_errors_and_a_configuration_is_immutable():
     for setting in ("sft=3", "=3", "sft.=3", ".seed=1", "sft.num_train_epochs.more=1"):
         with pytest.raises(UsageError):
             load(None, [setting], {})

@@ -21,7 +21,7 @@ def test_both_chats_share_a_system_prompt_and_values_are_inserted_verbatim():
     assert odd in text_of(prompts.teacher_messages(odd, odd, odd, odd))
 
 
-def test_teacher_sees_the_solution_and_why_its_reply_failed_and_nothing_else(tmp_path):
+def test_teacher_sees_the_solution_and_why_its_reply_failed(tmp_path):
     given, work = ("Q?", "the way", "41"), "<Step1>x\n</Step1>"
     first = prompts.teacher_messages(*given, work=work)
     again = prompts.teacher_messages(*given, "no step 2", work=work)

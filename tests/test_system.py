@@ -50,7 +50,7 @@ def test_a_full_stdout_is_an_error_in_one_line_and_a_closed_pipe_is_none(shown, 
 
 
 @pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "ascii:strict"}])
-def test_an_ascii_terminal_gets_all_rows_and_valid_json_and_a_closed_one_nothing(shown, environment):
+def test_an_ascii_terminal_gets_all_rows_and_a_closed_stdout_nothing(shown, environment):
     command = ("show", "problems", "--limit", "1", "--run", shown.folder)
     done = process(*command, environment=environment)
     assert (done.returncode, done.stderr) == (0, "")

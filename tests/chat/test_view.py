@@ -101,7 +101,7 @@ def test_cut_off_answer_names_the_limit_that_it_met():
     assert "the context is full" in cut_off[6]
 
 
-def test_second_try_after_a_prompt_that_was_too_long_is_shown_alone_or_nothing():
+def test_second_try_after_a_prompt_that_was_too_long_is_shown_alone():
     view = AnswerView()
     view.feed(Writing("solution"))
     view.feed(Answer("?", Reply(0, "", 0, 9, "error", "too long"), Trace((), None, None), None, "too long"))

@@ -101,7 +101,7 @@ def test_resume_after_a_kill_gives_the_file_of_an_uninterrupted_run(tmp_path, gr
     assert len(student.asked) == 4 - blocks  # complete blocks are not sampled again
 
 
-def test_rows_made_with_other_settings_and_drops_of_an_import_are_discarded(run, grader):
+def test_rows_of_other_settings_and_drops_of_an_import_are_discarded(run, grader):
     run.append("dropped.jsonl", [Drop(stage=stage, id="1", reason="r") for stage in ("attempts", "eval")])
     with pytest.raises(KeyboardInterrupt):
         sample(run, grader, Deterministic(2))

@@ -246,7 +246,7 @@ def test_imported_adapter_replaces_sft_if_it_is_a_lora(run):
         train_sft(config.Config(), run)
 
 
-def test_without_warmup_epochs_the_adapter_is_copied_but_not_over_a_trained_one(run):
+def test_without_warmup_epochs_the_adapter_is_copied_over_no_trained_one(run):
     put_adapter(run)
     trained = load(None, ["student.model=embedded"], {}, own_file=False)
     with raises(DataError, r"reviews\.jsonl is missing", hint="warmup.num_train_epochs=0"):

@@ -116,7 +116,7 @@ def test_problems_are_split_by_id_and_by_position_in_the_quickstart():
     assert 60 < len(split.stage2) < 120
 
 
-def test_fit_keeps_50_problems_if_there_are_enough_and_takes_none_that_was_trained_on():
+def test_fit_keeps_50_problems_and_none_that_was_trained_on():
     for count, least, most in ((199, 0, 0), (200, 50, 50), (400, 50, 50), (4000, 340, 460)):
         assert least <= len(split_problems(config.Config(), numbered(count)).fit) <= most
     none = config.Config(problems=config.Problems(fit_share=0))

@@ -26,7 +26,7 @@ def build(run, url, grader, problems=PROBLEMS, settings=(), **options):
         return write_templates(chosen, run, teacher=teacher, grader=grader, problems=problems, **options)
 
 
-def test_equal_answers_are_accepted_and_an_unknown_grade_is_not_a_wrong_one(grader, unsure):
+def test_equal_answers_are_accepted_and_an_unknown_grade_is_not_wrong(grader, unsure):
     for answer in ("3", "$3$", r"\boxed{3}", "The answer is 3.", "3.0"):
         assert isinstance(check_template(reply(answer), PROBLEMS[2], grader), Trace)
     rejection = check_template(reply("3.0"), PROBLEMS[2], unsure)

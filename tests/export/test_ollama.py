@@ -34,7 +34,7 @@ def test_modelfile_has_template_system_prompt_stop_and_context():
     assert "TEMPLATE" not in build_modelfile("m.gguf", "")
 
 
-def test_text_that_a_modelfile_cannot_hold_is_an_error_and_none_escapes_from_it():
+def test_no_text_escapes_from_a_modelfile_that_cannot_hold_it():
     for given in ({"system": 'say """'}, {"system": 'say "stop"'}, {"stop": '"'}):
         with pytest.raises(DataError, match="cannot hold"):
             build_modelfile("m.gguf", "", **given)

@@ -22,7 +22,7 @@ LOOP = "{{% for i in range({0}) %}}{{% for j in range({0}) %}}"
 DROPS = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% endif %}{% endfor %}"
 
 
-def test_template_gets_what_transformers_gives_it_and_a_system_text_in_some_role():
+def test_template_gets_what_transformers_gives_and_a_system_text():
     for single in (REFUSES + DROPS, DROPS):
         assert render_chat(single, CHAT) == "[Be brief.\n\n2 + 2?]"
         assert render_chat(single, USER) == "[2 + 2?]"

@@ -11,7 +11,7 @@ from tests.toy import toy_config
 ASK = Request(({"role": "user", "content": "Tom has 20 nuts. He buys 11 more."},), max_tokens=40)
 
 
-def test_settings_of_the_checkpoint_change_nothing_and_positions_are_limited(folder):
+def test_settings_of_the_checkpoint_change_nothing_and_positions_end(folder):
     model, tokenizer = load_student(toy_config(folder, student={"load_in_4bit": False}), "sft")
     student = HFModel(model, tokenizer)
     before = list(student.generate([ASK]))

@@ -80,7 +80,7 @@ def test_token_without_embedding_is_rejected_before_loading_weights(tmp_path, ch
         load_student(config, "sft", train=train)
 
 
-def test_special_token_may_lack_an_embedding_or_be_missing_and_cudnn_is_off(tmp_path):
+def test_special_tokens_may_lack_embeddings_or_be_missing(tmp_path):
     torch.backends.cuda.enable_cudnn_sdp(True)
     extra = {"additional_special_tokens": ["<image_soft_token>"]}
     config = changed_tokenizer(tmp_path / "student", lambda t: t.add_special_tokens(extra))

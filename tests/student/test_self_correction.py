@@ -111,7 +111,7 @@ def test_scores_are_the_weighted_mean_of_review_and_confidence(weight, scores, a
 
 
 @pytest.mark.parametrize("weight", [0.75, 1.0])
-def test_a_correction_that_the_student_would_not_have_written_is_not_accused(weight):
+def test_a_correction_that_the_student_would_not_write_is_not_accused(weight):
     student = Scripted(odds=lambda _: (-4.0,) * 3, confidence=UNSURE, corrections=[CORRECTION] * 2)
     (got,) = review(student, WRONG, confidence_weight=weight, rounds=2)
     assert UNSURE["72 / 2 = 36"] < 0

@@ -319,7 +319,7 @@ def test_rejection_by_the_inspector_is_repaired_with_its_reason(inspected, ledge
         assert (result.rejection.reason, result.requests) == ("rejected_by_inspector", 4)
 
 
-def test_inspector_without_a_verdict_is_asked_once_more_and_no_teacher_again(inspected, ask):
+def test_inspector_without_a_verdict_is_asked_once_more(inspected, ask):
     result, requests = inspected(lambda _: "good", lambda judged: say("Hm.", "length"))
     assert (result.rejection.reason, len(requests)) == ("inspector_not_readable", 2)
     assert "teacher.max_tokens" in result.rejection.text

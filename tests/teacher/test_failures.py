@@ -72,7 +72,7 @@ def test_waits_follow_retry_after_or_grow_with_jitter_up_to_a_bound():
     assert read_failure(Failed()).wait_seconds(4, 1.0) == 2
 
 
-def test_message_is_one_line_without_prefixes_and_keys_and_names_spent_credit(monkeypatch):
+def test_message_is_one_line_without_prefixes_and_keys(monkeypatch):
     failure = read_failure(Failed(CREDIT, 400))
     error = failures.teacher_error(failure, config.Teacher(model="anthropic/claude"), "ANTHROPIC_API_KEY")
     assert "has no credit left: Your credit balance" in error.message

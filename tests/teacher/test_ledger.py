@@ -87,7 +87,7 @@ def test_failed_write_is_an_error_and_an_interrupted_one_is_repeated(path, monke
         assert reader.get("k") == ENTRY
 
 
-def test_ledger_can_be_read_during_writes_and_after_them_and_no_files_are_left(path):
+def test_ledger_can_be_read_during_and_after_writes_without_leftovers(path):
     with Ledger(path) as ledger:
         keep(ledger, "a")
         assert ledger.totals()["requests"] == 1  # though it is not yet written

@@ -71,7 +71,7 @@ THOUGHT = ("<think>so</think>", "<think><Step1>so", "<|channel|>analysis<|messag
         *(({"content": "good"}, reason, "unreadable", "good") for reason in (["stop"], {"a": 1}, 7)),
     ],
 )
-def test_finish_reason_is_read_in_any_case_and_that_of_a_reply_without_text(message, reason, found, text):
+def test_finish_reason_is_read_in_any_case_and_without_a_text(message, reason, found, text):
     reply = read(body(message, reason))
     assert (reply.finish_reason, reply.text) == (found, text)
 

@@ -134,7 +134,7 @@ def test_the_micro_batch_changes_neither_losses_nor_gradients(folder, trained, t
         assert two == pytest.approx(four, rel=1e-3)
 
 
-def test_base_model_is_not_fetched_after_training_and_too_long_rows_are_dropped(folder, run, monkeypatch):
+def test_base_model_is_not_fetched_again_and_long_rows_are_dropped(folder, run, monkeypatch):
     """The network may be gone by then."""
 
     def train_offline(*given, **named):
