@@ -368,7 +368,6 @@ def test_commands_that_read_a_run_find_the_quickstarts(sclite, command):
 
 @pytest.mark.parametrize("command", ["build-data", "build-data --dry-run", "train", "run", "run --plan"])
 def test_no_command_replaces_the_problems_of_a_quickstart_with_those_of_sclite_toml(sclite, command):
-    """Which the quickstart itself does not read."""
     run = Run("runs/quickstart")
     run.replace("problems.jsonl", problem_set("train", 60))
     if command != "run":  # as the quickstart leaves them, and as a killed one does

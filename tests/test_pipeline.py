@@ -62,7 +62,6 @@ def context_of(run, url, **more):
 
 
 def test_build_data_goes_from_problems_to_pairs_with_an_endpoint(run, sclite, monkeypatch):
-    """No student is trained."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123456")  # which the fixture sclite removes
     problems(12)
     with TeacherServer(model) as server:

@@ -154,7 +154,6 @@ def test_student_corrects_each_wrong_attempt_at_the_teachers_step(run, grader):
 
 @pytest.mark.parametrize(("text", "dropped", "warned"), [("no tags", 3, 1), ("no tags", 2, 0), (RIGHT, 3, 0)])
 def test_warning_if_most_content_pairs_were_dropped(run, grader, warnings, text, dropped, warned):
-    """Unless the student corrects the attempts already."""
     fill(run, 4)
     texts = {f"p{i}": [text if i < dropped else WRONG] * 2 for i in range(4)}
     report, _, _ = build(run, grader, texts, progress=warnings)

@@ -133,7 +133,6 @@ def launch(work: Path, *arguments: str) -> str:
 
 @pytest.mark.slow
 def test_trl_recipe_trains_on_two_processes_and_starts_at_ln_2(exported, tmp_path):
-    """The commands of the README with a tiny student on the CPU."""
     student, run = exported
     shutil.copytree(run.folder.parents[1], tmp_path, dirs_exist_ok=True)
     short = [*ON_CPU, "--dtype", "float32", "--max_steps", "2", "--gradient_accumulation_steps", "1"]

@@ -70,6 +70,15 @@ def config_of(base, quant="q8_0", **export):
     return Config.model_validate(tree)
 
 
+def fail_to_export(config, run, message, code=FAILED, left=("parity.json",)):
+    """The export must end with this error and leave these files only."""
+    with pytest.raises(ScliteError, match=message) as error:
+        export.export_model(config, run, "sft")
+    assert error.value.code == code
+    assert [path.name for path in run.path("export").iterdir()] == list(left)
+    return error.value
+
+
 @pytest.fixture
 def instead(monkeypatch):
     """Puts a function in place of one of the stage's, which it gets as its first argument."""
@@ -154,10 +163,7 @@ def test_wrong_weights_fail_the_export(base, run, monkeypatch, instead, failure,
 
     monkeypatch.setattr(reference, "available_ram", lambda: ram)
     instead("convert_model", lambda convert, folder, *more, **named: convert(damage(folder), *more, **named))
-    with pytest.raises(ScliteError, match=r"sft-q8_0\.gguf does not match the trained model") as error:
-        export.export_model(config_of(base), run, "sft")
-    assert error.value.code == FAILED
-    assert [path.name for path in run.path("export").iterdir()] == ["parity.json"]
+    fail_to_export(config_of(base), run, r"sft-q8_0\.gguf does not match the trained model")
     assert exports_of(run, "sft") == []
     if ram == 1 << 40:
         instead("merge", lambda merge, *given, **named: damage(merge(*given, **named)))
@@ -258,10 +264,7 @@ def test_next_tokens_alone_can_fail_the_export(base, run, instead):
     """A file of fewer bits than its name says, whose KL divergence is within the bound of its name."""
     instead("quantize", lambda quantize, source, out, _, *given: quantize(source, out, "q3_k_m", *given))
     message = r"trained model: sft-q4_0.gguf has another next token at \d\d\.\d% of positions, beside near ties \(at most"
-    with pytest.raises(ScliteError, match=message) as error:
-        export.export_model(config_of(base, "q4_0"), run, "sft")
-    assert "KL" not in error.value.message
-    assert not list(run.path("export").glob("*.gguf"))
+    assert "KL" not in fail_to_export(config_of(base, "q4_0"), run, message).message
 
 
 @pytest.mark.parametrize(
@@ -455,9 +458,7 @@ def test_bounds_come_from_the_configuration_also_after_the_export(base, run):
         export.export_model(config, run, "sft")
     assert export.export_model(config_of(base), run, "sft").skipped
     run.path("export/sft-q8_0.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ScliteError, match=message):
-        export.export_model(config, run, "sft")
-    assert [path.name for path in run.path("export").iterdir()] == ["parity.json"]
+    fail_to_export(config, run, message)
 
 
 def test_modelfile_and_card_stay_those_of_the_student_that_was_trained_last(base, run):
@@ -694,9 +695,8 @@ def test_tokenizer_that_aborts_llama_cpp_is_an_error(base, run, monkeypatch, pro
     add = GGUFWriter.add_token_list
     without_bytes = lambda self, tokens: add(self, [token.replace("<0x", "<1x") for token in tokens])  # noqa: E731
     monkeypatch.setattr(GGUFWriter, "add_token_list", without_bytes)
-    with raises(DataError, r"llama.cpp cannot read .*signal 6", hint="another base model"):
-        export.export_model(config_of(base), run, "sft")
-    assert list(run.path("export").iterdir()) == []
+    error = fail_to_export(config_of(base), run, r"llama.cpp cannot read .*signal 6", code=DATA, left=())
+    assert "another base model" in error.hint
 
 
 def test_tokenizer_larger_than_the_embedding_is_an_error(base, run, tmp_path):
@@ -721,18 +721,15 @@ def test_token_that_the_gguf_splits_differently_fails_the_export(base, run, tmp_
     number = kept["model"]["vocab"]["<Cause>"] = kept["model"]["vocab"].pop(text)
     kept["added_tokens"].append({"id": number, "content": "<Cause>", **settings})
     (folder / "tokenizer.json").write_text(json.dumps(kept), encoding="utf-8")
-    with pytest.raises(ScliteError, match=r"sft-q8_0\.gguf splits .*<Cause>.* into tokens") as error:
-        export.export_model(config_of(folder), run, "sft")
-    assert error.value.code == FAILED
-    assert [path.name for path in run.path("export").iterdir()] == ["parity.json"]
+    fail_to_export(config_of(folder), run, r"sft-q8_0\.gguf splits .*<Cause>.* into tokens")
 
 
 def test_adapter_of_another_base_is_not_exported(run, tmp_path):
-    with pytest.raises(DataError, match=r"adapter .* was not trained on the weights in .*other") as error:
-        export.export_model(config_of(tiny_llama(tmp_path / "other", seed=5)), run, "sft")
-    assert error.value.code == DATA
-    assert "student.model" in error.value.hint
-    assert list(run.path("export").iterdir()) == []
+    other, message = (
+        tiny_llama(tmp_path / "other", seed=5),
+        "adapter .* was not trained on the weights in .*other",
+    )
+    assert "student.model" in fail_to_export(config_of(other), run, message, code=DATA, left=()).hint
 
 
 def test_model_that_does_not_fit_in_memory_is_compared_layer_by_layer(base, run, monkeypatch):

@@ -98,7 +98,6 @@ def config_of(base, quant, imatrix=None):
     ids=["with", "without"],
 )
 def test_exports_are_within_their_bounds(trained, answers, quants, imatrix):
-    """With and without an importance matrix, on the run's held-out traces; the greedy answers of the f16 file are equal."""
     base, run = trained
     found = export.export_model(config_of(base, quants, imatrix), run, "sft").figures["parity"]
     print(f"\n{parity.summarize(found)}")

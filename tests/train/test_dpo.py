@@ -195,7 +195,6 @@ def test_decision_odds_in_training_equal_the_scores_in_use(config, run, report, 
 
 
 def test_log_probabilities_are_sums_over_a_sides_own_tokens(config, run, bundles):
-    """Against a plain forward pass over the whole vocabulary, one sequence at a time."""
     model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"))
     bundles = [bundle for bundle in bundles if bundle.rejected is not None]
     with torch.no_grad():

@@ -35,7 +35,6 @@ def trained(folder, tmp_path_factory):
 
 
 def test_in_the_trainers_batches_the_prompt_alone_is_masked(folder, tmp_path):
-    """In the batches that the trainer's data loader gives to the model."""
     config = toy_config(folder)
     model, tokenizer = load_student(config, "sft", train=True)
     problem, trace = toy_problems(1)[0], toy_trace(0)
