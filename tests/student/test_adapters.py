@@ -95,7 +95,7 @@ def test_every_family_trains_every_target(run, tmp_path, name):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(kind_of(name)).save_pretrained(folder)
     write_toy(run)
-    report = train_sft(toy_config(folder, sft={"num_train_epochs": 2}), run)
+    report = train_sft(toy_config(folder, sft={"num_train_epochs": 1}), run)
     assert sorted(report.figures["lora"]) == sorted(FAMILIES[name][1])
     weights = adapter(run, "sft").items()
     moved = {key.split(".")[-3] for key, value in weights if ".lora_B." in key and value.any()}
