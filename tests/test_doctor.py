@@ -43,7 +43,7 @@ def nvidia_smi(tmp_path, monkeypatch, torch_with_gpus):
     return write
 
 
-def test_gpu_processes_are_sorted_by_size_or_unknown(nvidia_smi):
+def test_gpu_processes_are_sorted_by_size_or_unknown(nvidia_smi, monkeypatch):
     assert doctor.gpu_processes() is None  # there is no nvidia-smi
     nvidia_smi("END\nexit 9\n")
     assert doctor.gpu_processes() is None
@@ -56,6 +56,10 @@ def test_gpu_processes_are_sorted_by_size_or_unknown(nvidia_smi):
     assert doctor.gpu_processes() == processes
     nvidia_smi("No running processes found\n")
     assert doctor.gpu_processes() == []
+    nvidia_smi("{gpu}, python, 1000")
+    for visible, physical in (("", 0), ("3", 3), ("5, 2", 5)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert doctor.gpu_processes()[0]["pid"] == physical
 
 
 def test_gpus_are_numbered_by_the_pci_bus_within_cuda_visible_devices(torch_with_gpus):
@@ -71,13 +75,6 @@ def test_gpus_are_numbered_by_the_pci_bus_within_cuda_visible_devices(torch_with
     with pytest.raises(DeviceError, match="--gpu 1 is out of range for CUDA_VISIBLE_DEVICES=") as error:
         select_gpu(1)
     assert "unset CUDA_VISIBLE_DEVICES" in error.value.hint
-
-
-@pytest.mark.parametrize(("visible", "physical"), [("", 0), ("3", 3), ("5, 2", 5)])
-def test_nvidia_smi_gets_the_physical_gpu_number(nvidia_smi, monkeypatch, visible, physical):
-    nvidia_smi("{gpu}, python, 1000")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert doctor.gpu_processes()[0]["pid"] == physical
 
 
 def test_the_nvidia_driver_is_found_without_nvidia_smi(tmp_path, monkeypatch):

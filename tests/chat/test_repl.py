@@ -136,12 +136,10 @@ def chat(run):
     return Chat(Scripted(**CORRECTING), 512, Path("x.gguf"), run, Settings())
 
 
-def test_question_in_another_encoding_gets_replacement_characters(chat):
+def test_questions_are_solved_alone_unless_history_is_on(chat):
     assert chat.ask("caf\udce9?").question == "caf\ufffd?"  # as Python reads $'caf\xe9?' in an argument
     assert "caf\ufffd?" in chat.student.asked[0].messages[-1]["content"]
-
-
-def test_questions_are_solved_alone_unless_history_is_on(chat):
+    chat.command("/clear")
     chat.ask("How many?")
     chat.ask("And now?")
     assert "How many?" not in chat.student.asked[-1].messages[-1]["content"]
@@ -195,11 +193,18 @@ def test_failed_call_of_an_endpoint_is_not_repeated_with_less_history(chat):
     assert len(chat.student.asked) == 3 + 1  # the first with its correction and the rest, then the second
 
 
-def test_set_changes_the_next_request(chat, capsys):
+def test_set_and_correct_change_the_next_request(chat, capsys):
+    chat.command("/correct off")
+    assert chat.ask("How many?").review is None
+    chat.command("/set threshold 4")
+    chat.command("/correct on")
+    assert chat.ask("How many?").review.accused is None
+    with pytest.raises(UsageError):
+        chat.command("/correct maybe")
     for setting in ("temperature 0.5", "seed 7", "max_tokens 99"):
         chat.command(f"/set {setting}")
     chat.ask("How many?")
-    first = chat.student.asked[0]
+    first = [request for request in chat.student.asked if not request.pieces][-1]
     assert (first.temperature, first.seed, first.max_tokens) == (0.5, 7, 99)
     number = ("temperature hot", "temperature 2.1", "temperature", "seed -1", "seed 1e22", "max_tokens 0")
     for setting in (*number, "max_tokens 99999999999", "threshold nan", "history perhaps", "colour red"):
@@ -211,16 +216,6 @@ def test_set_changes_the_next_request(chat, capsys):
     chat.command("/set")
     expected = "temperature 0.5, seed 7, max_tokens 99, threshold 0.2074, confidence_weight 0, rounds 1, mode guided, history off"
     assert " ".join(capsys.readouterr().out.split()) == expected
-
-
-def test_correct_turns_the_review_off_and_on(chat):
-    chat.command("/correct off")
-    assert chat.ask("How many?").review is None
-    chat.command("/set threshold 4")
-    chat.command("/correct on")
-    assert chat.ask("How many?").review.accused is None
-    with pytest.raises(UsageError):
-        chat.command("/correct maybe")
 
 
 def test_retry_samples_again_and_undo_forgets(chat):

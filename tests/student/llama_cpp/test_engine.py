@@ -233,14 +233,6 @@ def test_next_request_with_the_same_prefix_uses_the_cache(engine):
     assert next(engine.score([scored])).prefill_tokens == 1 + after_the_mark
 
 
-def test_reply_includes_the_stop_string(engine):
-    (whole,) = engine.generate([Request(chat("1 + 1?"), max_tokens=30)])
-    stop = whole.text[9:13]
-    (reply,) = engine.generate([Request(chat("1 + 1?"), max_tokens=30, stop=("never", stop))])
-    assert reply.text == whole.text[: whole.text.index(stop) + len(stop)]
-    assert (reply.finish, whole.finish) == ("stop", "length")
-
-
 @pytest.mark.parametrize(
     ("stops", "pieces", "text"),
     [
@@ -301,13 +293,6 @@ def test_oversized_prompt_is_an_error_and_affects_no_other(engine):
     assert found[1].tokens == 5
     (score,) = engine.score([ScoreRequest(chat("word " * 2000), PIECES, (0,), (OPTIONS,))])
     assert np.isnan(score.log_odds[0])
-
-
-def test_reply_is_truncated_at_the_end_of_the_context(gguf):
-    with Engine(gguf, parallel=2, context=256) as engine:
-        (reply,) = engine.generate([Request(chat("1 + 1?"), max_tokens=100_000)])
-    assert reply.finish == "length"
-    assert reply.prompt_tokens + reply.tokens == 256
 
 
 def test_full_cache_makes_sequences_wait_and_changes_no_reply(gguf):
@@ -377,8 +362,9 @@ def test_streamed_text_comes_in_pieces_and_adds_up_to_the_reply(engine):
     assert "".join(pieces) == whole.text
     assert list(engine.stream(request, None, False)) == [whole.text, whole]
     stop = whole.text[9:13]
-    *pieces, reply = engine.stream(Request(chat("1 + 1?"), max_tokens=40, stop=(stop,)))
+    *pieces, reply = engine.stream(Request(chat("1 + 1?"), max_tokens=40, stop=("never", stop)))
     assert "".join(pieces) == reply.text == whole.text[: whole.text.index(stop) + len(stop)]
+    assert (reply.finish, whole.finish) == ("stop", "length")
 
 
 def test_first_text_comes_before_the_reply_is_finished(gguf, monkeypatch):
@@ -480,8 +466,10 @@ def test_check_in_another_process_keeps_the_kind_of_its_error(tmp_path, monkeypa
     assert error.value.hint == "free some"
 
 
-def test_llama_cpp_loads_silently(gguf, capfd):
+def test_llama_cpp_loads_silently_and_truncates_at_the_end_of_the_context(gguf, capfd):
     with Engine(gguf, parallel=2, context=256) as engine:
+        (reply,) = engine.generate([Request(chat("1 + 1?"), max_tokens=100_000)])
+        assert (reply.finish, reply.prompt_tokens + reply.tokens) == ("length", 256)
         assert engine.vocabulary.size == 512
         assert isinstance(engine.offloaded, bool)
         assert "llama" in engine.description
