@@ -112,18 +112,14 @@ def test_missing_subset_and_split_errors_name_those_that_exist(hub):
         load("HuggingFaceH4/MATH-500")
 
 
+UNREACHABLE = ConnectionError("Couldn't reach 'some/set'\nmore")
 GATED = datasets.exceptions.DatasetNotFoundError("Dataset 'some/set' is a gated dataset on the Hub.")
 
 
 @pytest.mark.parametrize(
     ("raised", "kind", "message", "hint"),
     [
-        (
-            ConnectionError("Couldn't reach 'some/set'\nmore"),
-            NetworkError,
-            "some/set cannot be reached",
-            "JSONL",
-        ),
+        (UNREACHABLE, NetworkError, "some/set cannot be reached", "JSONL"),
         (OSError(28, "No space left on device"), DataError, "No space left", ""),
         (GATED, DataError, "some/set is gated", "HF_TOKEN"),
     ],

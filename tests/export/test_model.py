@@ -725,10 +725,8 @@ def test_token_that_the_gguf_splits_differently_fails_the_export(base, run, tmp_
 
 
 def test_adapter_of_another_base_is_not_exported(run, tmp_path):
-    other, message = (
-        tiny_llama(tmp_path / "other", seed=5),
-        "adapter .* was not trained on the weights in .*other",
-    )
+    other = tiny_llama(tmp_path / "other", seed=5)
+    message = "adapter .* was not trained on the weights in .*other"
     assert "student.model" in fail_to_export(config_of(other), run, message, code=DATA, left=()).hint
 
 

@@ -17,9 +17,8 @@ def rows_of(folder, tmp_path, change=lambda id, trace: trace, **warmup):
     run, config = Run(tmp_path), toy_config(folder, warmup=warmup)
     write_toy(run)
     rows = [attempt.model_dump() for attempt in run.read("attempts.jsonl", Attempt)]
-    run.replace(
-        "attempts.jsonl", [Attempt(**row | {"trace": change(row["id"], row["trace"])}) for row in rows]
-    )
+    changed = [Attempt(**row | {"trace": change(row["id"], row["trace"])}) for row in rows]
+    run.replace("attempts.jsonl", changed)
     tokenizer = load_tokenizer(config.student.model)
     reviews, templates = run.read("reviews.jsonl", Review), run.read("templates.jsonl", Template)
     names, rows = mixed_rows(tokenizer, run, reviews, templates, config)
