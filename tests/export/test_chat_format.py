@@ -123,7 +123,7 @@ def test_small_template_has_no_options_and_derives_itself(formats):
         assert derive(template).jinja() == template, name
 
 
-def test_go_template_renders_the_same_prompt(formats, tmp_path):
+def test_go_template_renders_the_same_prompt(formats, tmp_path, cache):
     """In Go's text/template, with what Ollama gives: .Messages with .Role and .Content, .System, .Prompt, .Response.
 
     The struct below is written by hand after Ollama's: no code of Ollama runs here.
@@ -140,7 +140,7 @@ def test_go_template_renders_the_same_prompt(formats, tmp_path):
             wanted.append((name, kind, prompt + open_answer))
             rows.append({"Template": form.go_template("<s>"), "Messages": chat})
     (tmp_path / "main.go").write_text(PROGRAM)
-    environment = {**os.environ, "GO111MODULE": "off", "GOCACHE": str(tmp_path / "cache")}
+    environment = {**os.environ, "GO111MODULE": "off", "GOCACHE": str(cache.mkdir("go"))}
     given = {"cwd": tmp_path, "env": environment, "input": json.dumps(rows)}
     found = json.loads(subprocess.check_output([go, "run", "main.go"], text=True, **given))
     wrong = [(name, kind) for (name, kind, text), go in zip(wanted, found, strict=True) if text != go]
