@@ -109,7 +109,10 @@ def test_evaluation_of_a_model_in_ollama(sclite, ollama):
 
 @pytest.mark.parametrize(
     ("name", "message", "hint"),
-    [("other", "Ollama at http://127.0.0.1:", "ollama pull other"), ("", "does not answer", "ollama serve")],
+    [
+        ("other", "has no model other", "ollama pull other; `ollama list` shows"),
+        ("", "does not answer", "ollama serve"),
+    ],
 )
 def test_what_is_missing_in_ollama_is_named(sclite, ollama, monkeypatch, name, message, hint):
     if not name:
