@@ -179,7 +179,7 @@ def ours(model: Any, tokenizer: Any, config: Any, case: Case, turn: Turn | None 
 
 
 def speed_figures(speeds: Sequence[float], turn: Turn | None) -> dict[str, Any]:
-    """Tokens per second of each step, and their median without the first two, where there are more; nothing in turns."""
+    """Tokens per second of each step, and their median without the first two if there are more; none in turns."""
     median = statistics.median(speeds[2:] or speeds)
     return {} if turn else {"tokens_per_second": median, "speeds": [round(value, 1) for value in speeds]}
 

@@ -16,7 +16,7 @@ HALF = {
     "problem": "Halve 7.", "level": "Level 2", "type": "Prealgebra", "solution": "It is $\\boxed{\\frac{7}{2}}$.",
 }  # fmt: skip
 ROWS = {
-    "openai/gsm8k": {"question": "Ann has 3 nuts, gets 4?", "answer": "It is 3 + 4 = <<3+4=7>>7 nuts.\n#### 7"},
+    "openai/gsm8k": {"question": "Ann has 3, gets 4?", "answer": "It is 3 + 4 = <<3+4=7>>7 nuts.\n#### 7"},
     "EleutherAI/hendrycks_math": HALF,
     "DigitalLearningGmbH/MATH-lighteval": HALF,
     "HuggingFaceH4/MATH-500": {

@@ -285,7 +285,7 @@ def test_exceptions_in_a_check_the_jobs_or_the_ledger_reach_the_caller(asked, as
 
 @pytest.fixture
 def inspected(ask):
-    """inspected(reply, judge): (the result, the requests) of a teacher and an inspector with these replies."""
+    """inspected(reply, judge): (result, requests) of a teacher and an inspector with these replies."""
 
     def call(reply, judge, number=1):
         judged = []
