@@ -18,7 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # more threads than cores take up to 1.
 CLEAN = ("OPENAI_API_KEY", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 
 
-SLOW = ("test_flow.py", "test_three_commands.py", "test_resume.py", "test_kills.py", "test_architectures.py")
+SLOW = ("test_flow.py", "test_three_commands.py", "test_model.py", "test_resume.py", "test_architectures.py")
 
 
 def pytest_configure(config):

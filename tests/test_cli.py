@@ -75,9 +75,10 @@ ERRORS = [
     # settings
     ("train --config none.toml", 2, "none.toml: No such file or directory", ""),
     ("train --set sft.num_train_epochs", 2, "--set sft.num_train_epochs: no value", "--set KEY=VALUE"),
-    ("train --set sft.epoch=2", 2, "unknown key sft.epoch", "did you mean sft.num_train_epochs?"),
-    ("train --set epochs=2", 2, "unknown key epochs", "did you mean"),
     ("train --set prompts.zzz=red", 2, "unknown key prompts.zzz", "prompts has folder."),
+    ("train --set epochs=2", 2, "unknown key epochs", "did you mean"),
+    ("train --config key.toml", 2, "configuration: unknown key sft.learning_rat", "mean sft.learning_rate?"),
+    ("train --config line.toml", 2, "line.toml: Expected", "fix this line; the file is TOML"),
     ("train --set sft.num_train_epochs=x", 2, "'x': input should be a valid number", "sclite init"),
     ("train --set problems.correction_share=1.5", 2, "= 1.5: input should be less than 1", ""),
     # something is missing
@@ -112,20 +113,15 @@ ERRORS = [
 ]  # fmt: skip
 
 
-def test_export_uses_the_quickstart_run_if_there_is_no_other(sclite):
-    Path("runs/quickstart").mkdir(parents=True)
-    Path("runs/quickstart/run.toml").write_text("")
-    assert "runs/quickstart has no templates" in sclite("export", "--format", "data").error
-    named = sclite("export", "--format", "data", "--run", "runs/default").error
-    assert "runs/default has no templates" in named
-
-
 @pytest.mark.parametrize(("typed", "code", "message", "hint"), ERRORS, ids=[typed for typed, *_ in ERRORS])
 def test_an_error_says_what_is_wrong_and_what_to_type(sclite, typed, code, message, hint):
     write_rows("mine.jsonl", PROBLEMS)
+    Path("key.toml").write_text("[sft]\nlearning_rat = 1e-4\n")
+    Path("line.toml").write_text('run = "a"\n[sft\n')
     ended = sclite(*shlex.split(typed))
     assert (ended.code, ended.out) == (code, "")
     assert message in ended.error
+    assert "line 2" in ended.error or "line.toml" not in typed
     assert ended.hint
     assert hint in ended.hint
     again = sclite(*shlex.split(typed), "--json")
@@ -136,21 +132,6 @@ def test_an_error_says_what_is_wrong_and_what_to_type(sclite, typed, code, messa
         assert len(ended.err.splitlines()) == 2
     if not typed.startswith("build-data"):  # which has read the problems
         assert not Path("runs/default/run.toml").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "error", "hint"),
-    [
-        ("[sft]\nlearning_rat = 1e-4\n", "configuration: unknown key sft.learning_rat", "did you mean sft.learning_rate?"),
-        ('run = "a"\n[sft\n', "sclite.toml: Expected", "fix this line; the file is TOML"),
-    ],
-)  # fmt: skip
-def test_a_mistake_in_the_configuration_file_is_reported(sclite, text, error, hint):
-    Path("sclite.toml").write_text(text)
-    ended = sclite("train")
-    assert (ended.code, ended.hint) == (2, f"try: {hint}")
-    assert ended.error.startswith(f"error: {error}")
-    assert "line 2" in ended.error or "unknown key" in ended.error
 
 
 @pytest.mark.parametrize("name", ["7", "2026-11-23", "true", "1e5", "runs/[a]"])
@@ -190,17 +171,12 @@ def test_a_damaged_row_of_the_run_is_reported(sclite):
     assert ended.hint == "try: fix or remove the line, or re-run the command that wrote the file"
 
 
-def test_a_second_process_on_one_run_is_refused(tmp_path):
-    command = [sys.executable, "-m", "sclite", "build-data", "mine.jsonl", "--run", str(tmp_path / "run")]
-    with Run(tmp_path / "run").lock():
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    error, hint = done.stderr.splitlines()
-    assert error == f"error: another sclite process is using {tmp_path / 'run'}"
-    assert hint == "try: wait for it, or choose another folder with --run"
-
-
-def test_ctrl_c_exits_with_130_and_suggests_resuming(sclite, monkeypatch):
+def test_a_second_process_on_one_run_is_refused_and_ctrl_c_exits_with_130(sclite, monkeypatch):
+    with Run("runs/default").lock():
+        ended = sclite("build-data", "mine.jsonl")
+    refused = "error: another sclite process is using runs/default\n"
+    said = f"{refused}try: wait for it, or choose another folder with --run\n"
+    assert (ended.code, ended.out, ended.err) == (2, "", said)
     monkeypatch.setattr(doctor, "run_checks", lambda *_: signal.raise_signal(signal.SIGINT))
     ended = sclite("doctor")
     assert (ended.code, ended.err) == (130, "interrupted; re-run to resume\n")
@@ -251,7 +227,7 @@ def test_every_command_has_help(sclite, name):
     assert sclite(name, "-h").out == sclite(name, "--help").out
 
 
-def test_a_dry_run_of_corrections_needs_attempts(sclite):
+def test_a_dry_run_of_corrections_needs_attempts_and_names_what_follows(sclite):
     run = Path("runs/default")
     asked = ("build-data", "--only", "corrections", "--dry-run", *TEACHER)
     write_rows(run / "problems.jsonl", [{"id": "p0", "question": "What is 2 + 2?", "answer": "4"}])
@@ -264,15 +240,6 @@ def test_a_dry_run_of_corrections_needs_attempts(sclite):
     found = json.loads(sclite(*asked, "--json").out)
     assert found["requests"] == 1
     assert "2 + 2 = 5" in found["first_request"]["messages"][-1]["content"]
-    write_rows(run / "reviews.jsonl", [{**work, "step": None}])
-    assert json.loads(sclite(*asked, "--json").out)["requests"] == 0  # imported reviews: no requests
-
-
-def test_a_dry_run_lists_the_corrections_that_would_follow(sclite):
-    run = Path("runs/default")
-    write_rows(run / "problems.jsonl", [{"id": "p0", "question": "What is 2 + 2?", "answer": "4"}])
-    work = {"id": "p0", "sample": 0, "trace": "<Step1>2 + 2 = 5\n</Step1>\n<Answer>5</Answer>"}
-    write_rows(run / "attempts.jsonl", [{**work, "answer": "5", "correct": False}])
     write_rows(run / "templates.jsonl", [{**json.loads(TEMPLATE), "id": "p0"}])
     price = ("--set", "teacher.price=[1000, 1000]")
     shown = sclite("build-data", "--dry-run", *TEACHER, *price).out
@@ -280,6 +247,8 @@ def test_a_dry_run_lists_the_corrections_that_would_follow(sclite):
     assert "corrections" not in shown
     shown = sclite("build-data", "--dry-run", *TEACHER, *price, "--set", "attempts.student=openai/other").out
     assert re.search(r"^corrections: 1 by .*, about \$\d", shown, re.M)
+    write_rows(run / "reviews.jsonl", [{**work, "step": None}])
+    assert json.loads(sclite(*asked, "--json").out)["requests"] == 0  # imported reviews: no requests
 
 
 def test_exported_data_is_printed_as_one_json_object(sclite):
@@ -394,11 +363,11 @@ def test_commands_that_read_a_run_fall_back_to_the_quickstarts(sclite, command):
     for folder in ("runs/quickstart", "runs/default"):
         Run(folder).append("problems.jsonl", [Problem(id="p", question="1 + 1?", answer="2")])
         assert folder in sclite(command).out
+        assert f"{folder} has no templates" in sclite("export", "--format", "data").error
 
 
 @pytest.mark.parametrize("command", ["build-data", "build-data --dry-run", "train", "run", "run --plan"])
 def test_no_command_replaces_the_problems_of_a_quickstart_with_those_of_sclite_toml(sclite, command):
-    """The quickstart itself does not read it."""
     run = Run("runs/quickstart")
     run.replace("problems.jsonl", problem_set("train", 60))
     if command != "run":  # as the quickstart leaves them, and as a killed one does

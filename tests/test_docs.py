@@ -48,9 +48,8 @@ def test_readme_is_short_and_has_the_table_of_eval_whose_columns_are_explained()
 def test_the_picture_shows_a_recorded_screen_in_its_colors():
     draw = runpy.run_path(str(ROOT / "docs/picture.py"))["draw"]
     drawn = draw("> How many?\n  \x1b[31m✗ 1\x1b[0m so 3" + 20 * "\n" + "the last line\n\n")
-    texts = [
-        html.unescape(text).replace("\xa0", " ").strip() for text in re.findall(r"<text[^>]*>([^<]*)<", drawn)
-    ]
+    found = re.findall(r"<text[^>]*>([^<]*)<", drawn)
+    texts = [html.unescape(text).replace("\xa0", " ").strip() for text in found]
     assert [text for text in texts if text] == ["sclite chat", "> How many?", "✗ 1", "so 3", "the last line"]
     colors = dict(re.findall(r"\.(\S+) \{ fill: (#\w+)", drawn))
     marked = re.search(r'class="(\S+)"[^>]*>[^<]*✗', drawn).group(1)
@@ -67,7 +66,6 @@ def test_what_scripts_import_from_sclite_exists(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "sclite":
             module = importlib.import_module(node.module)
-            for name in (alias.name for alias in node.names):
-                assert hasattr(module, name) or importlib.util.find_spec(f"{node.module}.{name}"), (
-                    f"{node.module}.{name}"
-                )
+            for whole in (f"{node.module}.{alias.name}" for alias in node.names):
+                name = whole.rpartition(".")[2]
+                assert hasattr(module, name) or importlib.util.find_spec(whole), whole

@@ -44,7 +44,7 @@ def nvidia_smi(tmp_path, monkeypatch, torch_with_gpus):
     return write
 
 
-def test_gpu_processes_are_sorted_by_size_or_unknown(nvidia_smi):
+def test_gpu_processes_are_sorted_by_size_or_unknown(nvidia_smi, monkeypatch):
     assert doctor.gpu_processes() is None  # there is no nvidia-smi
     nvidia_smi("END\nexit 9\n")
     assert doctor.gpu_processes() is None
@@ -57,6 +57,10 @@ def test_gpu_processes_are_sorted_by_size_or_unknown(nvidia_smi):
     assert doctor.gpu_processes() == processes
     nvidia_smi("No running processes found\n")
     assert doctor.gpu_processes() == []
+    nvidia_smi("{gpu}, python, 1000")
+    for visible, physical in (("", 0), ("3", 3), ("5, 2", 5)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert doctor.gpu_processes()[0]["pid"] == physical
 
 
 def test_gpus_are_numbered_by_the_pci_bus_within_cuda_visible_devices(torch_with_gpus):
@@ -109,13 +113,6 @@ def test_the_reason_why_cuda_does_not_start_is_pytorchs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", init)
     assert cuda_memory.cuda_failure() == "The NVIDIA driver on your system is too old."
-
-
-@pytest.mark.parametrize(("visible", "physical"), [("", 0), ("3", 3), ("5, 2", 5)])
-def test_nvidia_smi_gets_the_physical_gpu_number(nvidia_smi, monkeypatch, visible, physical):
-    nvidia_smi("{gpu}, python, 1000")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert doctor.gpu_processes()[0]["pid"] == physical
 
 
 def test_the_nvidia_driver_is_found_without_nvidia_smi(tmp_path, monkeypatch):

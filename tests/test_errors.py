@@ -14,12 +14,13 @@ from sclite.commands import start
 from sclite.errors import DataError
 from sclite.records import Drop, Problem, Template
 from sclite.run import Run
+from tests.toy import write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def sclite(folder: Path, *arguments: str, code: str = "", path: str = "", **environment: str):
-    """Run a command in its own process; `code` runs first, `path` is put at the front of sys.path."""
+def in_a_process(folder: Path, *arguments: str, code: str = "", path: str = "", **environment: str):
+    """A command in a process of its own; `code` runs before it, `path` comes before everything on sys.path."""
     main = f"import sys; sys.argv[0] = 'sclite'\n{code}\nfrom sclite.__main__ import main; main()"
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, (path, str(ROOT)))), "TMPDIR": str(folder)}
     options = {"cwd": folder, "env": {**os.environ, **paths, **environment}, "timeout": 300, "check": False}
@@ -36,7 +37,7 @@ m.run_checks = fail
 
 def test_an_unexpected_exception_is_one_line_with_a_traceback_file(tmp_path):
     address = "teacher.api_base=http://me:hunter2@localhost:8000/v1"
-    done = sclite(tmp_path, "doctor", "--set", address, code=FAILING)
+    done = in_a_process(tmp_path, "doctor", "--set", address, code=FAILING)
     assert (done.returncode, done.stdout) == (1, "")
     first, hint = done.stderr.splitlines()
     assert first == "error: unexpected ZeroDivisionError: no"
@@ -45,7 +46,7 @@ def test_an_unexpected_exception_is_one_line_with_a_traceback_file(tmp_path):
     assert "in fail" in log.read_text()
     assert "doctor" in log.read_text()
     assert "hunter2" not in log.read_text()
-    debugged = sclite(tmp_path, "doctor", code=FAILING, SCLITE_DEBUG="1")
+    debugged = in_a_process(tmp_path, "doctor", code=FAILING, SCLITE_DEBUG="1")
     assert "Traceback" in debugged.stderr
     assert debugged.returncode == 1
 
@@ -55,7 +56,7 @@ def test_an_unexpected_exception_is_one_line_with_a_traceback_file(tmp_path):
     [("ZeroDivisionError", 1, "unexpected ZeroDivisionError"), ("KeyboardInterrupt", 130, "interrupted")],
 )
 def test_an_error_with_json_is_one_object(tmp_path, thrown, code, said):
-    done = sclite(tmp_path, "doctor", "--json", code=FAILING.replace("ZeroDivisionError", thrown))
+    done = in_a_process(tmp_path, "doctor", "--json", code=FAILING.replace("ZeroDivisionError", thrown))
     found = json.loads(done.stdout)
     assert done.returncode == found["exit_code"] == code
     assert said in found["error"]
@@ -63,23 +64,22 @@ def test_an_error_with_json_is_one_object(tmp_path, thrown, code, said):
     assert "Traceback" not in done.stderr
 
 
-def test_unreadable_rows_leave_no_partial_json_object(tmp_path):
-    run = tmp_path / "runs/default"
-    run.mkdir(parents=True)
-    row = Template(id="a", question="1 + 1?", answer="2", trace="<Answer>2</Answer>").model_dump_json()
-    (run / "templates.jsonl").write_text(f"{row}\nno row\n{row}\n")
-    done = sclite(tmp_path, "show", "templates", "--json")
-    found = json.loads(done.stdout)
+def test_unreadable_rows_leave_no_partial_json_object(sclite):
+    row = Template(id="a", question="1 + 1?", answer="2", trace="<Answer>2</Answer>").model_dump()
+    write_rows("runs/default/templates.jsonl", [row, "no row", row])
+    ended = sclite("show", "templates", "--json")
+    found = json.loads(ended.out)
     assert "templates.jsonl, line 2" in found["error"]
-    assert done.returncode == found["exit_code"] == 3
+    assert ended.code == found["exit_code"] == 3
 
 
-def test_no_arguments_print_the_help_in_80_columns_and_are_a_usage_error(tmp_path):
-    done = sclite(tmp_path, COLUMNS="80")
-    assert (done.returncode, done.stderr) == (2, "")
-    assert "Usage: sclite" in done.stdout
-    assert "..." not in done.stdout.partition("Commands:")[2]  # no summary is cut off
-    assert max(map(len, done.stdout.splitlines())) <= 80
+def test_no_arguments_print_the_help_in_80_columns_and_are_a_usage_error(sclite, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    ended = sclite()
+    assert (ended.code, ended.err) == (2, "")
+    assert "Usage: sclite" in ended.out
+    assert "..." not in ended.out.partition("Commands:")[2]  # no summary is cut off
+    assert max(map(len, ended.out.splitlines())) <= 80
 
 
 HOSTILE = "\x1b]0;title\x07\x9b31m\u202e[/red][bold]:apple:\ud800\x7f"
@@ -101,8 +101,9 @@ def test_control_characters_and_markup_are_neutralized(monkeypatch, capsys):
     assert json.loads(out[: out.index("\n}") + 2])["raw"] == HOSTILE
 
 
-def test_a_run_may_be_named_like_markup(tmp_path):
-    run, trace = Run(tmp_path / "a[/b]c"), "<Step1>[/red] [bold]\n</Step1>\n<Answer>1</Answer>"
+def test_a_run_may_be_named_like_markup(sclite, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    run, trace = Run("a[/b]c"), "<Step1>[/red] [bold]\n</Step1>\n<Answer>1</Answer>"
     run.append("problems.jsonl", [Problem(id="p[/b]", question="[/red] [bold]?", answer="1")])
     run.append("templates.jsonl", [Template(id="p[/b]", question="[/red]", answer="1", trace=trace)])
     run.append("dropped.jsonl", [Drop(stage="templates", id="p[/b]", reason="x[/b]", raw="[/red]")])
@@ -111,11 +112,10 @@ def test_a_run_may_be_named_like_markup(tmp_path):
         ("export", "--format", "data"), ("export",), ("chat", "[/red]"), ("train",),
         ("show", "drops", "--reason", "[/red]"), ("train", "--set", "sft.num_train_epochs=[/red]"), ("[/red]",),
     ):  # fmt: skip
-        arguments = command if command == ("[/red]",) else (*command, "--run", "a[/b]c")
-        done = sclite(tmp_path, *arguments, FORCE_COLOR="1")
-        assert "unexpected" not in done.stderr, (command, done.stderr)
-        assert done.returncode in (0, 2, 3), command
-        assert "[/b]" in done.stdout + done.stderr or command[-1] not in ("status", "drops"), command
+        ended = sclite(*command, *(() if command == ("[/red]",) else ("--run", "a[/b]c")))
+        assert "unexpected" not in ended.err, (command, ended.err)
+        assert ended.code in (0, 2, 3), command
+        assert "[/b]" in ended.out + ended.err or command[-1] not in ("status", "drops"), command
 
 
 @pytest.mark.parametrize(
@@ -132,16 +132,16 @@ def test_doctor_survives_broken_libraries(tmp_path, torch, said):
     (broken / "llama_cpp").mkdir(parents=True)
     (broken / "torch.py").write_text(torch)
     (broken / "llama_cpp/__init__.py").write_text("import os; os.abort()")
-    done = sclite(tmp_path, "doctor", path=str(broken))
+    done = in_a_process(tmp_path, "doctor", path=str(broken))
     assert (done.returncode, done.stderr) == (1, "")
     assert re.search(rf"✗ torch: .*{re.escape(said)}", done.stdout)
     assert "✗ llama.cpp: crashes on import (signal 6)" in done.stdout
     assert "✓ Python" in done.stdout
-    found = json.loads(sclite(tmp_path, "doctor", "--json", path=str(broken)).stdout)["checks"]
+    found = json.loads(in_a_process(tmp_path, "doctor", "--json", path=str(broken)).stdout)["checks"]
     (check,) = [check for check in found if check["name"] == "torch"]
     assert (check["works"], check["required"]) == (False, True)
     assert "pip install" in check["fix"]
-    assert sclite(tmp_path, "init", path=str(broken)).returncode == 0
+    assert in_a_process(tmp_path, "init", path=str(broken)).returncode == 0
 
 
 @pytest.mark.parametrize("memory_gb", [None, 12.0, 24.0])

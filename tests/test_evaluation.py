@@ -21,7 +21,7 @@ from sclite.run import Report, Run
 from sclite.student.adapters import adapter_weights
 from sclite.student.ggufs import export_stage, inputs_of
 from sclite.student.step_scores import Cutoff
-from tests.toy import ScriptedStudent
+from tests.toy import ScriptedStudent, raises
 
 
 def notes_on(fitting=60, **more):
@@ -37,9 +37,7 @@ def test_notes_name_truncated_answers_earlier_thresholds_and_disabled_reviews():
     assert notes_on(cut=3) == []
     (note,) = notes_on(cut=4)
     assert note == "truncated first answers: sft 4 of 300; raise eval.max_tokens (320) or eval.context"
-    fitted = FittedThreshold(
-        threshold=1.0, problems=60, n=60, acc_t1=0.5, acc_t2=0.6, max_harm=0.005
-    ).model_dump()
+    fitted = fit(n=60, acc_t1=0.5, acc_t2=0.6).model_dump()
     assert notes_on(fitted=fitted) == []
     (note,) = notes_on(fitting=59, fitted=fitted)
     assert note == "review threshold of sft: 1.00 fitted on 60 problems: 50.0 → 60.0 % right, 0.0 % spoiled"
@@ -53,6 +51,10 @@ def test_a_stage_2_that_harms_solving_is_reported(after, notes):
     hint = "lower warmup.learning_rate, or raise warmup.replay_share"
     text = f"stage 2 made first answers worse, 75.2 → 64.2 % right; {hint}"
     assert found == [text] * notes
+
+
+def fit(threshold=1.0, problems=60, max_harm=0.005, **more):
+    return FittedThreshold(threshold=threshold, problems=problems, max_harm=max_harm, **more)
 
 
 def context_of(folder, **review):
@@ -88,19 +90,11 @@ def test_the_largest_measured_file_replaces_one_without_threshold(tmp_path):
     for name, size in (("dpo-q2_k", 9), ("dpo-q4_k_m", 12), ("dpo-q8_0", 20), ("sft-q8_0", 30)):
         path = write_gguf(home, name, name.encode().ljust(size))
         if name != "dpo-q2_k":
-            store_threshold(
-                home.config,
-                home.run,
-                path,
-                FittedThreshold(threshold=1.0, confidence_weight=0.5, problems=60, max_harm=0.005),
-            )
+            store_threshold(home.config, home.run, path, fit(confidence_weight=0.5))
     config = Config.model_validate({"export": {"quant": "q2_k"}})
     context = Context(config, home.run, ProgressDisplay(quiet=True))
-    assert exports.for_chat(context, None, self_correct=True) == (
-        folder / "dpo-q8_0.gguf",
-        Cutoff(1.0, 0.5),
-        "",
-    )
+    expected = (folder / "dpo-q8_0.gguf", Cutoff(1.0, 0.5), "")
+    assert exports.for_chat(context, None, self_correct=True) == expected
     off = "review is off; turn it on with --self-correct"
     assert exports.for_chat(context, None, self_correct=False) == (folder / "dpo-q2_k.gguf", None, off)
     # used by /correct on
@@ -114,13 +108,12 @@ def test_chat_says_why_review_is_off_and_what_turns_it_on(tmp_path):
     context = context_of(tmp_path)
     gguf = write_gguf(context, "dpo-q4_k_m")
     assert "has not been fitted; run `sclite train`" in exports.for_chat(context, None, None)[2]
-    with pytest.raises(DataError, match="has not been fitted") as error:
+    with raises(DataError, "has not been fitted", hint="sclite train"):
         exports.for_chat(context, None, self_correct=True)
-    assert "sclite train" in error.value.hint
     gguf.rename(write_gguf(context, "sft-q4_k_m"))  # train fits that of DPO's student
     assert "has not been fitted; run `sclite eval PROBLEMS`" in exports.for_chat(context, None, None)[2]
     gguf = write_gguf(context, "dpo-q4_k_m")
-    fitted = FittedThreshold(threshold=None, off="too few", problems=9, max_harm=0.1)
+    fitted = fit(threshold=None, off="too few", problems=9, max_harm=0.1)
     store_threshold(context.config, context.run, gguf, fitted)
     assert exports.for_chat(context, None, self_correct=True) == (gguf, None, "review is off: too few")
     never = context_of(tmp_path, rounds=0)
@@ -236,12 +229,10 @@ def test_chat_says_if_the_threshold_allows_more_harm_than_the_configuration(tmp_
     context = context_of(tmp_path)
     gguf = write_gguf(context, "dpo-q4_k_m")
     for max_harm, noted in ((0.2, True), (0.001, False)):
-        fitted = FittedThreshold(threshold=1.0, problems=60, max_harm=max_harm)
-        store_threshold(context.config, context.run, gguf, fitted)
+        store_threshold(context.config, context.run, gguf, fit(max_harm=max_harm))
         assert exports.for_chat(context, None, None)[1] == Cutoff(1.0)
-        assert (
-            "was fitted with review.max_harm 0.2, not 0.005" in capsys.readouterr().err.replace("\n", " ")
-        ) is noted
+        said = capsys.readouterr().err.replace("\n", " ")
+        assert ("was fitted with review.max_harm 0.2, not 0.005" in said) is noted
 
 
 def test_no_fitted_file_of_an_earlier_adapter_replaces_one_without_threshold(tmp_path, exported):
@@ -249,8 +240,7 @@ def test_no_fitted_file_of_an_earlier_adapter_replaces_one_without_threshold(tmp
     context.display = ProgressDisplay(quiet=True)
     train(context.run, "dpo", b"first")
     exports.export(context)
-    fitted = FittedThreshold(threshold=1.0, problems=60, max_harm=0.005)
-    store_threshold(context.config, context.run, context.run.path("export/dpo-q4_k_m.gguf"), fitted)
+    store_threshold(context.config, context.run, context.run.path("export/dpo-q4_k_m.gguf"), fit())
     train(context.run, "dpo", b"second")
     context.config = Config.model_validate({"export": {"quant": "q8_0"}})
     path, cutoff, why = exports.for_chat(context, None, None)

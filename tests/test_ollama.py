@@ -73,10 +73,19 @@ def test_chat_through_the_ledger_of_a_busy_run_is_refused(sclite, ollama):
     assert "another sclite process is using runs/default" in ended.error
 
 
-@pytest.mark.parametrize("question", ["What is 3/4 of 8?", "1/2", "and/or x", "x/y=3"])
-def test_question_with_a_slash_is_not_a_model(sclite, question):
-    ended = sclite("chat", question)
-    assert "contains no GGUF" in ended.error
+def test_chat_with_another_endpoint_reviews_freely(sclite, ollama):
+    Run("runs/default").replace("problems.jsonl", [Problem(id="p", question="1 + 1?", answer="2")])
+    options = ("--model", "openai/large", "--set", f"attempts.api_base={ollama.url}", "--json", "How many?")
+    found = json.loads(sclite("chat", *options).out)
+    assert (found["answer"], found["accused"], found["correction"]) == ("5", 2, "4 + 1 = 5")
+    found = json.loads(sclite("chat", "--no-self-correct", *options).out)
+    assert (found["answer"], "accused" in found) == ("6", False)
+    assert len(ollama.requests) == 2  # the solution is not paid for twice
+
+
+def test_question_with_a_slash_is_no_model(sclite):
+    for question in ("What is 3/4 of 8?", "1/2", "and/or x", "x/y=3"):
+        assert "contains no GGUF" in sclite("chat", question).error
 
 
 def test_evaluation_of_a_model_in_ollama(sclite, ollama):
@@ -100,7 +109,10 @@ def test_evaluation_of_a_model_in_ollama(sclite, ollama):
 
 @pytest.mark.parametrize(
     ("name", "message", "hint"),
-    [("other", "Ollama at http://127.0.0.1:", "ollama pull other"), ("", "does not answer", "ollama serve")],
+    [
+        ("other", "has no model other", "ollama pull other; `ollama list` shows"),
+        ("", "does not answer", "ollama serve"),
+    ],
 )
 def test_what_is_missing_in_ollama_is_reported(sclite, ollama, monkeypatch, name, message, hint):
     if not name:

@@ -11,7 +11,7 @@ from sclite.errors import DataError, UsageError
 from sclite.records import Problem
 from sclite.run import Report, Run
 from sclite.settings import load
-from tests.toy import write_rows
+from tests.toy import raises, write_rows
 
 
 def problems(count: int, name: str = "mine.jsonl") -> None:
@@ -59,7 +59,9 @@ def test_options_of_eval_export_and_chat_are_not_saved(sclite):
 def test_data_settings_are_saved_and_can_be_unset(build, sclite):
     problems(6)
     export = ("--set", "export.ollama=me", "--set", "export.push=me/mine", "--set", "export.quant=q8_0")
-    build("mine.jsonl", *export, "--set", "seed=7", "--max-cost", "5", "--set", "teacher.price=[1, 2]")
+    # a setting after an option of the same meaning wins
+    cost = ("--max-cost", "0.5", "--set", "teacher.max_cost=5", "--set", "teacher.price=[1, 2]")
+    build("mine.jsonl", *export, "--set", "seed=7", *cost)
     kept = remembered()
     assert (kept["seed"], kept["problems"]["source"], kept["export"]["quant"]) == (7, "mine.jsonl", "q8_0")
     assert not {"ollama", "push"} & kept["export"].keys()
@@ -125,10 +127,8 @@ def test_an_empty_run_is_the_default_with_its_own_settings(tmp_path, monkeypatch
 
 
 def test_columns_in_run_toml_are_those_of_its_own_source(tmp_path):
-    saved = (
-        '[problems]\nsource = "a.csv"\nquestion_column = "query"\nsplit = "test"\ncorrection_share = 0.3\n'
-    )
-    (tmp_path / "run.toml").write_text(saved)
+    saved = '[problems]\nsource = "a.csv"\nquestion_column = "query"\nsplit = "test"\n'
+    (tmp_path / "run.toml").write_text(f"{saved}correction_share = 0.3\n")
 
     def problems(*given):
         return load(None, [f"run={tmp_path}", *given], {}, own_file=False).problems
@@ -144,9 +144,8 @@ def test_columns_in_run_toml_are_those_of_its_own_source(tmp_path):
 def test_a_damaged_run_toml_is_reported(tmp_path, text):
     path = tmp_path / "run.toml"
     path.write_text(text)
-    with pytest.raises(DataError, match=str(path)) as error:
+    with raises(DataError, str(path), hint=f"remove {path}"):
         load(None, [f"run={tmp_path}"], {}, own_file=False)
-    assert f"remove {path}" in error.value.hint
     path.unlink()
     load(None, [f"run={tmp_path}"], {}, own_file=False)
 
@@ -179,17 +178,6 @@ def test_a_moved_run_continues(build, sclite, monkeypatch):
     assert not Path("runs").exists()
 
 
-def test_imported_problems_stay_unchanged_when_some_overlap(build):
-    problems(3, "measured.jsonl")
-    run = Run("runs/default")
-    own = [Problem(id=f"p{n}", question=f"What is 1 + 1, for the {n}th time?", answer="2") for n in range(6)]
-    run.replace("problems.jsonl", own)
-    for _ in range(2):
-        assert build("--set", "eval.source=measured.jsonl").code == 0
-        assert run.read("problems.jsonl", Problem) == own
-        assert rows("templates.jsonl") == 3
-
-
 def test_a_dry_run_writes_and_sends_nothing(build, teacher_of_sums):
     problems(6)
     before = sorted(Path().rglob("*"))
@@ -200,15 +188,8 @@ def test_a_dry_run_writes_and_sends_nothing(build, teacher_of_sums):
     asked = len(teacher_of_sums.requests)
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
     assert json.loads(build("mine.jsonl", "--dry-run", "--json").out)["requests"] == 2
-    other = (
-        "--dry-run",
-        "--json",
-        "--fresh",
-        "--set",
-        "teacher.temperature=0.5",
-        "--set",
-        "teacher.price=[1, 1]",
-    )
+    other = ("--dry-run", "--json", "--fresh")
+    other += ("--set", "teacher.temperature=0.5", "--set", "teacher.price=[1, 1]")
     again = json.loads(build("mine.jsonl", *other).out)
     assert again["requests"] == 6
     judged = ("--set", "teacher.inspector=openai/judge", "--set", "teacher.inspector_price=[10, 10]")
@@ -231,13 +212,7 @@ def test_templates_stay_until_a_new_teacher_has_answered(build, sclite):
     assert (refused.code, "--only corrections" in refused.hint) == (2, True)
 
 
-def test_a_setting_after_an_option_of_the_same_meaning_wins(build):
-    problems(6)
-    assert build("mine.jsonl", "--max-cost", "0.5", "--set", "teacher.max_cost=2").code == 0
-    assert tomllib.loads(Path("runs/default/run.toml").read_text())["teacher"]["max_cost"] == 2
-
-
-def test_no_corrections_are_requested_for_a_student_that_new_templates_make_stale(build, teacher_of_sums):
+def test_no_corrections_are_bought_for_a_student_that_new_templates_make_stale(build, teacher_of_sums):
     problems(6)
     assert build("mine.jsonl", "--limit", "4").code == 0
     run = Run("runs/default")

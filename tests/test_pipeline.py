@@ -30,9 +30,9 @@ def _clean(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def problems(count: int) -> None:
-    rows = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(1, count + 1)]
-    write_rows("mine.jsonl", rows)
+def problems(count: int, name: str = "mine.jsonl", first: int = 1) -> None:
+    numbers = range(first, first + count)
+    write_rows(name, [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in numbers])
 
 
 def attempt(answer="80", notes=(None, None)):
@@ -63,7 +63,6 @@ def context_of(run, url, **more):
 
 
 def test_build_data_goes_from_problems_to_pairs_with_an_endpoint(run, sclite, monkeypatch):
-    """No student is trained."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123456")  # which the fixture sclite removes
     problems(12)
     with TeacherServer(model) as server:
@@ -157,21 +156,22 @@ def test_a_gguf_gives_attempts_and_its_own_corrections_of_them(run, gguf):
     assert (run.read("attempts.jsonl", Attempt), run.read("pairs.jsonl", Pair)) == (attempts, pairs)
 
 
-def test_plan_of_a_run_has_the_cost_of_templates_and_corrections(run, folder, capsys):
-    problems(300)
-    own = {
-        "teacher.price": "[10, 20]",
-        "attempts.samples": 3,
-        "student.model": folder,
-        "student.backend": "plain",
-    }
-    context = context_of(run, "http://127.0.0.1:9/v1", **own)
+PRICED = {"teacher.price": "[10, 20]"}
+
+
+def plan_of(run, folder, capsys, url="http://127.0.0.1:9/v1", **more):
+    """(context, what is printed) of the plan of a run with a student in the folder."""
+    context = context_of(run, url, **{"student.model": folder, "student.backend": "plain", **more})
     context.display = ProgressDisplay()
     print_plan(forecast.plan_run(context))
-    planned = re.search(
-        r"Templates from the teacher: (\d+), about \$(\S+)\nCorrections from the teacher: at most (\d+), about \$(\S+)\n",
-        capsys.readouterr().out,
-    )
+    return context, capsys.readouterr().out
+
+
+def test_plan_of_a_run_has_the_cost_of_templates_and_corrections(run, folder, capsys):
+    problems(300)
+    context, shown = plan_of(run, folder, capsys, **PRICED, **{"attempts.samples": 3})
+    templates = r"Templates from the teacher: (\d+), about \$(\S+)\n"
+    planned = re.search(rf"{templates}Corrections from the teacher: at most (\d+), about \$(\S+)\n", shown)
     split = pipeline.divided_problems(context)
     templates, corrections = len(split.sft) + len(split.stage2), 3 * len(split.stage2)
     assert (int(planned[1]), int(planned[3])) == (templates, corrections)
@@ -180,25 +180,14 @@ def test_plan_of_a_run_has_the_cost_of_templates_and_corrections(run, folder, ca
 
 def test_the_plan_of_a_run_counts_the_wrong_attempts_at_any_price(run, folder, capsys):
     problems(20)
-    own = {"student.model": folder, "student.backend": "plain"}
-    context = context_of(run, "http://teacher.example/v1", **own)
-    wrong = {"sample": 0, "trace": attempt("1"), "answer": "1", "correct": False}
-    attempted = pipeline.divided_problems(context).stage2[:2]
-    write_rows(run.path("attempts.jsonl"), [{"id": problem.id, **wrong} for problem in attempted])
-    context.display = ProgressDisplay()
-    print_plan(forecast.plan_run(context))
-    assert "Corrections from the teacher: 2, cost unknown\n" in capsys.readouterr().out
-
-
-def test_the_plan_of_a_run_does_not_guess_the_number_of_imported_attempts(run, folder, capsys):
-    problems(20)
-    own = {"student.model": folder, "student.backend": "plain", "attempts.source": "tries.jsonl"}
-    context = context_of(run, "http://127.0.0.1:9/v1", **own, **{"teacher.price": "[10, 20]"})
-    context.display = ProgressDisplay()
-    print_plan(forecast.plan_run(context))
-    shown = capsys.readouterr().out
+    _, shown = plan_of(run, folder, capsys, **PRICED, **{"attempts.source": "tries.jsonl"})
     assert "Templates from the teacher: 20, about $" in shown
-    assert "Corrections from the teacher: unknown" in shown
+    assert "Corrections from the teacher: unknown" in shown  # the number of imported attempts
+    wrong = {"sample": 0, "trace": attempt("1"), "answer": "1", "correct": False}
+    attempted = pipeline.divided_problems(context_of(run, "http://x")).stage2[:2]
+    write_rows(run.path("attempts.jsonl"), [{"id": problem.id, **wrong} for problem in attempted])
+    _, shown = plan_of(run, folder, capsys, "http://teacher.example/v1")
+    assert "Corrections from the teacher: 2, cost unknown\n" in shown
 
 
 def test_run_with_plan_shows_it_and_starts_nothing(run, folder, sclite):
@@ -380,8 +369,7 @@ def test_evaluation_on_other_problems_keeps_those_of_the_run(run):
     context = context_of(run, "http://unused")
     fit = pipeline.divided_problems(context).fit
     before = {name: run.path(name).read_bytes() for name in ("problems.jsonl", "done/problems.json")}
-    rows = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(219, 240)]
-    write_rows("measured.jsonl", rows)
+    problems(21, "measured.jsonl", first=219)
     measured = context_of(run, "http://unused", **{"eval.source": "measured.jsonl"})
     untrained = pipeline.untrained_problems(measured)
     assert untrained == fit
@@ -395,9 +383,7 @@ def test_new_evaluation_set_pays_for_nothing_and_reads_no_more_problems(run, scl
     """The limit of the first command is not saved; the second pays for no attempt and no correction."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123456")  # which the fixture sclite removes
     problems(60)
-    write_rows(
-        "measured.jsonl", [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(1, 30)]
-    )
+    problems(29, "measured.jsonl")
     with TeacherServer(model) as server:
         own = {"attempts.student": "openai/student", "attempts.api_base": server.url}
         chosen = [word for setting in settings(server.url, **own) for word in ("--set", setting)]

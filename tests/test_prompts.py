@@ -21,7 +21,7 @@ def test_both_chats_share_a_system_prompt_and_values_are_inserted_verbatim():
     assert odd in text_of(prompts.teacher_messages(odd, odd, odd, odd))
 
 
-def test_teacher_sees_the_solution_and_why_its_reply_failed():
+def test_teacher_sees_the_solution_and_why_its_reply_failed(tmp_path):
     given, work = ("Q?", "the way", "41"), "<Step1>x\n</Step1>"
     first = prompts.teacher_messages(*given, work=work)
     again = prompts.teacher_messages(*given, "no step 2", work=work)
@@ -31,10 +31,7 @@ def test_teacher_sees_the_solution_and_why_its_reply_failed():
         assert "41" in text_of(messages)
         assert "could not be used" not in text_of(messages)
     assert "could not be used: no step 2." in text_of(again)
-
-
-def test_prompt_with_a_value_that_would_always_be_empty_is_refused(tmp_path):
-    given = ("Q?", "the way", "41")
+    # a value that would always be empty
     (tmp_path / "teacher_template.txt").write_text("It is {{ work }}.")
     with pytest.raises(DataError, match="'work' is undefined"):
         prompts.teacher_messages(*given, folder=str(tmp_path))

@@ -19,7 +19,7 @@ from sclite.student.hf_model import HFModel
 from sclite.student.loader import load_student, load_tokenizer
 from sclite.train import micro_batch, sft, stage
 from sclite.train.metrics_logger import read_metrics
-from tests.toy import pay, toy_config, write_toy
+from tests.toy import pay, raises, toy_config, write_toy
 
 
 class Recorder(ProgressDisplay):
@@ -94,9 +94,7 @@ def test_out_of_memory_halves_the_micro_batch_and_resumes(folder, tmp_path, monk
         (1_000_000, "estimate nothing fits: at least"),
     ],
 )
-def test_if_one_row_does_not_fit_it_ends_with_exit_5_and_what_to_lower(
-    folder, tmp_path, monkeypatch, free, advice
-):
+def test_if_one_row_does_not_fit_it_says_what_to_lower(folder, tmp_path, monkeypatch, free, advice):
     monkeypatch.setattr(micro_batch, "free_bytes", lambda: free)
     context = context_of(folder, tmp_path, sft={"per_device_train_batch_size": 2})
     limit_memory(monkeypatch, rows=0)
@@ -107,14 +105,12 @@ def test_if_one_row_does_not_fit_it_ends_with_exit_5_and_what_to_lower(
     assert advice in error.value.hint
     assert context.run.manifest("sft") is None
 
-
-def test_another_error_is_not_taken_for_one_of_memory(folder, tmp_path, monkeypatch):
     def broken(model, batch):
         raise RuntimeError("shapes do not fit")
 
     monkeypatch.setattr(sft, "negative_log_likelihood", broken)
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
-        train_sft(context_of(folder, tmp_path))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):  # not taken for one of memory
+        train_sft(context)
 
 
 def test_attempts_that_do_not_fit_are_sampled_in_halves(folder, monkeypatch):
@@ -168,19 +164,13 @@ def test_missing_tensorboard_is_an_error_before_the_first_step(folder, tmp_path,
     real = importlib.util.find_spec
     without = lambda name, *a: None if name.startswith("tensorboard") else real(name, *a)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    with pytest.raises(UsageError, match="tensorboard is enabled but not installed") as error:
+    with raises(UsageError, "tensorboard is enabled but not installed", hint="pip install tensorboard"):
         train_sft(context_of(folder, tmp_path, sft={"tensorboard": True}))
-    assert "pip install tensorboard" in error.value.hint
 
 
 def test_the_plan_has_the_steps_rows_and_micro_batch_of_the_training(folder, tmp_path, monkeypatch):
-    settings = {
-        "batch_size": 3,
-        "per_device_train_batch_size": None,
-        "eval_share": 0.4,
-        "num_train_epochs": 2.5,
-    }
-    warmup = {**settings, "per_device_train_batch_size": 3, "num_train_epochs": 1}
+    settings = {"batch_size": 3, "per_device_train_batch_size": 3, "eval_share": 0.4, "num_train_epochs": 1}
+    warmup, settings = settings, {**settings, "per_device_train_batch_size": None, "num_train_epochs": 2.5}
     context = context_of(folder, tmp_path, sft=settings, warmup=warmup)
     found = plan_training(context)
     assert list(found["stages"]) == ["sft", "warmup", "dpo"]
@@ -227,9 +217,7 @@ MOST = "corrections: at most 10 by openai/teacher, about $"
     ],
     ids=["from the templates", "beyond the limit", "from the price", "unknown"],
 )
-def test_train_shows_the_cost_of_the_corrections_first(
-    folder, tmp_path, monkeypatch, capsys, teacher, paid, line
-):
+def test_train_names_the_cost_of_corrections(folder, tmp_path, monkeypatch, capsys, teacher, paid, line):
     def start(*_):
         raise InterruptedError
 

@@ -3,13 +3,17 @@
 import json
 import os
 import random
+import resource
 import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from sclite.config import Config
 from sclite.data.pairs import continuation, make_pairs
@@ -247,6 +251,26 @@ def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
+
+
+@contextmanager
+def raises(kind: type[Exception], match: str, hint: str = "") -> Iterator[pytest.ExceptionInfo]:
+    """The block must raise this error, with a hint that has these words."""
+    with pytest.raises(kind, match=match) as caught:
+        yield caught
+    assert caught.value.hint
+    assert hint in caught.value.hint
+
+
+@contextmanager
+def file_limit(size: int | None) -> Iterator[None]:
+    """A write beyond this size of a file fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size or before[0], before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class Said(list):

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from sclite.threads import wait_briefly
-from tests.benchmarks.turns import Turn, median_ratio, take_turns
+from tests.benchmarks.turns import Turn, argument_parser, median_ratio, take_turns
 
 BATCH = 16
 
@@ -73,13 +73,8 @@ def plain(model, tokenizer, rows, micro: int, path: Path, step_done) -> None:
         def on_step_end(self, args, state, control, **_):
             step_done(state.global_step, state.max_steps)
 
-    data = [
-        {
-            "input_ids": row.ids,
-            "labels": [i if w else -100 for i, w in zip(row.ids, row.weights, strict=True)],
-        }
-        for row in rows
-    ]
+    labels = [[i if w else -100 for i, w in zip(row.ids, row.weights, strict=True)] for row in rows]
+    data = [{"input_ids": row.ids, "labels": own} for row, own in zip(rows, labels, strict=True)]
     half = next(model.parameters()).element_size() == 2
     arguments = TrainingArguments(
         output_dir=str(path), per_device_train_batch_size=micro, gradient_accumulation_steps=BATCH // micro,
@@ -100,19 +95,16 @@ def compare(options: argparse.Namespace) -> None:
         timed = rows[1:]
         seconds, cpu = (statistics.median(row[key] for row in timed) for key in ("seconds", "cpu"))
         speed = statistics.median(row["tokens"] / row["seconds"] for row in timed)
-        print(
-            f"{side:8} {seconds:6.1f} s, {cpu:6.1f} s of CPU a step, {speed:5.0f} tokens/s, "
-            f"peak {max(row['peak_gb'] for row in rows):.2f} GB"
-        )
+        peak = max(row["peak_gb"] for row in rows)
+        took = f"{side:8} {seconds:6.1f} s, {cpu:6.1f} s of CPU a step, {speed:5.0f} tokens/s"
+        print(f"{took}, peak {peak:.2f} GB")
     for key in ("seconds", "cpu"):
         ours, theirs = ([row[key] for row in found[side][1:]] for side in sides)
         print(f"{sides[1]} over {sides[0]}, {key}: {median_ratio(theirs, ours)}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--model", required=True, help="folder of a Hugging Face model")
     parser.add_argument("--micro", type=int, default=4, help="micro-batch size of the plain side")
     parser.add_argument("--steps", type=int, default=8)

@@ -6,7 +6,6 @@ Writes random bfloat16 weights in shards of 500 MB and a LoRA of rank 16 (up to 
 its own process. `memory` is the peak of memory that the step's processes allocate, without pages of files.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -15,17 +14,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.benchmarks.turns import argument_parser
+
 SHAPE = {  # Qwen2.5-1.5B
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32768,
-    "vocab_size": 151936,
-    "tie_word_embeddings": True,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+    "hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2,
+    "max_position_embeddings": 32768, "vocab_size": 151936, "tie_word_embeddings": True,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 REFERENCE = """
 from sclite.export.reference import compute_references
 compute_references(base, adapter, [(list(range(4, 204)), 190), (list(range(9, 309)), 290)], layered={})"""
@@ -110,13 +105,8 @@ def write_model(folder: Path, layers: int) -> None:
     adapter.mkdir()
     save_file(lora, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     targets = sorted({name.split(".")[-3] for name in lora})
-    settings = {
-        "peft_type": "LORA",
-        "r": 16,
-        "lora_alpha": 32,
-        "target_modules": targets,
-        "task_type": "CAUSAL_LM",
-    }
+    settings = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "task_type": "CAUSAL_LM"}
+    settings["target_modules"] = targets
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
 
 
@@ -149,9 +139,7 @@ def measure(step: str, folder: Path, quant: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--quant", default="q8_0")
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--folder", help="where the files go for as long as they are needed")
@@ -161,15 +149,11 @@ def main() -> None:
         write_model(Path(place), options.layers)
         for step in STEPS:
             found[step] = row = measure(step, Path(place), options.quant)
-            print(
-                f"{step:20} {row['wall']:7.1f} s {row['cpu']:7.1f} s of CPU {row['memory']:6.2f} GB",
-                flush=True,
-            )
-    sides = {
-        side: [row for step, row in found.items() if step.startswith(side)] for side in ("ours", "by hand")
-    }
+            times = f"{row['wall']:7.1f} s {row['cpu']:7.1f} s of CPU"
+            print(f"{step:20} {times} {row['memory']:6.2f} GB", flush=True)
+    sides = [[found[step] for step in STEPS if step.startswith(side)] for side in ("ours", "by hand")]
     for figure, total in (("wall", sum), ("cpu", sum), ("memory", max)):
-        ours, by_hand = (total(row[figure] for row in rows) for rows in sides.values())
+        ours, by_hand = (total(row[figure] for row in rows) for rows in sides)
         print(f"{figure}: {ours:.1f} to {by_hand:.1f}, ratio {ours / by_hand:.2f}")
 
 

@@ -15,7 +15,6 @@ Three times per tool: `requests`, from the first connection to the last reply; `
 with start and imports. Ratios are medians over the rounds of theirs / ours: above 1, sclite is faster.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -32,6 +31,7 @@ from sclite.config import Source
 from sclite.data.problems import load_problems
 from sclite.records import Problem
 from tests.benchmarks.bench_teacher import WARM_UP, serve
+from tests.benchmarks.turns import argument_parser
 
 HERE = Path(__file__).resolve().parent
 TIMES = ("requests", "call", "process")
@@ -59,13 +59,8 @@ def environment_of(home: Path) -> dict[str, str]:
 
 def write_inputs(work: Path, problems: list[Problem]) -> None:
     """Write what the drivers read: the problems for sclite, and the chats that it makes of them for the others."""
-    chats = [
-        {
-            "id": p.id,
-            "messages": prompts.teacher_messages(p.question, p.solution or p.answer, p.answer),
-        }
-        for p in problems
-    ]
+    asked = [prompts.teacher_messages(p.question, p.solution or p.answer, p.answer) for p in problems]
+    chats = [{"id": p.id, "messages": chat} for p, chat in zip(problems, asked, strict=True)]
     for name, rows in (("problems", [p.model_dump() for p in problems]), ("requests", chats)):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (work / f"{name}.jsonl").write_text(lines, encoding="utf-8")
@@ -138,9 +133,7 @@ def print_row(tool: str, theirs: list[Timing], ours: list[Timing], count: int) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--problems", required=True)
     parser.add_argument("--curator-python", help="an interpreter with bespokelabs-curator")
@@ -152,10 +145,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
     tools = {"sclite": sys.executable}
-    for python, names in (
-        (options.curator_python, ("curator", "curator, LiteLLM")),
-        (options.kit_python, ("kit",)),
-    ):
+    others = {("curator", "curator, LiteLLM"): options.curator_python, ("kit",): options.kit_python}
+    for names, python in others.items():
         tools |= dict.fromkeys(names, str(Path(python).absolute())) if python else {}
     problems = load_problems(Source(source=options.problems), options.count)
     for tool, python in tools.items():  # warm up bytecode and file cache

@@ -7,24 +7,20 @@ both alike. Prints the tokens per second of each, by the clock and of CPU time, 
 llama.cpp's build can use, its file has 8-bit weights, otherwise 16-bit; the time to write it is printed too.
 """
 
-import argparse
 import statistics
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from sclite.threads import wait_briefly
+from tests.benchmarks.turns import argument_parser, median_ratio
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--model", required=True, help="folder of a Hugging Face model")
     parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter")
-    parser.add_argument(
-        "--requests", type=int, default=32, help="requests per turn, one batch in transformers"
-    )
+    parser.add_argument("--requests", type=int, default=32, help="per turn, one batch in transformers")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128, help="the longest answer")
     options = parser.parse_args()
@@ -45,20 +41,17 @@ def main() -> None:
     config = Config.model_validate({"student": {"model": options.model, "backend": "plain"}})
     quiet_libraries()
     count, on_gpu = options.requests, torch.cuda.is_available()
-    asked = [
-        Request(prompts.solve_messages(p.question), max_tokens=options.tokens, temperature=1.0, seed=number)
-        for number, p in enumerate(problem_set("train", count * options.turns))
-    ]
+    chats = [prompts.solve_messages(p.question) for p in problem_set("train", count * options.turns)]
+    sampling = {"max_tokens": options.tokens, "temperature": 1.0}
+    asked = [Request(chat, seed=number, **sampling) for number, chat in enumerate(chats)]
     with TemporaryDirectory() as work:
         began = time.monotonic()
         path = write_sampling_gguf(config, options.adapter, Path(work) / "gguf", small=on_gpu)
         print(f"{path.name}: {path.stat().st_size / 1e6:.0f} MB, written in {time.monotonic() - began:.1f} s")
         model, tokenizer = load_student(config, "sft", options.adapter)
         with Engine(path, context=config.eval.context) as engine:
-            sides: dict[str, Student] = {
-                "llama.cpp": engine,
-                "transformers": HFModel(model, tokenizer, count),
-            }
+            sides: dict[str, Student] = {"llama.cpp": engine}
+            sides["transformers"] = HFModel(model, tokenizer, count)
             speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
             for turn in range(options.turns):
                 requests = asked[turn * count : (turn + 1) * count]
@@ -69,14 +62,9 @@ def main() -> None:
                     speeds[name].append((tokens / took[0], tokens / took[1]))
                     print(f"{name:12} {tokens} tokens, {took[0]:.1f} s, {took[1]:.1f} s of CPU", flush=True)
     for number, by in enumerate(("by the clock", "of CPU time")):
-        medians = {
-            name: statistics.median(speed[number] for speed in found) for name, found in speeds.items()
-        }
-        ratios = [ours[number] / theirs[number] for ours, theirs in zip(*speeds.values(), strict=True)]
-        shown = ", ".join(f"{name} {speed:.0f}" for name, speed in medians.items())
-        print(
-            f"tokens per second {by}: {shown}; ratio {statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
-        )
+        columns = {name: [speed[number] for speed in found] for name, found in speeds.items()}
+        shown = ", ".join(f"{name} {statistics.median(column):.0f}" for name, column in columns.items())
+        print(f"tokens per second {by}: {shown}; ratio {median_ratio(*columns.values())}")
 
 
 if __name__ == "__main__":

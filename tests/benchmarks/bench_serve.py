@@ -112,13 +112,8 @@ def measure_stream(model: str, tokens: int) -> None:
         for problem in problem_set("test", PAIRS + 1):
             messages = prompts.solve_messages(problem.question)
             ours = timed(p for p in engine.stream(Request(messages, max_tokens=tokens)) if isinstance(p, str))
-            chunks = theirs.create_chat_completion(
-                [dict(message) for message in messages],
-                max_tokens=tokens,
-                temperature=0,
-                repeat_penalty=1.0,
-                stream=True,
-            )
+            sampling = {"max_tokens": tokens, "temperature": 0, "repeat_penalty": 1.0}
+            chunks = theirs.create_chat_completion([*map(dict, messages)], stream=True, **sampling)
             other = timed(text for c in chunks if (text := c["choices"][0]["delta"].get("content")))
             ratios.append([a / b for a, b in zip(ours, other, strict=True)])
     first_wall, first_cpu, wall, cpu = (list(column) for column in zip(*ratios[1:], strict=True))

@@ -59,18 +59,14 @@ def measure(outcomes: Sequence[Outcome], sides: Iterable[tuple[str, Sequence[Odd
     print(f"{len(outcomes)} problems, {sum(map(len, labels))} steps, {sum(map(sum, labels))} of them wrong")
     for name, scores in sides:
         pairs = [list(zip(odds, wrong, strict=False)) for odds, wrong in zip(scores, labels, strict=True)]
-        value, *resampled = (
-            auc(*zip(*(pair for i in draw for pair in pairs[i]), strict=True))
-            for draw in (range(len(pairs)), *draws)
-        )
+        drawn = [[pair for i in draw for pair in pairs[i]] for draw in (range(len(pairs)), *draws)]
+        value, *resampled = (auc(*zip(*each, strict=True)) for each in drawn)
         values = np.array(resampled)
         first = values if first is None else first
         low, high = np.quantile(values, (0.025, 0.975))
         below, above = np.quantile(values - first, (0.025, 0.975))
-        print(
-            f"{name}: AUC {value:.3f} [{low:.3f}, {high:.3f}], to the first [{below:+.3f}, {above:+.3f}]",
-            flush=True,
-        )
+        shown = f"AUC {value:.3f} [{low:.3f}, {high:.3f}], to the first [{below:+.3f}, {above:+.3f}]"
+        print(f"{name}: {shown}", flush=True)
 
 
 def main(evaluated: str, *files: str) -> None:

@@ -7,7 +7,6 @@
 SECONDS`.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -34,6 +33,7 @@ from sclite.settings import load
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger
 from sclite.teacher.provider import Provider
+from tests.benchmarks.turns import argument_parser
 
 WARM_UP = 64  # problems
 
@@ -41,10 +41,8 @@ WARM_UP = 64  # problems
 @contextmanager
 def serve(command: str, latency: float) -> Iterator[str]:
     """Run the teacher's command; yields its base URL."""
-    process = subprocess.Popen(
-        [*shlex.split(command), "--port", "0", "--latency", str(latency)],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+    command = [*shlex.split(command), "--port", "0", "--latency", str(latency)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
     finally:
@@ -53,33 +51,23 @@ def serve(command: str, latency: float) -> Iterator[str]:
 
 
 def settings(url: str, in_flight: int, *more: str) -> config.Config:
-    chosen = [
-        "teacher.model=openai/replay",
-        f"teacher.api_base={url}",
-        f"teacher.concurrency={in_flight}",
-        *more,
-    ]
-    return load(None, chosen, {}, own_file=False)
+    chosen = ["teacher.model=openai/replay", f"teacher.api_base={url}", f"teacher.concurrency={in_flight}"]
+    return load(None, [*chosen, *more], {}, own_file=False)
 
 
 def time_build(chosen: config.Config, problems, folder: Path) -> tuple[float, int]:
     """Seconds from the first request after the warm-up to the last reply, and the number of templates."""
     run = Run(folder)
-    with (
-        Grader() as grader,
-        Ledger(run.path("ledger.sqlite")) as ledger,
-        Teacher(chosen.teacher, ledger) as teacher,
-    ):
-        write_templates(chosen, run, teacher=teacher, grader=grader, problems=problems[:WARM_UP])
+    with Grader() as grader, Ledger(run.path("l")) as ledger, Teacher(chosen.teacher, ledger) as teacher:
+        given = {"teacher": teacher, "grader": grader}
+        write_templates(chosen, run, problems=problems[:WARM_UP], **given)
         began, last = time.monotonic(), 0.0
 
         def progress(*_):
             nonlocal last
             last = time.monotonic()
 
-        report = write_templates(
-            chosen, run, teacher=teacher, grader=grader, problems=problems, progress=progress
-        )
+        report = write_templates(chosen, run, problems=problems, progress=progress, **given)
         return last - began, report.counts["templates"] - WARM_UP
 
 
@@ -88,15 +76,13 @@ def measure_throughput(options, problems) -> None:
         shares, rates = [], []
         for _ in range(runs):
             with serve(options.teacher, latency) as url, tempfile.TemporaryDirectory() as folder:
-                seconds, kept = time_build(
-                    settings(url, options.in_flight), problems[: WARM_UP + count], Path(folder)
-                )
+                chosen = settings(url, options.in_flight)
+                seconds, kept = time_build(chosen, problems[: WARM_UP + count], Path(folder))
             shares.append(count * latency / options.in_flight / seconds)
             rates.append(count / seconds)
-        print(
-            f"latency {latency} s, {options.in_flight} in flight, {count} problems, {kept} kept: "
-            f"{statistics.median(rates):.1f}/s, {statistics.median(shares):.3f} of the maximum (median of {runs})"
-        )
+        rate, share = statistics.median(rates), statistics.median(shares)
+        start = f"latency {latency} s, {options.in_flight} in flight, {count} problems, {kept} kept"
+        print(f"{start}: {rate:.1f}/s, {share:.3f} of the maximum (median of {runs})")
 
 
 class Timed:
@@ -149,11 +135,10 @@ def cpu_per_call(options, problems, count: int, cpu: Counter, direct: str) -> Co
     with serve(options.teacher, 0.0) as url, tempfile.TemporaryDirectory() as folder:
         chosen, run = settings(url, options.in_flight, f"teacher.direct={direct}"), Run(folder)
         with Grader() as grader, Ledger(run.path("l")) as ledger, Teacher(chosen.teacher, ledger) as teacher:
-            write_templates(chosen, run, teacher=teacher, grader=grader, problems=problems[:WARM_UP])
+            given = {"teacher": teacher, "grader": grader}
+            write_templates(chosen, run, problems=problems[:WARM_UP], **given)
             before = cpu | cpu_seconds()
-            write_templates(
-                chosen, run, teacher=teacher, grader=grader, problems=problems[: WARM_UP + count], fresh=True
-            )
+            write_templates(chosen, run, problems=problems[: WARM_UP + count], fresh=True, **given)
             spent = cpu | cpu_seconds()
     return Counter({name: 1e3 * (spent[name] - before[name]) / count for name in spent})
 
@@ -167,10 +152,9 @@ def print_cpu(name: str, used: Counter) -> float:
     mine = ours(used)
     others = used["MainThread"] - mine["asking"] + used["asyncio"]
     parts = ", ".join(f"{part} {milliseconds:.2f}" for part, milliseconds in mine.items())
-    print(
-        f"CPU per call: {others:.2f} ms in {name}, the event loop and the rows ({used['complete']:.2f} in its own steps); "
-        f"{sum(mine.values()):.2f} ms in our code ({parts})"
-    )
+    own = f"({used['complete']:.2f} in its own steps)"
+    print(f"CPU per call: {others:.2f} ms in {name}, the event loop and the rows {own}")
+    print(f"  {sum(mine.values()):.2f} ms in our code ({parts})")
     return others
 
 
@@ -210,9 +194,7 @@ def measure_memory(options) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--problems", required=True)
     parser.add_argument("--in-flight", type=int, default=64)

@@ -21,7 +21,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from tests.benchmarks.train_sides import CAP_BYTES, FREE, RANK, Case, peak
-from tests.benchmarks.turns import median_ratio, take_turns
+from tests.benchmarks.turns import argument_parser, median_ratio, take_turns
 
 FIRST, SECOND = "qwen2.5-math-7b", "llama-3.1-8b"
 MEMORY = {
@@ -94,10 +94,10 @@ def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def in_turns(models: Path, geometry: str, sides: Mapping[str, Case]) -> list[dict[str, Any]]:
     """The figures of each side, with the seconds of each of its steps as `turns`."""
-    commands = {
-        name: [*side_command(models, geometry, "plain" if name == "plain" else "unsloth", [case]), "--turns"]
-        for name, case in sides.items()
-    }
+    commands = {}
+    for name, case in sides.items():
+        backend = "plain" if name == "plain" else "unsloth"
+        commands[name] = [*side_command(models, geometry, backend, [case]), "--turns"]
     taken, others = take_turns(commands, min(case.steps for case in sides.values()) - FREE)
     rows = []
     for name, case in sides.items():
@@ -141,9 +141,8 @@ def longest(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     rows = []
     for name, stage in LONGEST:
-        length = largest_length(
-            recipe_architecture(name), Setting(stage, 1, 2048, RANK, backend="unsloth"), int(CAP_BYTES)
-        )
+        setting = Setting(stage, 1, 2048, RANK, backend="unsloth")
+        length = largest_length(recipe_architecture(name), setting, int(CAP_BYTES))
         for share in (1.0, 0.94, 0.88) if length else ():
             case = replace(peak("ours", stage, 1, int(share * length)), batch=1, steps=2)
             rows += run_session(options.models, name, "unsloth", [case])
@@ -168,9 +167,7 @@ def show_memory(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--out", type=Path, help="also write every figure there, as JSON")
     parser.add_argument("--only", choices=("speed", "memory", "longest"))

@@ -63,22 +63,15 @@ def sclite(url: str, work: Path, in_flight: int, model: str) -> dict[str, float]
 
     chosen = [f"teacher.model={model}", f"teacher.api_base={url}", f"teacher.concurrency={in_flight}"]
     settings = load(None, chosen, {}, own_file=False)
-    problems, run, clock = (
-        load_problems(Source(source=str(work / "problems.jsonl"))),
-        Run(work / "run"),
-        Clock(url),
-    )
-    with (
-        Grader() as grader,
-        Ledger(run.path("ledger.sqlite")) as ledger,
-        Teacher(settings.teacher, ledger) as teacher,
-    ):
+    problems = load_problems(Source(source=str(work / "problems.jsonl")))
+    run, clock = Run(work / "run"), Clock(url)
+    ledger = Ledger(run.path("ledger.sqlite"))
+    with Grader() as grader, ledger, Teacher(settings.teacher, ledger) as teacher:
         teacher.price()  # imports LiteLLM
 
         def call() -> list[str]:
-            write_templates(
-                settings, run, teacher=teacher, grader=grader, problems=problems, progress=clock.reply
-            )
+            given = {"teacher": teacher, "grader": grader, "problems": problems}
+            write_templates(settings, run, progress=clock.reply, **given)
             return [row.trace for row in run.read("templates.jsonl", Template)]
 
         return measure(clock, call)
@@ -99,17 +92,10 @@ def curator(url: str, work: Path, in_flight: int, backend: str = "openai") -> di
             clock.reply()
             return {"id": row["id"], "reply": reply}
 
-    teacher = Templates(
-        model_name=f"openai/{MODEL}" if backend == "litellm" else MODEL,
-        backend=backend,
-        backend_params={
-            "base_url": url,
-            "api_key": "none",
-            "max_concurrent_requests": in_flight,
-            "max_requests_per_minute": NO_LIMIT,
-            "max_tokens_per_minute": NO_LIMIT,
-        },
-    )
+    parameters = {"base_url": url, "api_key": "none", "max_concurrent_requests": in_flight}
+    parameters |= {"max_requests_per_minute": NO_LIMIT, "max_tokens_per_minute": NO_LIMIT}
+    name = f"openai/{MODEL}" if backend == "litellm" else MODEL
+    teacher = Templates(model_name=name, backend=backend, backend_params=parameters)
     if backend == "litellm":  # skip its test call "hi", which a server that replays known questions refuses
         teacher._request_processor._rate_limits_initialized = True
     rows = read_requests(work)
@@ -151,12 +137,7 @@ def read_requests(work: Path) -> list[dict]:
     return [json.loads(line) for line in (work / "requests.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-TOOLS = {
-    "sclite": sclite,
-    "curator": curator,
-    "curator, LiteLLM": curator_litellm,
-    "kit": kit,
-}
+TOOLS = {"sclite": sclite, "curator": curator, "curator, LiteLLM": curator_litellm, "kit": kit}
 
 if __name__ == "__main__":
     name, address, folder, most, *model = sys.argv[1:]

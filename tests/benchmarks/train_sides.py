@@ -5,7 +5,6 @@
 A line of JSON for each case, as it comes. With --turns there is one case, and each step waits for a line on stdin.
 """
 
-import argparse
 import importlib
 import json
 import random
@@ -18,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tests.benchmarks.turns import Turn
+from tests.benchmarks.turns import Turn, argument_parser
 
 CAP_BYTES = 24e9
 RANK, LONGEST = 32, 2048
@@ -173,18 +172,16 @@ def ours(model: Any, tokenizer: Any, config: Any, case: Case, turn: Turn | None 
             progress=lambda _, steps, **__: turn.step_done() if turn and steps else None,
         )  # fmt: skip
         found = read_metrics(metrics)
-    figures = {} if turn else speed_figures([row["tokens_per_second"] for row in found])
+    figures = speed_figures([row["tokens_per_second"] for row in found], turn)
     figures["tokens"] = [row["tokens"] for row in found]
     figures |= {"peak_gb": max(row["memory_gb"] for row in found), "steps": len(found)}
     return figures | ({"first_dpo_loss": found[0]["dpo_loss"]} if case.stage == "dpo" else {})
 
 
-def speed_figures(speeds: Sequence[float]) -> dict[str, Any]:
-    """Tokens per second of each step, and their median without the first two if there are more."""
-    return {
-        "tokens_per_second": statistics.median(speeds[2:] or speeds),
-        "speeds": [round(value, 1) for value in speeds],
-    }
+def speed_figures(speeds: Sequence[float], turn: Turn | None) -> dict[str, Any]:
+    """Tokens per second of each step, and their median without the first two if there are more; none in turns."""
+    median = statistics.median(speeds[2:] or speeds)
+    return {} if turn else {"tokens_per_second": median, "speeds": [round(value, 1) for value in speeds]}
 
 
 def load_by_script(folder: Path) -> tuple[Any, Any]:
@@ -211,12 +208,8 @@ def script(model: Any, tokenizer: Any, _: Any, case: Case, turn: Turn | None = N
 
     rows = solved_rows(case.steps * case.batch, case.full, case.length)
     rows = [rows[i] for i in training_order([len(row.ids) for row in rows], case.batch, 1, 0)]
-    data = datasets.Dataset.from_dict(
-        {
-            "input_ids": [row.ids for row in rows],
-            "labels": [[i if w else -100 for i, w in zip(row.ids, row.weights, strict=True)] for row in rows],
-        }
-    )
+    labels = [[i if w else -100 for i, w in zip(row.ids, row.weights, strict=True)] for row in rows]
+    data = datasets.Dataset.from_dict({"input_ids": [row.ids for row in rows], "labels": labels})
     sizes = [sum(len(row.ids) for row in rows[s : s + case.batch]) for s in range(0, len(rows), case.batch)]
     speeds, began = [], [0.0]
 
@@ -244,7 +237,7 @@ def script(model: Any, tokenizer: Any, _: Any, case: Case, turn: Turn | None = N
         trainer = SFTTrainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
         trainer.add_callback(Clock())
         trainer.train()
-    return ({} if turn else speed_figures(speeds)) | {
+    return speed_figures(speeds, turn) | {
         "tokens": sizes,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
         "steps": len(speeds),
@@ -275,16 +268,12 @@ def in_the_model(geometry_name: str, backend: str, case: Case) -> dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--geometry", required=True)
     parser.add_argument("--backend", choices=("unsloth", "plain"), required=True)
     parser.add_argument("--cases", type=json.loads, required=True)
-    parser.add_argument(
-        "--turns", action="store_true", help="a line on stdin before each step of the one case"
-    )
+    parser.add_argument("--turns", action="store_true", help="a line on stdin before each step")
     options = parser.parse_args()
     cases = [Case(**given) for given in options.cases]
     turn = Turn(FREE - 1) if options.turns else None

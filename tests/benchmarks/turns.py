@@ -1,5 +1,6 @@
 """Programs that take a step each in turn, so that changes in the machine's speed affect all of them alike."""
 
+import argparse
 import json
 import random
 import statistics
@@ -9,6 +10,11 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
+
+
+def argument_parser(text: str | None) -> argparse.ArgumentParser:
+    """A parser whose help begins with this text, as it is."""
+    return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 class Turn:
@@ -30,10 +36,8 @@ class Turn:
         if self.skip:
             self.skip -= 1
         else:
-            took = {
-                "seconds": time.monotonic() - self._began[0],
-                "cpu": time.process_time() - self._began[1],
-            }
+            seconds, cpu = time.monotonic() - self._began[0], time.process_time() - self._began[1]
+            took = {"seconds": seconds, "cpu": cpu}
             print(json.dumps({"turn": {**took, **figures}}), flush=True)
             sys.stdin.readline()
         self._began = time.monotonic(), time.process_time()

@@ -25,8 +25,7 @@ from sclite.records import Feedback, Pair, Review
 from sclite.run import Run
 from sclite.trace import Step, Trace, render
 from tests.chat.scripted import CORRECTING, PLAIN, WRONG, Scripted
-from tests.replay import TeacherServer, say
-from tests.toy import tiny_gguf, tiny_llama, write_rows
+from tests.toy import raises, tiny_gguf, write_rows
 
 
 def chatted(monkeypatch, run, student, at=None, lines=("How many?",), config=None, **options) -> int:
@@ -89,24 +88,15 @@ def test_a_pipe_ends_with_the_exit_code_of_its_last_error(monkeypatch, run):
     assert chatted(monkeypatch, run, Scripted(), lines=lines) == DATA
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda whole: whole[: len(whole) // 2], "llama.cpp cannot load"),
-        (lambda whole: whole[:4], "llama.cpp cannot load"),
-        (lambda whole: b"", "llama.cpp cannot load"),
-        (None, "does not exist"),
-    ],
-)
-def test_a_damaged_or_missing_gguf_is_reported(sclite, tmp_path, damage, message):
-    path = tmp_path / "small.gguf"
-    if damage is not None:
-        whole = tiny_gguf(tiny_llama(tmp_path / "tiny"), tmp_path / "whole.gguf")
-        path.write_bytes(damage(whole.read_bytes()))
-    ended = sclite("chat", "--model", path, "How many?")
-    assert (ended.code, ended.out) == (3, "")
-    assert message in ended.error
-    assert ended.err.endswith(f"{ended.error}\n{ended.hint}\n")
+def test_a_damaged_or_missing_gguf_is_reported(sclite, folder, tmp_path):
+    whole, path = tiny_gguf(folder, tmp_path / "whole.gguf").read_bytes(), tmp_path / "small.gguf"
+    for content in (None, whole[: len(whole) // 2], whole[:4], b""):
+        if content is not None:
+            path.write_bytes(content)
+        ended = sclite("chat", "--model", path, "How many?")
+        assert (ended.code, ended.out) == (3, "")
+        assert ("does not exist" if content is None else "llama.cpp cannot load") in ended.error
+        assert ended.err.endswith(f"{ended.error}\n{ended.hint}\n")
 
 
 ENDPOINT = """
@@ -141,39 +131,15 @@ def test_a_session_with_an_endpoint_never_asks_for_scores(terminal):
     terminal.wait("left")
 
 
-def test_endpoint_reviews_freely(sclite, monkeypatch):
-    """The server solves, and flags the wrong step when it is shown work to check."""
-    steps = (Step("2 + 2 = 4"), Step("4 + 1 = 6", None, "Too many.", "4 + 1 = 5"), Step("5 + 1 = 6"))
-
-    def answer(body, nth):
-        return say(render(Trace(steps, None, "6")) if WRONG in body["messages"][-1]["content"] else WRONG)
-
-    Run("runs/default").replace("problems.jsonl", problem_set("train", 1))
-    with TeacherServer(answer) as server:
-        monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123456")
-        named = ("--model", "openai/large", "--set", f"attempts.api_base={server.url}")
-        options = (*named, "--json", "How many?")
-        ended = sclite("chat", *options)
-        assert ended.code == 0, ended.err
-        found = json.loads(ended.out)
-        assert (found["answer"], found["accused"], found["correction"]) == ("6", 2, "4 + 1 = 5")
-        found = json.loads(sclite("chat", "--no-self-correct", *options).out)
-    assert found["answer"] == "7"
-    assert "accused" not in found
-    assert len(server.requests) == 2  # the solution is not requested twice
-
-
 @pytest.fixture
 def chat(run):
     return Chat(Scripted(**CORRECTING), 512, Path("x.gguf"), run, Settings())
 
 
-def test_question_in_another_encoding_gets_replacement_characters(chat):
+def test_questions_are_solved_alone_unless_history_is_on(chat):
     assert chat.ask("caf\udce9?").question == "caf\ufffd?"  # as Python reads $'caf\xe9?' in an argument
     assert "caf\ufffd?" in chat.student.asked[0].messages[-1]["content"]
-
-
-def test_questions_are_solved_alone_unless_history_is_on(chat):
+    chat.command("/clear")
     chat.ask("How many?")
     chat.ask("And now?")
     assert "How many?" not in chat.student.asked[-1].messages[-1]["content"]
@@ -222,17 +188,23 @@ def test_failed_call_of_an_endpoint_is_not_repeated_with_less_history(chat):
     chat.context = 0
     chat.command("/set history on")
     chat.ask("How many?")
-    with pytest.raises(TeacherError, match="too long") as error:
+    with raises(TeacherError, "too long", hint="ask again"):
         chat.ask("word " * 100)
-    assert "ask again" in error.value.hint
     assert len(chat.student.asked) == 3 + 1  # the first with its correction and the rest, then the second
 
 
-def test_set_changes_the_next_request(chat, capsys):
+def test_set_and_correct_change_the_next_request(chat, capsys):
+    chat.command("/correct off")
+    assert chat.ask("How many?").review is None
+    chat.command("/set threshold 4")
+    chat.command("/correct on")
+    assert chat.ask("How many?").review.accused is None
+    with pytest.raises(UsageError):
+        chat.command("/correct maybe")
     for setting in ("temperature 0.5", "seed 7", "max_tokens 99"):
         chat.command(f"/set {setting}")
     chat.ask("How many?")
-    first = chat.student.asked[0]
+    first = [request for request in chat.student.asked if not request.pieces][-1]
     assert (first.temperature, first.seed, first.max_tokens) == (0.5, 7, 99)
     number = ("temperature hot", "temperature 2.1", "temperature", "seed -1", "seed 1e22", "max_tokens 0")
     for setting in (*number, "max_tokens 99999999999", "threshold nan", "history perhaps", "colour red"):
@@ -244,16 +216,6 @@ def test_set_changes_the_next_request(chat, capsys):
     chat.command("/set")
     expected = "temperature 0.5, seed 7, max_tokens 99, threshold 0.2074, confidence_weight 0, rounds 1, mode guided, history off"
     assert " ".join(capsys.readouterr().out.split()) == expected
-
-
-def test_correct_turns_the_review_off_and_on(chat):
-    chat.command("/correct off")
-    assert chat.ask("How many?").review is None
-    chat.command("/set threshold 4")
-    chat.command("/correct on")
-    assert chat.ask("How many?").review.accused is None
-    with pytest.raises(UsageError):
-        chat.command("/correct maybe")
 
 
 def test_retry_samples_again_and_undo_forgets(chat):
@@ -370,9 +332,8 @@ def test_verdicts_go_to_the_feedback_of_the_run(chat, run):
 
 def test_compare_shows_the_base_models_answer_or_how_to_get_it(chat, capsys, monkeypatch, tmp_path):
     chat.ask("How many?")
-    with pytest.raises(UsageError, match=r"no base-\*.gguf") as error:
+    with raises(UsageError, r"no base-\*.gguf", hint="sclite eval"):
         chat.command("/compare")
-    assert "sclite eval" in error.value.hint
     chat.path = tmp_path / "x.gguf"
     (tmp_path / "base-q8_0.gguf").touch()
     monkeypatch.setattr(conversation, "Engine", lambda *_, **__: Scripted(text="It is 9."))
@@ -469,8 +430,15 @@ def terminal(request, tmp_path):
     os.close(opened.ours)
 
 
-@pytest.mark.parametrize("leave", ["/bye\r", "Exit\r", "/quit\r", "\x04", "\x03\x03"])
-def test_a_session_takes_pastes_and_survives_errors_and_ctrl_c(terminal, leave, tmp_path):
+@pytest.mark.parametrize("leave", ["Exit\r", "/quit\r", "\x04", "\x03\x03"])
+def test_a_session_ends_with_a_word_ctrl_d_or_two_ctrl_c(terminal, leave):
+    terminal.wait(CLEARED)
+    terminal.send(leave)
+    terminal.wait("left")
+    assert terminal.process.wait(timeout=30) == 0
+
+
+def test_a_session_takes_pastes_and_survives_errors_and_ctrl_c(terminal, tmp_path):
     terminal.wait(CLEARED)
     terminal.send("\r  \r")
     terminal.send("\x1b[200~four\r\r; echo apples\r\rHow many?\r\r\r\x1b[201~")
@@ -502,7 +470,7 @@ def test_a_session_takes_pastes_and_survives_errors_and_ctrl_c(terminal, leave, 
     terminal.wait("tokens/s; review")
     terminal.wait(" s, 3 prompt tokens; context 25/512")
     terminal.wait(CLEARED)
-    terminal.send(leave)
+    terminal.send("/bye\r")
     terminal.wait("left")
     assert terminal.process.wait(timeout=30) == 0
     history = (tmp_path / "sclite" / "chat_history").read_text()

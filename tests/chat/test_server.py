@@ -137,15 +137,11 @@ def test_llm_holds_a_conversation(scripted, tmp_path, monkeypatch, options):
     """Simon Willison's command line: two turns, the second with the first as history."""
     pytest.importorskip("llm", reason="pip install llm")
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
-    named = [
-        {"model_id": name, "model_name": name, "api_base": f"{scripted[0]}/v1"} for name in ("tom", "tom:raw")
-    ]
+    there = {"api_base": f"{scripted[0]}/v1"}
+    named = [{"model_id": name, "model_name": name, **there} for name in ("tom", "tom:raw")]
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps(named))  # JSON is YAML
-    for typed, text in (
-        (("-m", "tom", "How many?"), CONTENT),
-        (("-m", "tom:raw", "How many?"), WRONG),
-        (("--continue", "And now?"), WRONG),
-    ):
+    turns = {("-m", "tom", "How many?"): CONTENT, ("-m", "tom:raw", "How many?"): WRONG}
+    for typed, text in (turns | {("--continue", "And now?"): WRONG}).items():
         command = [sys.executable, "-m", "llm", "prompt", *options, *typed]
         assert subprocess.check_output(command, text=True).strip() == text.strip()
     asked = [message["content"] for message in scripted[1].student.asked[-1].messages]
@@ -251,11 +247,8 @@ def test_page_needs_no_network_and_other_host_names_are_refused(scripted):
     assert page.status_code == 200
     assert "connect-src 'self'" in page.headers["content-security-policy"]
     assert not re.search(r"https?://|src=|@import", page.text)
-    for path, host in (
-        ("/health", "evil.example"),
-        ("/", "localhost.evil.example"),
-        ("/v1/models", "[::2]:80"),
-    ):
+    hosts = {"/health": "evil.example", "/": "localhost.evil.example", "/v1/models": "[::2]:80"}
+    for path, host in hosts.items():
         reply = httpx.get(scripted[0] + path, headers={"host": host})
         assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_host")
     for origin, status in (("http://evil.example", 403), ("null", 403), (scripted[0], 200), ("app://x", 200)):
@@ -267,29 +260,24 @@ def test_page_needs_no_network_and_other_host_names_are_refused(scripted):
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="needs node")
-def test_page_shows_a_step_that_was_corrected_while_solving():
-    page = (ROOT / "sclite/chat/page.html").read_text()
-    code = page[page.index("function steps(") : page.index("function row(")]
-    steps = Step("2 + 2 = 5", "Count.", "Four.", "2 + 2 = 4"), Step("4 + 1 = 5")
-    text = json.dumps(render(Trace(steps, None, "5")))
-    shown = subprocess.check_output(["node", "-e", f"{code}\nconsole.log(JSON.stringify(steps({text})))"])
-    assert json.loads(shown) == [[1, "2 + 2 = 5", "Four.", "2 + 2 = 4"], [2, "4 + 1 = 5", None, None]]
-
-
-@pytest.mark.skipif(not shutil.which("node"), reason="needs node")
-def test_page_shows_the_correction_of_a_step_after_the_reviewed_one():
+def test_page_shows_the_correction_of_any_step():
+    """One that a step has of its own, and that of a step after the reviewed one."""
     page = (ROOT / "sclite/chat/page.html").read_text()
     code = page[page.index("function steps(") : page.index("// The text received so far")]
     code += page[page.index("function draw(") : page.index("async function ask(")]
     code += "function add(parent, tag, kind, text) { parent.children.push({ text, children: [] });"
     code += "return parent.children.at(-1); }"
+    own = Step("2 + 2 = 5", "Count.", "Four.", "2 + 2 = 4"), Step("4 + 1 = 5")
     final = Step("2 + 2 = 4"), Step("4 + 1 = 5"), Step("5 + 1 = 7", None, "Too many.", "5 + 1 = 6")
     found = {"first": WRONG, "accused": 2, "cause": "Five.", "correction": "4 + 1 = 5", "answer": "6"}
     found |= {"step_scores": [-2.0, 3.0, -1.0], "final": render(Trace(final, None, "6"))}
     code += f"const turn = {{ children: [] }}; draw(turn, {json.dumps(found)});"
     code += "const texts = item => item.children.map(part => part.text);"
-    code += "console.log(JSON.stringify(turn.children[0].children.map(texts)));"
-    assert json.loads(subprocess.check_output(["node", "-e", code])) == [
+    code += f"const own = steps({json.dumps(render(Trace(own, None, '5')))});"
+    code += "console.log(JSON.stringify([own, turn.children[0].children.map(texts)]));"
+    shown, drawn = json.loads(subprocess.check_output(["node", "-e", code]))
+    assert shown == [[1, "2 + 2 = 5", "Four.", "2 + 2 = 4"], [2, "4 + 1 = 5", None, None]]
+    assert drawn == [
         ["·", 1, "12%", "2 + 2 = 4"],
         ["✗", 2, "95%", "4 + 1 = 6", "Five."],
         ["→", 2, "", "4 + 1 = 5"],
@@ -418,6 +406,7 @@ def test_no_request_to_any_address_causes_an_internal_error(scripted, examples):
     header = st.sampled_from(
         ["authorization", "content-type", "accept", "origin", "range", "content-encoding"]
     )
+    value = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20)
     with httpx.Client(timeout=60) as http:
 
         @settings(max_examples=examples, deadline=None, database=None)
@@ -425,9 +414,7 @@ def test_no_request_to_any_address_causes_an_internal_error(scripted, examples):
             method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"]),
             path=known | st.text(max_size=20).map(quote),
             query=st.text(max_size=10).map(quote),
-            headers=st.dictionaries(
-                header, st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20)
-            ),
+            headers=st.dictionaries(header, value),
             body=st.binary(max_size=40),
         )
         def check(method, path, query, headers, body):
@@ -523,15 +510,11 @@ def test_client_that_disconnects_before_the_first_text_frees_its_slot(streamed):
     student = Blocked()
     service = Service(student, "tom", Settings(mode=""), 1)
     with serving(service) as url:
-        body = {"model": "tom:raw", "messages": ASK}
         # the first is not streamed and has no text before its end, the second waits for it
-        for number in (1, 2):
+        for stream in (False, streamed):
+            body = {"model": "tom:raw", "messages": ASK, "stream": stream}
             with pytest.raises(httpx.ReadTimeout):
-                httpx.post(
-                    f"{url}/v1/chat/completions",
-                    json=body | {"stream": streamed and number == 2},
-                    timeout=0.2,
-                )
+                httpx.post(f"{url}/v1/chat/completions", json=body, timeout=0.2)
         try:
             wait_until(lambda: service.active == 0)
         finally:
@@ -589,10 +572,8 @@ def test_500_requests_of_16_clients_to_a_real_model(raw, engine):
 def test_a_second_signal_ends_requests_in_flight_with_an_error():
     service = Service(Blocked(), "tom", Settings(mode=""), 1)
     with serving(service) as url, ThreadPoolExecutor(2) as pool:
-        body = {"model": "tom:raw", "messages": ASK}
-        asked = [
-            pool.submit(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=60) for _ in range(2)
-        ]
+        given = {"json": {"model": "tom:raw", "messages": ASK}, "timeout": 60}
+        asked = [pool.submit(httpx.post, f"{url}/v1/chat/completions", **given) for _ in range(2)]
         wait_until(lambda: service.active == 2)
         server = Server(service)
         server.handle_exit(signal.SIGINT, None)

@@ -96,10 +96,8 @@ def test_second_round_corrects_the_corrected_work():
 
 def test_cut_off_answer_reports_the_limit_that_it_reached():
     cut_off = {most: watched(Scripted(finish="length"), max_tokens=most)[1].answer.note for most in (5, 6)}
-    assert (
-        cut_off[5]
-        == "the answer was cut off at 5 tokens; raise max_tokens (/set max_tokens, or eval.max_tokens)"
-    )
+    settings = "raise max_tokens (/set max_tokens, or eval.max_tokens)"
+    assert cut_off[5] == f"the answer was cut off at 5 tokens; {settings}"
     assert "the context is full" in cut_off[6]
 
 
@@ -110,13 +108,9 @@ def test_second_try_after_a_prompt_that_was_too_long_is_shown_alone():
     for event in stream(Scripted(**CORRECTING), solve_and_review("How many?", Settings())):
         view.feed(event)
     assert lines_of(view) == lines_of(watched(Scripted(**CORRECTING))[1])
-
-
-def test_nothing_stays_on_the_screen_of_an_answer_that_never_began():
     view = AnswerView()
-    view.part = ""  # as `showing` leaves it after Ctrl-C
-    options = console.make_console().options
-    assert list(view.__rich_console__(console.make_console(), options)) == []
+    view.part = ""  # as `showing` leaves it after Ctrl-C: nothing stays of an answer that never began
+    assert list(view.__rich_console__(console.make_console(), console.make_console().options)) == []
 
 
 def test_step_corrected_while_solving_shows_cause_and_correction():

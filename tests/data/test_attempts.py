@@ -101,18 +101,14 @@ def test_resume_after_a_kill_gives_the_file_of_an_uninterrupted_run(tmp_path, gr
     assert len(student.asked) == 4 - blocks  # complete blocks are not sampled again
 
 
-def test_rows_made_with_other_settings_are_discarded(run, grader):
+def test_rows_of_other_settings_and_drops_of_an_import_are_discarded(run, grader):
+    run.append("dropped.jsonl", [Drop(stage=stage, id="1", reason="r") for stage in ("attempts", "eval")])
     with pytest.raises(KeyboardInterrupt):
         sample(run, grader, Deterministic(2))
     failing = Deterministic(finish="error")
     report = sample(run, grader, failing, temperature=0.5)
     assert len(failing.asked) == 4
     assert report.counts == {"attempts": 15, "right": 0, "wrong": 0, "unknown": 15}  # of failed calls
-
-
-def test_sampling_clears_the_drops_of_an_earlier_import(run, grader):
-    run.append("dropped.jsonl", [Drop(stage=stage, id="1", reason="r") for stage in ("attempts", "eval")])
-    sample(run, grader, Deterministic())
     assert [drop.stage for drop in run.read("dropped.jsonl", Drop)] == ["eval"]
 
 

@@ -13,7 +13,7 @@ from sclite.errors import DataError, NetworkError
 from sclite.evaluation import held_out
 from sclite.progress import ProgressDisplay
 from sclite.records import Drop, Problem, Template
-from sclite.run import Report
+from sclite.run import Report, Run
 from sclite.settings import load
 
 LONG = "Anna has twelve nuts and buys three more bags with seven nuts in each of them"
@@ -35,12 +35,6 @@ REST = " and then he goes home, to sleep. How many are left of them all on the n
 )
 def test_thirteen_shared_words_or_a_whole_short_question_overlap(first, second, found):
     assert (find_overlap(first, build_index([("x", second)])) == "x") is found
-
-
-def test_contaminated_problems_name_the_training_question():
-    problems = [Problem(id=i, question=q, answer="1") for i, q in (("a", LONG), ("b", "Why?"), ("c", "Who?"))]
-    training = iter([("t1", "What?"), ("t2", f"Once {LONG}"), ("t3", "WHY"), ("t4", LONG)])
-    assert find_contaminated(problems, training) == {"a": "t2", "b": "t3"}
 
 
 def plain(text, **more):
@@ -111,6 +105,9 @@ def test_unreachable_evaluation_set_is_an_error_with_an_alternative(write, run, 
 
 
 def test_evaluation_skips_and_counts_problems_that_were_trained_on(write, run):
+    problems = [Problem(id=i, question=q, answer="1") for i, q in (("a", LONG), ("b", "Why?"), ("c", "Who?"))]
+    training = iter([("t1", "What?"), ("t2", f"Once {LONG}"), ("t3", "WHY"), ("t4", LONG)])
+    assert find_contaminated(problems, training) == {"a": "t2", "b": "t3"}
     rows = [plain(f"What is {i} + {i}?", id=f"e{i}") for i in range(60)]
     rows += [plain(f"{LONG}?", id="long"), plain("Own?", id="own")]
     run.replace("problems.jsonl", [Problem(id="t1", question=f"Well. {LONG}", answer="1")])
@@ -124,15 +121,12 @@ def test_evaluation_skips_and_counts_problems_that_were_trained_on(write, run):
     assert {(d.stage, d.reason) for d in drops.values()} == {("eval", "overlaps_training")}
     assert drops["long"].detail.endswith("training problem t1")
     assert drops["own"].detail.endswith("training problem t2")
-
-
-def test_problems_skipped_in_training_can_be_evaluated(write, run):
-    rows = [plain(f"What is {i} + {i}?", id=f"e{i}") for i in range(60)]
+    skipped = Run(run.folder / "skipped")  # problems skipped in training can be evaluated
     asked = [Problem(id=i, question=f"What is {i} + {i}?", answer="1") for i in ("1", "99")]
-    run.replace("problems.jsonl", asked)
-    chosen = settings(f"eval.source={write('e.jsonl', *rows)}")
-    assert len(gather_problems(chosen, run)) == 1
-    assert held_out(Context(chosen, run, ProgressDisplay(quiet=True))).dropped == {}
+    skipped.replace("problems.jsonl", asked)
+    chosen = settings(f"eval.source={write('e.jsonl', *rows[:60])}")
+    assert len(gather_problems(chosen, skipped)) == 1
+    assert held_out(Context(chosen, skipped, ProgressDisplay(quiet=True))).dropped == {}
 
 
 def test_problems_that_were_trained_on_stay_and_new_ones_are_checked(write, run):

@@ -9,6 +9,7 @@ from sclite.progress import no_progress
 from sclite.records import Attempt, Drop, Problem, Review
 from sclite.trace import Step, Trace, parse, render
 from tests.replay import TeacherServer, client, fail, say
+from tests.toy import raises
 
 PROBLEM = Problem(id="p0", question="What is 48 + 24, halved, plus 5?", answer="41", solution="72, 36, 41.")
 WORK = Trace((Step("48 + 24 = 72", "Carry."), Step("72 / 2 = 38"), Step("38 + 5 = 43")), "Go on.", "43")
@@ -83,14 +84,13 @@ def test_each_invalid_review_has_a_reason(grader, text, reason):
     assert rejection.text
 
 
-@pytest.mark.parametrize(
-    ("label", "reason"), [(2, None), (1, "other_step_than_label"), (3, "other_step_than_label")]
-)
-def test_imported_label_decides_which_step_is_flagged(grader, label, reason):
-    found = check_review(GOOD, ATTEMPT.model_copy(update={"first_error": label}), PROBLEM, grader)
-    assert getattr(found, "reason", None) == reason
-    if reason:
-        assert found.text == f"step {label} is the first wrong one, not step 2"
+def test_imported_label_decides_which_step_is_accused(grader):
+    right, *others = (ATTEMPT.model_copy(update={"first_error": label}) for label in (2, 1, 3))
+    assert isinstance(check_review(GOOD, right, PROBLEM, grader), Trace)
+    for other in others:
+        found = check_review(GOOD, other, PROBLEM, grader)
+        said = f"step {other.first_error} is the first wrong one, not step 2"
+        assert (found.reason, found.text) == ("other_step_than_label", said)
 
 
 def test_teacher_gets_work_and_solution_and_its_review_is_stored(run, grader):
@@ -118,9 +118,8 @@ def test_nothing_is_paid_for_twice_when_settings_change(run, grader):
         again = build_with(server, run, grader, max_tokens=800, repairs=0)
         assert again.counts["corrected"] == 3
         assert [request["max_tokens"] for request in server.requests] == [100, 100, 100, 800]
-        with pytest.raises(UsageError, match=r"temperature: .* before, 0\.5 now") as error:
+        with raises(UsageError, r"temperature: .* before, 0\.5 now", hint="--fresh"):
             build_with(server, run, grader, temperature=0.5)
-        assert "--fresh" in error.value.hint
         assert len(server.requests) == 4
         build_with(server, run, grader, temperature=0.5, fresh=True)
         assert len(server.requests) == 7
@@ -130,11 +129,8 @@ def test_a_repaired_reply_is_not_paid_for_again_with_more_tokens(run, grader):
     fill(run, wrong=2)
 
     def answer(request, nth):
-        return (
-            say(GOOD)
-            if "write it shorter" in request["messages"][-1]["content"]
-            else say("<Step1>48", "length")
-        )
+        repaired = "write it shorter" in request["messages"][-1]["content"]
+        return say(GOOD) if repaired else say("<Step1>48", "length")
 
     with TeacherServer(answer) as server:
         assert build_with(server, run, grader, max_tokens=100).counts["corrected"] == 2
@@ -142,15 +138,7 @@ def test_a_repaired_reply_is_not_paid_for_again_with_more_tokens(run, grader):
         assert len(server.requests) == 2 * 2
 
 
-def test_teacher_at_another_address_is_the_same_teacher(run, grader):
-    fill(run, wrong=2)
-    first, asked = build(run, grader)
-    again, asked_again = build(run, grader)  # on another port
-    assert (len(asked), len(asked_again), again.skipped) == (2, 0, True)
-    assert first.counts == again.counts
-
-
-def test_text_by_the_student_is_not_a_leak(grader):
+def test_what_the_student_wrote_is_no_leak(grader):
     text = "as in the reference solution \ufffd 48 + 24 = 72"
     attempt = Attempt(**ATTEMPT.model_dump() | {"trace": ATTEMPT.trace.replace("48 + 24 = 72", text)})
     kept = GOOD.replace("48 + 24 = 72", text)
@@ -232,9 +220,8 @@ def test_unusable_and_identical_attempts_are_counted_and_not_sent(run, grader):
 
 
 def test_error_if_there_are_no_attempts_or_no_valid_correction(run, grader):
-    with pytest.raises(DataError, match=r"attempts\.jsonl is missing or empty") as error:
+    with raises(DataError, r"attempts\.jsonl is missing or empty", hint="sclite train"):
         build(run, grader)
-    assert "sclite train" in error.value.hint
     fill(run, wrong=2)
     with pytest.raises(DataError, match="no wrong attempt could be corrected: 2 not readable") as error:
         build(run, grader, lambda request, nth: say("All good!"))
@@ -244,7 +231,7 @@ def test_error_if_there_are_no_attempts_or_no_valid_correction(run, grader):
     assert len(run.read("dropped.jsonl", Drop)) == 2
 
 
-def test_second_run_sends_no_request(run, grader):
+def test_second_run_sends_no_request_to_a_teacher_at_any_address(run, grader):
     fill(run, wrong=3, right=3)
     with TeacherServer(lambda request, nth: say(GOOD)) as teacher:
         first, _ = build(run, grader, api_base=teacher.url)
@@ -253,7 +240,9 @@ def test_second_run_sends_no_request(run, grader):
         run.path("done/corrections.json").unlink()
         third, _ = build(run, grader, api_base=teacher.url)
         assert len(teacher.requests) == 3
-    assert first.counts == third.counts
+    fourth, asked = build(run, grader)  # on another port
+    assert (asked, fourth.skipped) == ([], True)
+    assert first.counts == third.counts == fourth.counts
     assert run.path("reviews.jsonl").read_bytes() == before
 
 

@@ -12,7 +12,7 @@ from sclite.data.feedback import write_feedback
 from sclite.data.problems import gather_problems
 from sclite.progress import ProgressDisplay
 from sclite.records import FEEDBACK, Attempt, Drop, Feedback, Problem, Review
-from sclite.run import Report
+from sclite.run import Report, Run
 from sclite.teacher.client import Result
 from sclite.trace import Step, Trace, parse, render
 from tests.replay import TeacherServer, client, say
@@ -102,7 +102,7 @@ def test_good_answer_is_right_and_its_first_attempt_is_graded_by_it(run, grader)
     assert build(run, grader)[0].dropped == {"verdict_contradicts_the_answer": 1}
 
 
-def test_problem_of_the_run_gives_its_answer_and_stays_unchanged(run, grader, write):
+def test_problem_of_the_run_gives_its_answer_and_stays_as_it_is(run, grader, write, tmp_path):
     rows = {"question": QUESTION, "answer": "36"}, {"question": "What is 2 + 2?", "answer": "4"}
     chosen = {"problems": {"source": write("sums.jsonl", *rows)}}
     config = Config.model_validate(chosen)
@@ -118,6 +118,12 @@ def test_problem_of_the_run_gives_its_answer_and_stays_unchanged(run, grader, wr
     gather_problems(config, run)
     assert run.read("problems.jsonl", Problem) == [judged, *before]
     assert build(run, grader, **chosen)[0].skipped
+    other = Run(tmp_path / "imported")  # a problem of the chat is none of those imported
+    other.replace("problems.jsonl", [Problem(id="p1", question="What is 2 + 2?", answer="4")])
+    judge(other, True, "36")
+    build(other, grader)
+    assert [row.id for row in gather_problems(Config(), other)] == ["p1"]
+    assert len(other.read("problems.jsonl", Problem)) == 2
 
 
 def test_question_of_the_evaluation_or_of_the_threshold_is_dropped(run, grader, write):
@@ -169,12 +175,8 @@ def test_answer_that_cannot_be_compared_contradicts_no_verdict(run, unsure):
 
 def test_judged_attempt_is_not_used_while_its_problem_is_gone(run, write):
     mine = [Problem(id="p0", question=QUESTION, answer="36")]
-    tried = {
-        "question": QUESTION,
-        "steps": ["48 + 24 = 72", "72 / 2 = 37"],
-        "answer": "37",
-        "first_error_step": 2,
-    }
+    tried = {"question": QUESTION, "steps": ["48 + 24 = 72", "72 / 2 = 37"], "answer": "37"}
+    tried |= {"first_error_step": 2}
     source = write("tried.jsonl", tried)
     run.replace("problems.jsonl", mine)
     judge(run, False, "38")
@@ -199,11 +201,3 @@ def test_judged_attempt_is_not_used_while_its_problem_is_gone(run, write):
         assert run.path("attempts.jsonl").read_bytes() == attempts
         assert reviewed(server, True) == ["feedback", "p0"]
         assert len(server.requests) == 2
-
-
-def test_problems_of_the_chat_do_not_count_as_imported_ones(run, grader):
-    run.replace("problems.jsonl", [Problem(id="p1", question="What is 2 + 2?", answer="4")])
-    judge(run, True, "36")
-    build(run, grader)
-    assert [row.id for row in gather_problems(Config(), run)] == ["p1"]
-    assert len(run.read("problems.jsonl", Problem)) == 2

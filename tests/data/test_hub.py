@@ -9,16 +9,14 @@ from sclite.config import Source
 from sclite.data.problems import load_problems
 from sclite.errors import DataError, NetworkError
 from sclite.records import Problem
+from tests.toy import raises
 
 CHAT = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "So \\boxed{9}."}]
 HALF = {
     "problem": "Halve 7.", "level": "Level 2", "type": "Prealgebra", "solution": "It is $\\boxed{\\frac{7}{2}}$.",
 }  # fmt: skip
 ROWS = {
-    "openai/gsm8k": {
-        "question": "Ann has 3 nuts and gets 4. How many?",
-        "answer": "She has 3 + 4 = <<3+4=7>>7 nuts.\n#### 7",
-    },
+    "openai/gsm8k": {"question": "Ann has 3, gets 4?", "answer": "It is 3 + 4 = <<3+4=7>>7 nuts.\n#### 7"},
     "EleutherAI/hendrycks_math": HALF,
     "DigitalLearningGmbH/MATH-lighteval": HALF,
     "HuggingFaceH4/MATH-500": {
@@ -46,7 +44,7 @@ ROWS = {
     },
 }  # fmt: skip
 WANTED = {
-    "openai/gsm8k": ("7", "She has 3 + 4 = 7 nuts."),
+    "openai/gsm8k": ("7", "It is 3 + 4 = 7 nuts."),
     "EleutherAI/hendrycks_math": ("\\frac{7}{2}", HALF["solution"]),
     "DigitalLearningGmbH/MATH-lighteval": ("\\frac{7}{2}", HALF["solution"]),
     "HuggingFaceH4/MATH-500": ("2", "We get $\\boxed{2}$."),
@@ -108,36 +106,32 @@ def test_hub_datasets_are_read_by_name(hub, name):
 
 def test_missing_subset_and_split_errors_list_those_that_exist(hub):
     for given in ({}, {"subset": "algebra"}):
-        with pytest.raises(DataError, match=r"openai/gsm8k: .*\['main', 'socratic'\]") as error:
+        with raises(DataError, r"openai/gsm8k: .*\['main', 'socratic'\]", hint="--set problems.subset=main"):
             load("openai/gsm8k", **given)
-        assert "--set problems.subset=main" in error.value.hint
-    with pytest.raises(DataError, match=r"MATH-500: .*train.* \['test'\]") as error:
+    with raises(DataError, r"MATH-500: .*train.* \['test'\]", hint="problems.split"):
         load("HuggingFaceH4/MATH-500")
-    assert "problems.split" in error.value.hint
 
 
-def test_unreachable_hub_and_full_disk_are_different_errors(monkeypatch):
+UNREACHABLE = ConnectionError("Couldn't reach 'some/set'\nmore")
+GATED = datasets.exceptions.DatasetNotFoundError("Dataset 'some/set' is a gated dataset on the Hub.")
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "message", "hint"),
+    [
+        (UNREACHABLE, NetworkError, "some/set cannot be reached", "JSONL"),
+        (OSError(28, "No space left on device"), DataError, "No space left", ""),
+        (GATED, DataError, "some/set is gated", "HF_TOKEN"),
+    ],
+    ids=["unreachable", "full disk", "gated"],
+)
+def test_what_fails_has_its_own_remedy(monkeypatch, raised, kind, message, hint):
     def load_dataset(*arguments, **options):
         raise raised
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    raised = ConnectionError("Couldn't reach 'openai/gsm8k' (LocalEntryNotFoundError)\nmore")
-    with pytest.raises(NetworkError, match="openai/gsm8k cannot be reached") as error:
-        load("openai/gsm8k")
-    assert "JSONL" in error.value.hint
-    raised = OSError(28, "No space left on device")
-    with pytest.raises(DataError, match="No space left"):
-        load("openai/gsm8k")
-
-
-def test_gated_dataset_is_not_taken_for_a_missing_one(monkeypatch):
-    def gated(name, *_, **__):
-        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' is a gated dataset on the Hub.")
-
-    monkeypatch.setattr(datasets, "load_dataset", gated)
-    with pytest.raises(DataError, match="some/gated is gated") as error:
-        load("some/gated")
-    assert "HF_TOKEN" in error.value.hint
+    with raises(kind, message, hint=hint):
+        load("some/set")
 
 
 def test_unknown_columns_refer_to_the_settings_of_their_section(tmp_path):

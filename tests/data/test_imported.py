@@ -18,6 +18,7 @@ from sclite.train.sft import train_sft
 from sclite.train.stage import training_inputs
 from sclite.train.warmup import train_warmup
 from tests.replay import TeacherServer, say, template
+from tests.toy import raises
 
 STEPS = ("There are 4 boxes", "They hold 4 * 6 = 24", "24 + 9 = 33", "So 33 in all")
 COUNT = 12
@@ -173,13 +174,6 @@ def test_imported_attempts_are_corrected_and_unsigned_rows_are_not_imported(fill
     assert not filled.is_imported("pairs", "pairs.jsonl")
 
 
-def test_reviews_and_attempts_without_a_problem_are_reported(filled):
-    filled.replace("attempts.jsonl", [ATTEMPT.model_copy(update={"id": "p9"})])
-    filled.replace("reviews.jsonl", [REVIEW.model_copy(update={"id": "p9"})])
-    with pytest.raises(DataError, match=r"reviews\.jsonl, row 1 \(p9\): no problem has this id"):
-        pipeline.build_corrections(context_of(filled))
-
-
 CHANGED = render(NOTED).replace("48 + 24", "24 + 48")
 
 
@@ -212,20 +206,22 @@ CHANGED = render(NOTED).replace("48 + 24", "24 + 48")
 def test_invalid_imported_row_is_reported(filled, name, row, change, said):
     before = {"attempts": [ATTEMPT], "pairs": [DECISION, CONTENT]}.get(name, [])
     filled.replace(f"{name}.jsonl", [*before, row.model_copy(update=change)])
-    with pytest.raises(DataError, match=rf"{name}\.jsonl, row {len(before) + 1} \(p\d\): {said}") as error:
+    with raises(DataError, rf"{name}\.jsonl, row {len(before) + 1} \(p\d\): {said}"):
         BUILD[name](context_of(filled))
-    assert error.value.hint
 
 
-def test_imported_decision_after_its_content_pair_is_reported(filled):
+def test_imported_rows_that_contradict_each_other_are_reported(filled):
     of = {"step": 1, "prefix": PREFIX[:1], "rejected": "</Step1>\n"}
     content = {"step": 1, "prefix": (PREFIX[0], CAUSE)}
     rows = [DECISION.model_copy(update=of), DECISION, CONTENT.model_copy(update=content)]
     filled.replace("pairs.jsonl", rows)
-    with pytest.raises(
-        DataError, match=r"row 2 \(p0\): step is 2, after its attempt's content pair at step 1"
-    ):
+    message = r"row 2 \(p0\): step is 2, after its attempt's content pair at step 1"
+    with pytest.raises(DataError, match=message):
         pipeline.build_pairs(context_of(filled))
+    filled.replace("attempts.jsonl", [ATTEMPT.model_copy(update={"id": "p9"})])
+    filled.replace("reviews.jsonl", [REVIEW.model_copy(update={"id": "p9"})])
+    with pytest.raises(DataError, match=r"reviews\.jsonl, row 1 \(p9\): no problem has this id"):
+        pipeline.build_corrections(context_of(filled))
 
 
 WEIGHTS = save({"lora_A": np.zeros((2, 2), np.float32)})
@@ -246,31 +242,24 @@ def test_imported_adapter_replaces_sft_if_it_is_a_lora(run):
     with pytest.raises(DataError, match="does not describe a LoRA"):
         train_sft(config.Config(), run)
     run.path("sft/adapter/adapter_config.json").unlink()
-    with pytest.raises(DataError, match=r"adapter_config\.json") as error:
+    with raises(DataError, r"adapter_config\.json", hint="--fresh"):
         train_sft(config.Config(), run)
-    assert "--fresh" in error.value.hint
 
 
-def test_without_warmup_epochs_the_adapter_is_copied_without_reviews(run):
+def test_without_warmup_epochs_the_adapter_is_copied_over_no_trained_one(run):
     put_adapter(run)
-    with pytest.raises(DataError, match=r"reviews\.jsonl is missing") as error:
-        train_warmup(load(None, ["student.model=embedded"], {}, own_file=False), run)
-    assert "warmup.num_train_epochs=0" in error.value.hint
+    trained = load(None, ["student.model=embedded"], {}, own_file=False)
+    with raises(DataError, r"reviews\.jsonl is missing", hint="warmup.num_train_epochs=0"):
+        train_warmup(trained, run)
     chosen = load(None, ["student.model=embedded", "warmup.num_train_epochs=0"], {}, own_file=False)
     train_warmup(chosen, run)
     assert run.path("warmup/adapter/adapter_model.safetensors").read_bytes() == WEIGHTS
     assert train_warmup(chosen, run).skipped
     run.path("attempts.jsonl").write_text("other inputs\n")
     assert not train_warmup(chosen, run).skipped  # a copy costs nothing, so it is repeated and not refused
-
-
-def test_a_trained_warmup_is_not_replaced_by_a_copy_without_fresh(run):
-    put_adapter(run)
-    trained = load(None, ["student.model=embedded"], {}, own_file=False)
-    run.path("warmup/adapter").mkdir(parents=True)
+    # what was trained is replaced with fresh only
     run.path("warmup/adapter/adapter_model.safetensors").write_bytes(b"trained")
     run.sign("warmup", training_inputs(trained, run, "warmup"), Report("warmup"))
-    chosen = load(None, ["student.model=embedded", "warmup.num_train_epochs=0"], {}, own_file=False)
     with pytest.raises(UsageError, match="warmup was trained with other inputs"):
         train_warmup(chosen, run)
     assert run.path("warmup/adapter/adapter_model.safetensors").read_bytes() == b"trained"

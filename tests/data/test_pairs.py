@@ -53,6 +53,9 @@ def test_students_right_correction_else_the_teachers_is_chosen_over_a_wrong_one(
     assert (pair.chosen, pair.rejected, pair.origin, pair.step) == (chosen, WRONG, origin, 2)
     assert pair.prefix == (*decision.prefix, CAUSE)
     assert drop is None
+    noted = Trace((Step("x", None, REVIEW.cause, REVIEW.correction),))
+    assert render(noted) == f"<Step1>x\n{CAUSE}{continuation(REVIEW)}</Step1>"
+    assert continuation(REVIEW) == TEACHERS
 
 
 @pytest.mark.parametrize(
@@ -71,12 +74,6 @@ def test_review_without_a_content_pair_is_dropped_with_a_reason(own, reason):
     assert (drop.stage, drop.id, drop.sample, drop.reason) == ("pairs", "p0", 0, reason)
     assert drop.raw == (own[0][0] if own else "")
     assert len(pairs) == 2  # the decisions stay
-
-
-def test_continuation_ends_before_the_closing_tag_of_the_step():
-    assert continuation(REVIEW) == TEACHERS
-    noted = Trace((Step("x", None, REVIEW.cause, REVIEW.correction),))
-    assert render(noted) == f"<Step1>x\n{CAUSE}{TEACHERS}</Step1>"
 
 
 @dataclass
@@ -155,22 +152,16 @@ def test_student_corrects_each_wrong_attempt_at_the_teachers_step(run, grader):
         assert len({r.seed for r in same}) == 2  # two different samples
 
 
-@pytest.mark.parametrize(("dropped", "warned"), [(3, True), (2, False)])
-def test_warning_if_most_content_pairs_were_dropped(run, grader, warnings, dropped, warned):
+@pytest.mark.parametrize(("text", "dropped", "warned"), [("no tags", 3, 1), ("no tags", 2, 0), (RIGHT, 3, 0)])
+def test_warning_if_most_content_pairs_were_dropped(run, grader, warnings, text, dropped, warned):
     fill(run, 4)
-    texts = {f"p{i}": ["no tags"] * 2 if i < dropped else [WRONG] * 2 for i in range(4)}
+    texts = {f"p{i}": [text if i < dropped else WRONG] * 2 for i in range(4)}
     report, _, _ = build(run, grader, texts, progress=warnings)
+    reason = "student_review_already_right" if text == RIGHT else "student_review_not_readable"
+    assert report.dropped == {reason: dropped}
     assert report.figures.get("warnings", []) == warnings
     start = "3 of 4 content pairs were dropped, most often: student review not readable; raise"
     assert [said.startswith(start) for said in warnings] == [True] * warned
-
-
-def test_no_warning_if_the_student_already_corrects_most_attempts(run, grader, warnings):
-    fill(run, 4)
-    right = {f"p{i}": [RIGHT] * 2 for i in range(3)}
-    report, _, _ = build(run, grader, right | {"p3": [WRONG] * 2}, progress=warnings)
-    assert report.dropped == {"student_review_already_right": 3}
-    assert warnings == []
 
 
 def test_without_a_student_there_are_only_decisions_and_finished_pairs_stay(run, grader):

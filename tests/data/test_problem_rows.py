@@ -34,34 +34,43 @@ def test_markdown_heading_is_not_a_gsm8k_answer():
     assert answer(answer="#### Step 1\nAdd.\n#### Answer\n5") == "5"
 
 
-@pytest.mark.parametrize(
-    ("text", "gold"),
-    [
-        ("48 + 24 = 72.\n#### 72", "72"), ("48 + 24 = 72. #### 72", "72"), ("It costs that.\n#### $1,200.50", "$1,200.50"),
-        ("So.\n#### -3", "-3"), ("So.\n#### \\frac{1}{2}\n", "\\frac{1}{2}"), ("So.\n#### x = 5", "x = 5"),
-        ("So.\n#### B", "B"), ("So.\n#### Answer: 7", "7"), ("so.\n#### 72\nThe answer is: 72", "72"),
-    ],
-)  # fmt: skip
-def test_gsm8k_answer_is_read_in_both_columns(text, gold):
-    assert answer(answer=text) == answer(solution=text) == gold
+MARKED = [
+    ("48 + 24 = 72.\n#### 72", "72"), ("48 + 24 = 72. #### 72", "72"), ("It costs that.\n#### $1,200.50", "$1,200.50"),
+    ("So.\n#### -3", "-3"), ("So.\n#### \\frac{1}{2}\n", "\\frac{1}{2}"), ("So.\n#### x = 5", "x = 5"),
+    ("So.\n#### B", "B"), ("So.\n#### Answer: 7", "7"), ("so.\n#### 72\nThe answer is: 72", "72"),
+]  # fmt: skip
+BOXED = [
+    ("our answer is $\\boxed 2$.", "2"), ("our answer is $\\boxed2$.", "2"), ("our answer is \\(\\boxed 12\\).", "12"),
+    ("our answer is $\\boxed 2x+1$.", "2x+1"), ("our answer is \\fbox 7 now", "7"), ("our answer is \\fbox{7}", "7"),
+    ("so $\\boxed\\frac{1}{2}$", "\\frac{1}{2}"),
+    ("First $\\boxed{4}$, then $x = \\boxed{\\frac{1}{\\sqrt{2}}}$.", "\\frac{1}{\\sqrt{2}}"),
+    ("The roots are $\\boxed{1}$ and $\\boxed{3}$.", "1, 3"),
+    ("So $x = \\boxed{1}$, $x=\\boxed{2}$ or $x = \\boxed{3}$.", "1, 2, 3"),
+    ("So \\boxed{\\boxed{5}}", "5"), ("The answer is 5. Check: 5-3=2.", "5"), ("It is 3 twice. The answer is: 6.", "6"),
+    ("So the final answer is 2.5", "2.5"), ("The answer is 4? No: the answer is 5.", "5"),
+    ("so.\nThe answer is: \\frac{1}{2}", "\\frac{1}{2}"),
+]  # fmt: skip
+CELLS = [
+    (["7"], "7"),
+    ([2], "2"),
+    (7.0, "7"),
+    (0.5, "0.5"),
+    (Decimal("2.50"), "2.50"),
+    (10**20, "1" + "0" * 20),
+]
+WORDS = [
+    "12 square meters", "x = 3 or x = -3", "all real numbers except zero and one", "4 p.m. on Monday", "Yes.",
+    "\\begin{pmatrix} 1 & 2 \\\\\n 3 & 4 \\end{pmatrix}",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("text", "gold"),
-    [
-        ("our answer is $\\boxed 2$.", "2"), ("our answer is $\\boxed2$.", "2"), ("our answer is \\(\\boxed 12\\).", "12"),
-        ("our answer is $\\boxed 2x+1$.", "2x+1"), ("our answer is \\fbox 7 now", "7"), ("our answer is \\fbox{7}", "7"),
-        ("so $\\boxed\\frac{1}{2}$", "\\frac{1}{2}"),
-        ("First $\\boxed{4}$, then $x = \\boxed{\\frac{1}{\\sqrt{2}}}$.", "\\frac{1}{\\sqrt{2}}"),
-        ("The roots are $\\boxed{1}$ and $\\boxed{3}$.", "1, 3"),
-        ("So $x = \\boxed{1}$, $x=\\boxed{2}$ or $x = \\boxed{3}$.", "1, 2, 3"),
-        ("So \\boxed{\\boxed{5}}", "5"), ("The answer is 5. Check: 5-3=2.", "5"), ("It is 3 twice. The answer is: 6.", "6"),
-        ("So the final answer is 2.5", "2.5"), ("The answer is 4? No: the answer is 5.", "5"),
-        ("so.\nThe answer is: \\frac{1}{2}", "\\frac{1}{2}"),
-    ],
-)  # fmt: skip
-def test_answer_is_the_last_box_or_ends_the_last_line(text, gold):
-    assert answer(solution=text) == gold
+    ("column", "cell", "gold"),
+    [("answer", *pair) for pair in [*MARKED, *CELLS, *zip(WORDS, WORDS, strict=True)]]
+    + [("solution", *pair) for pair in [*MARKED, *BOXED]],
+)
+def test_marked_answers_numbers_and_words_are_read_and_the_last_box(column, cell, gold):
+    assert answer(**{column: cell}) == gold
 
 
 @pytest.mark.parametrize(
@@ -87,16 +96,7 @@ def test_worked_solution_in_the_answer_column_needs_a_marked_answer():
     assert problem.solution == f"{sentence} So \\boxed{{4}}."
 
 
-@pytest.mark.parametrize(
-    "gold",
-    ["12 square meters", "x = 3 or x = -3", "all real numbers except zero and one", "4 p.m. on Monday", "Yes.",
-     "\\begin{pmatrix} 1 & 2 \\\\\n 3 & 4 \\end{pmatrix}"],
-)  # fmt: skip
-def test_answer_in_words_is_an_answer(gold):
-    assert answer(answer=gold) == gold
-
-
-def test_calculator_marks_and_thoughts_are_not_part_of_a_solution():
+def test_calculator_marks_and_thoughts_are_no_part_of_a_solution():
     worked = "She sold 48/2 = <<48/2=24>>24 in May.\nThat is 48+24 = <<48+24=72>>72.\n#### 72"
     problem = read_problem({"question": "How many clips?", "answer": worked}, {})
     assert problem.answer == "72"
@@ -124,14 +124,6 @@ def test_columns_are_found_in_any_case_or_reported_with_those_that_exist():
 def test_id_like_those_of_the_chats_feedback_is_replaced_by_a_hash():
     problem = read_problem({"id": "feedback-1", "question": "?", "answer": "2"}, {})
     assert problem.id == hashlib.sha256(b"?").hexdigest()[:12]
-
-
-@pytest.mark.parametrize(
-    ("cell", "gold"),
-    [(["7"], "7"), ([2], "2"), (7.0, "7"), (0.5, "0.5"), (Decimal("2.50"), "2.50"), (10**20, "1" + "0" * 20)],
-)  # fmt: skip
-def test_numbers_and_lists_of_one_are_read_as_text(cell, gold):
-    assert answer(answer=cell) == gold
 
 
 @pytest.mark.parametrize(

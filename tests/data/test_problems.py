@@ -116,16 +116,11 @@ def test_problems_are_split_by_id_and_by_position_in_the_quickstart():
     assert 60 < len(split.stage2) < 120
 
 
-@pytest.mark.parametrize(
-    ("count", "least", "most"), [(199, 0, 0), (200, 50, 50), (400, 50, 50), (4000, 340, 460)]
-)
-def test_fit_keeps_50_problems_if_there_are_enough(count, least, most):
-    assert least <= len(split_problems(config.Config(), numbered(count)).fit) <= most
+def test_fit_keeps_50_problems_and_none_that_was_trained_on():
+    for count, least, most in ((199, 0, 0), (200, 50, 50), (400, 50, 50), (4000, 340, 460)):
+        assert least <= len(split_problems(config.Config(), numbered(count)).fit) <= most
     none = config.Config(problems=config.Problems(fit_share=0))
-    assert split_problems(none, numbered(count)).fit == []
-
-
-def test_a_new_problem_never_moves_another_from_training_to_the_fit():
+    assert split_problems(none, numbered(400)).fit == []
     before: set[str] = set()
     for count in range(200, 1500, 37):
         split = split_problems(config.Config(), numbered(count))
@@ -183,6 +178,8 @@ def test_edited_problems_stay_until_their_source_is_read_again(write, run, edit,
     assert gather_problems(load(None, [name], {}), run, report, reread=gone) == edited
     assert run.read("problems.jsonl", Problem) == edited
     assert (report.counts, report.skipped) == ({"problems": len(edited)}, True)
+    with pytest.raises(DataError, match=r"typo\.jsonl does not exist"):  # it was never read
+        gather_problems(load(None, ["problems.source=typo.jsonl"], {}), run)
 
 
 def test_edited_problems_that_were_trained_on_stay_if_their_source_is_read(write, run):
@@ -201,12 +198,6 @@ def test_new_rows_of_an_imported_file_are_checked(write, run):
     for found in (rows[:2], rows):
         run.replace("problems.jsonl", found)
         assert gather_problems(chosen, run, reread=False) == rows[:1]
-
-
-def test_a_missing_file_that_was_never_read_is_an_error(write, run):
-    gather_problems(load(None, [f"problems.source={write('p.jsonl', plain(1))}"], {}), run)
-    with pytest.raises(DataError, match=r"typo\.jsonl does not exist"):
-        gather_problems(load(None, ["problems.source=typo.jsonl"], {}), run)
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -6,6 +6,7 @@ from sclite import prompts, trace
 from sclite.data.templates import check_template, find_leak, write_templates
 from sclite.errors import DataError, TeacherError, UsageError
 from sclite.records import Drop, Template
+from sclite.run import Run
 from sclite.settings import load
 from sclite.trace import Trace
 from tests.replay import TeacherServer, client, fail, number_of, say, sums
@@ -25,9 +26,11 @@ def build(run, url, grader, problems=PROBLEMS, settings=(), **options):
         return write_templates(chosen, run, teacher=teacher, grader=grader, problems=problems, **options)
 
 
-@pytest.mark.parametrize("answer", ["3", "$3$", r"\boxed{3}", "The answer is 3.", "3.0"])
-def test_equal_answers_are_accepted(answer, grader):
-    assert isinstance(check_template(reply(answer), PROBLEMS[2], grader), Trace)
+def test_equal_answers_are_accepted_and_an_unknown_grade_is_not_wrong(grader, unsure):
+    for answer in ("3", "$3$", r"\boxed{3}", "The answer is 3.", "3.0"):
+        assert isinstance(check_template(reply(answer), PROBLEMS[2], grader), Trace)
+    rejection = check_template(reply("3.0"), PROBLEMS[2], unsure)
+    assert (rejection.reason, "exactly: 3" in rejection.text) == ("grader_unknown", True)
 
 
 @pytest.mark.parametrize(
@@ -55,11 +58,6 @@ def test_escaped_signs_and_markdown_between_tags_are_read(grader):
         assert isinstance(check_template(text, PROBLEMS[2], grader), Trace), between
     text = reply("3").replace("<Generalized>", "Now the rule:\n<Generalized>")
     assert check_template(text, PROBLEMS[2], grader).reason == "text_between_tags"
-
-
-def test_unknown_grade_is_not_a_wrong_template(unsure):
-    rejection = check_template(reply("3.0"), PROBLEMS[2], unsure)
-    assert (rejection.reason, "exactly: 3" in rejection.text) == ("grader_unknown", True)
 
 
 LEAKS = [
@@ -183,18 +181,15 @@ def test_larger_token_budget_requests_only_what_is_missing(run, grader):
     assert [number_of(request) for request in server.requests[9:]] == [2]
 
 
-def test_templates_can_be_imported_after_a_teacher_never_replied(run, grader):
+def test_teacher_may_move_and_templates_be_imported_after_it_never_replied(run, grader, tmp_path):
+    for problems in (PROBLEMS[:4], PROBLEMS):
+        with TeacherServer(right) as server:
+            build(Run(tmp_path / "moved"), server.url, grader, problems)
+    assert len(server.requests) == 4
     with pytest.raises(TeacherError):
         build(run, "http://127.0.0.1:9/v1", grader)
     run.replace("templates.jsonl", [Template(id="mine", question="q", answer="1", trace=reply(1))])
     assert build(run, "http://127.0.0.1:9/v1", grader).counts["imported"] == 1
-
-
-def test_teacher_may_move_to_another_address(run, grader):
-    for problems in (PROBLEMS[:4], PROBLEMS):
-        with TeacherServer(right) as server:
-            build(run, server.url, grader, problems)
-    assert len(server.requests) == 4
 
 
 def test_next_run_requests_unanswered_templates_again(run, grader):

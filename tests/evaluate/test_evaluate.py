@@ -19,7 +19,9 @@ from tests.toy import SameVerdict, ScriptedStudent
 
 PROBLEMS = [Problem(id=f"p{n}", question=f"question {n}", answer="1") for n in range(200)]
 PLAIN, STEP = "the answer is 1", "<Step1>1 + 1 = 3\n</Step1>\n<Answer>3</Answer>"
-ALWAYS = {"review": {"threshold": 0.0}}  # corrects every step with log-odds above 0
+ALWAYS = {"threshold": 0.0}  # corrects every step with log-odds above 0
+ENDPOINT = {"name": "ollama/x", "path": Path(), "version": "7", "review": {"mode": "free"}}
+NONE = "no threshold corrects more answers than it spoils"
 WHOLE = {"question": "?", "gold": "1", "first": "x", "second": None, "format_ok": True}
 
 
@@ -27,10 +29,10 @@ WHOLE = {"question": "?", "gold": "1", "first": "x", "second": None, "format_ok"
 def evaluate_student(run, gguf):
     """Evaluate a student on PROBLEMS[:20], all graded as `right`; keyword arguments override the defaults."""
 
-    def work(student, right: bool, **given):
+    def work(student, right: bool, judge=None, name="dpo", path=gguf, version="", review=None, **given):
         default = {"problems": PROBLEMS[:20], "fitting": [], "source": "", "dataset": "", "folder": "eval/a"}
-        held_out = HeldOut(**default | given)
-        return evaluate_model(Config(), run, "dpo", student, gguf, held_out, SameVerdict(right))
+        config, held_out = Config.model_validate({"review": review or {}}), HeldOut(**default | given)
+        return evaluate_model(config, run, name, student, path, held_out, SameVerdict(right), judge, version)
 
     return work
 
@@ -39,12 +41,7 @@ def evaluate_student(run, gguf):
     ("text", "fitting", "asked", "off"),
     [
         (PLAIN, 180, 20, "its answers have no steps"),  # and need no fit
-        (
-            STEP,
-            60,
-            None,
-            "on the 60 problems used for the fit, no threshold corrects more answers than it spoils",
-        ),
+        (STEP, 60, None, f"on the 60 problems used for the fit, {NONE}"),
         (STEP, 40, 20, "40 problems are too few to fit the threshold (50 needed)"),
     ],
 )
@@ -59,24 +56,18 @@ def test_disabled_review_has_a_reason(evaluate_student, text, fitting, asked, of
 
 
 @pytest.mark.parametrize(("judged", "labels"), [(1, (True,)), (0, (False,)), (None, ())])
-def test_steps_are_labelled_as_they_are_judged(run, gguf, judged, labels):
-    held_out = HeldOut(PROBLEMS[:2], [], "", "", "eval/a")
-    student, grader = ScriptedStudent(STEP, odds=1.0), SameVerdict(False)
-    evaluate_model(Config(), run, "dpo", student, gguf, held_out, grader, lambda *_: judged)
+def test_steps_are_labelled_as_they_are_judged(run, evaluate_student, judged, labels):
+    evaluate_student(ScriptedStudent(STEP, odds=1.0), False, lambda *_: judged, problems=PROBLEMS[:2])
     for row in run.read("eval/a/dpo.jsonl", Outcome):
-        assert (row.true_known, row.true_step, row.step_labels) == (
-            judged is not None,
-            judged or None,
-            labels,
-        )
+        found = row.true_known, row.true_step, row.step_labels
+        assert found == (judged is not None, judged or None, labels)
 
 
-def test_a_flagged_step_counts_even_if_its_correction_is_unreadable(run, gguf):
-    config = Config.model_validate(ALWAYS)
-    for right, judged, figure, value in ((True, 0, "acceptance", 0.0), (False, 1, "location", 1.0)):
-        held_out = HeldOut(PROBLEMS[:2], [], "", "", f"eval/{figure}")
-        given = config, run, "dpo", ScriptedStudent(STEP, odds=1.0), gguf, held_out, SameVerdict(right)
-        assert evaluate_model(*given, lambda *_, judged=judged: judged)[figure] == value
+@pytest.mark.parametrize(("judged", "figure", "value"), [(0, "acceptance", 0.0), (1, "location", 1.0)])
+def test_a_flagged_step_counts_though_its_correction_cannot_be_read(evaluate_student, judged, figure, value):
+    given = {"review": ALWAYS, "problems": PROBLEMS[:2]}
+    student = ScriptedStudent(STEP, odds=1.0)
+    assert evaluate_student(student, not judged, lambda *_: judged, **given)[figure] == value
 
 
 def test_free_and_guided_reviews_have_files_of_their_own(run, gguf):
@@ -110,18 +101,15 @@ def test_a_warm_up_that_harms_solving_is_reported(run, before, after, n, warned)
     assert ("first answers worse, 60 → 50 % of 100 held-out problems right" in warning) == warned
 
 
-def test_an_answer_that_was_cut_off_is_not_reviewed_as_in_chat(run, gguf):
-    held_out, config = HeldOut(PROBLEMS[:4], [], "", "", "eval/a"), Config.model_validate(ALWAYS)
+def test_an_answer_that_was_cut_off_is_not_reviewed_as_in_chat(run, evaluate_student):
     student = ScriptedStudent(STEP, odds=1.0, finishes=("length", "stop"))
-    evaluate_model(config, run, "dpo", student, gguf, held_out, SameVerdict(False), lambda *_: 1)
+    evaluate_student(student, False, lambda *_: 1, review=ALWAYS, problems=PROBLEMS[:4])
     rows = run.read("eval/a/dpo.jsonl", Outcome)
-    assert [(row.cut, row.accused, len(row.step_scores)) for row in rows] == [
-        (True, None, 0),
-        (False, 1, 1),
-    ] * 2
+    found = [(row.cut, row.accused, len(row.step_scores)) for row in rows]
+    assert found == [(True, None, 0), (False, 1, 1)] * 2
 
 
-def test_a_review_without_a_reply_is_unknown_and_a_judged_endpoint_gets_no_prefix(run, grader):
+def test_a_review_without_a_reply_is_unknown_and_no_endpoint_continues(evaluate_student):
     class Failing(ScriptedStudent):
         def generate(self, requests):
             assert not any(request.pieces for request in requests)
@@ -129,27 +117,15 @@ def test_a_review_without_a_reply_is_unknown_and_a_judged_endpoint_gets_no_prefi
             self.finishes = ("error", "stop") if reviews else ("stop",)
             yield from super().generate(requests)
 
-    config = Config.model_validate({"review": {"mode": "free"}})
-    held_out = HeldOut(PROBLEMS[:4], [], "", "", "eval/a")
-    given = config, run, "ollama/x", Failing(STEP), Path(), held_out, grader
-    figures = evaluate_model(*given, lambda *_: 1, version="7")
+    figures = evaluate_student(Failing(STEP), False, lambda *_: 1, problems=PROBLEMS[:4], **ENDPOINT)
     assert (figures["n"], figures["unknown"], figures["correction_rate_given_location"]) == (2, 2, None)
 
 
-def test_failed_calls_of_a_model_behind_an_api_are_retried(run, grader):
-    config = Config.model_validate({"review": {"mode": "free"}})
-    student = ScriptedStudent(STEP, finishes=("error",))
-
-    def unknown():
-        held_out = HeldOut(PROBLEMS[:3], [], "", "", "eval/a")
-        given = config, run, "ollama/x", student, Path(), held_out, grader
-        return evaluate_model(*given, version="7")["unknown"]
-
-    assert unknown() == 3
-    student.finishes = ("stop",)
-    assert unknown() == 0
-    student.finishes = ("error",)
-    assert unknown() == 0  # nothing has changed
+def test_failed_calls_of_a_model_behind_an_api_are_made_again(evaluate_student):
+    student = ScriptedStudent(STEP)
+    for finish, unknown in (("error", 3), ("stop", 0), ("error", 0)):  # at last nothing has changed
+        student.finishes = (finish,)
+        assert evaluate_student(student, False, problems=PROBLEMS[:3], **ENDPOINT)["unknown"] == unknown
 
 
 def test_first_and_all_tokens_are_averaged_over_the_same_answers(evaluate_student):
@@ -235,9 +211,8 @@ def test_table_has_dashes_for_ungraded_answers_and_the_cost_of_the_review(capsys
     assert f"dpo, per problem: {said}" in " ".join(shown.split())
 
 
-def test_steps_corrected_in_the_first_answer_count_as_corrected(grader):
+def test_steps_corrected_in_the_first_answer_count_as_corrected():
     own = Trace((Step("1 + 1 = 3", None, "Too many.", "1 + 1 = 2"),), None, "2")
-    problem = Problem(id="p", question="1 + 1?", answer="2")
-    first = solve_problems(ScriptedStudent(render(own)), [problem], Config(), grader)
+    first = solve_problems(ScriptedStudent(render(own)), PROBLEMS[:1], Config(), SameVerdict(True))
     assert [step.text for step in first.parsed[0].work.steps] == ["1 + 1 = 2"]
     assert first.correct == [True]

@@ -8,17 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sclite.evaluate import report
 from sclite.evaluate.metrics import Outcome, compute_metrics
-from sclite.evaluate.report import (
-    POINTS,
-    Axis,
-    accuracy_plot,
-    curve_plots,
-    decimal,
-    example_parts,
-    percent,
-    write_report,
-)
+from sclite.evaluate.report import POINTS, Axis, curve_plots, example_parts, percent, write_report
 from sclite.trace import Step, Trace, render
 
 FIRST = render(Trace((Step("7 · 8 = 54"), Step("54 + 1 = 55")), answer="55"))
@@ -123,7 +115,7 @@ def test_figures_notes_and_unknown_outcomes_are_shown(write):
 
 
 def test_undefined_figures_are_dashes_and_numbers_typographic(write):
-    assert percent(None) == decimal(None) == percent(math.nan) == "–"
+    assert percent(None) == report.decimal(None) == percent(math.nan) == "–"
     assert percent(0.0) == "0.0"
     _, text, _ = write({"models": {"m": {"acc_t1": 0.25, "acc_t2": None}}})
     assert text.split(" m 25.0 ")[1].startswith("– – – – – –")  # up to the p-value
@@ -165,10 +157,10 @@ def test_model_text_never_becomes_markup(write):
     assert text.count("<script>alert(1)</script>") >= 7
 
 
-@given(
-    st.text()
-    | st.lists(st.sampled_from(["<Step1>", "</Step 12 >", "<Cause", "</cause>", "a < b", "\n"])).map("".join)
-)
+TAGS = st.sampled_from(["<Step1>", "</Step 12 >", "<Cause", "</cause>", "a < b", "\n"])
+
+
+@given(st.text() | st.lists(TAGS).map("".join))
 def test_pieces_join_to_the_text(text):
     shown = example_parts(outcome(False, True, first=text, second=None))["texts"]
     assert ["".join(piece for _, piece in pieces) for _, pieces in shown] == [text] * bool(text)
@@ -183,13 +175,14 @@ def test_ticks_are_few_and_enclose_the_values(low, span):
 
 
 def test_dots_are_at_their_values():
-    plot = accuracy_plot([{"name": "m", "acc_t1": 0.5, "acc_t1_interval": [0.4, 0.6], "acc_t2": 0.8}])
+    plot = report.accuracy_plot([{"name": "m", "acc_t1": 0.5, "acc_t1_interval": [0.4, 0.6], "acc_t2": 0.8}])
     row, marks = plot["rows"][0], {mark["text"]: mark["at"] for mark in plot["marks"]}
     assert row["first"]["at"] == marks["50"]
     assert (row["first"]["low"], row["first"]["high"]) == (marks["40"], marks["60"])
     assert row["second"]["at"] == row["second"]["low"] == marks["80"]
-    assert accuracy_plot([{"name": "m", "acc_t1": 0.5, "acc_t2": None}])["rows"][0]["second"] is None
-    assert accuracy_plot([{"name": "m", "acc_t1": None}]) is None
+    figures = {"name": "m", "acc_t1": 0.5, "acc_t2": None}
+    assert report.accuracy_plot([figures])["rows"][0]["second"] is None
+    assert report.accuracy_plot([{"name": "m", "acc_t1": None}]) is None
 
 
 def test_curves_have_losses_first_skip_missing_metrics_and_are_thinned():

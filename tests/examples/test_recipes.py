@@ -26,12 +26,10 @@ TRL, AXOLOTL = ROOT / "examples/trl-multi-gpu", ROOT / "examples/axolotl"
 ON_CPU = ["--use_cpu", "true", "--bf16", "false"]
 MISSING = "Axolotl is not installed: pip install axolotl==0.19.0 in a separate environment"
 requires_axolotl = pytest.mark.skipif(importlib.util.find_spec("axolotl") is None, reason=MISSING)
-GENERATION = CHATML.replace(
-    "message['content'] + '<|im_end|>\n' }}",
-    "'' }}{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}"
-    "{{ message['content'] + '<|im_end|>\n' }}{% endif %}",
-)
+SHOWN = "message['content'] + '<|im_end|>\n' }}"
+MARKED = "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+CHOSEN = "'' }}{% if message['role'] == 'assistant' %}" + MARKED + "{% else %}{{ " + SHOWN + "{% endif %}"
+GENERATION = CHATML.replace(SHOWN, CHOSEN)
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +59,10 @@ def test_trl_parser_accepts_the_recipes():
     assert training.loss_type == ["sigmoid", "sft"]
 
 
-@pytest.mark.parametrize("name", ["sft.yaml", "dpo.yaml"])
-def test_trl_parser_rejects_an_unknown_key(name, tmp_path):
-    (tmp_path / name).write_text((TRL / name).read_text() + "learning_rat: 1.0\n")
-    settings = SFTConfig if name == "sft.yaml" else DPOConfig
-    with pytest.raises(ValueError, match="learning_rat"):
-        parse_config((ScriptArguments, settings, ModelConfig, DatasetMixtureConfig), tmp_path / name)
-
-
-def test_accelerate_accepts_its_configuration(tmp_path):
+def test_accelerate_accepts_its_configuration():
     config = load_config_from_file(str(TRL / "accelerate.yaml"))
     assert config.distributed_type.value == "MULTI_GPU"
     assert config.num_processes == 4
-    wrong = tmp_path / "wrong.yaml"
-    wrong.write_text((TRL / "accelerate.yaml").read_text() + "num_proceses: 4\n")
-    with pytest.raises(ValueError, match="num_proceses"):
-        load_config_from_file(str(wrong))
 
 
 @requires_axolotl
@@ -147,7 +133,6 @@ def launch(work: Path, *arguments: str) -> str:
 
 @pytest.mark.slow
 def test_trl_recipe_trains_on_two_processes_and_starts_at_ln_2(exported, tmp_path):
-    """The commands of the README with a tiny student on the CPU."""
     student, run = exported
     shutil.copytree(run.folder.parents[1], tmp_path, dirs_exist_ok=True)
     short = [*ON_CPU, "--dtype", "float32", "--max_steps", "2", "--gradient_accumulation_steps", "1"]

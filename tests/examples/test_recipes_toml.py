@@ -11,7 +11,6 @@ import typer
 
 from sclite.cli import app
 from sclite.config import keys
-from sclite.errors import UsageError
 from sclite.inspect.plan import STAGES
 from sclite.settings import load
 from sclite.train.memory import estimate
@@ -38,21 +37,14 @@ def test_each_architecture_has_a_recipe_whose_figures_are_in_the_readme():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_loads_and_has_no_unknown_key(name, tmp_path):
+def test_recipe_loads_and_has_no_unknown_key(name):
     config = load_recipe(name)
     assert config.run == f"runs/{name}"
     assert config.student.model
     tree = tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
-    used = {
-        f"{section}.{key}" if isinstance(value, dict) else section
-        for section, value in tree.items()
-        for key in (value if isinstance(value, dict) else [section])
-    }
-    assert used <= set(keys())
-    wrong = tmp_path / "wrong.toml"
-    wrong.write_text((FOLDER / f"{name}.toml").read_text().replace("[sft]", "[sft]\nlearning_rat = 1.0"))
-    with pytest.raises(UsageError, match="learning_rat"):
-        load(wrong, [], {})
+    sections = {name: value for name, value in tree.items() if isinstance(value, dict)}
+    used = {f"{name}.{key}" for name, section in sections.items() for key in section}
+    assert used | (tree.keys() - sections.keys()) <= set(keys())
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -45,16 +45,10 @@ REFUSED = {
 }
 """Templates that need more than roles and contents (tools, content parts), with the reason."""
 INJECTION = CHATML.replace("message['role'] + ", """message['role'] + '\"\"\"\\n{{ .System }} {# ' + """)
-LIKE_PHI4 = (
-    CHATML.replace("<|im_end|>\n", "<|im_end|>")
-    .replace("'\n'", "'<|im_sep|>'")
-    .replace("nt\n", "nt<|im_sep|>")
-)
-SMOLLM2 = CHATML.replace(
-    "{% for",
-    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are SmolLM.<|im_end|>\n' }}{% endif %}{% for",
-    1,
-)
+LIKE_PHI4 = CHATML.replace("<|im_end|>\n", "<|im_end|>").replace("'\n'", "'<|im_sep|>'")
+LIKE_PHI4 = LIKE_PHI4.replace("nt\n", "nt<|im_sep|>")
+DEFAULT = "{{ '<|im_start|>system\nYou are SmolLM.<|im_end|>\n' }}"
+SMOLLM2 = "{% if messages[0]['role'] != 'system' %}" + DEFAULT + "{% endif %}" + CHATML
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +82,12 @@ def derive(template):
 
 
 def chats():
-    """The chats used for the derivation, and others, by name."""
-    roles = {"s": "system", "u": "user", "a": "assistant"}
-    more = {
-        row[0]: tuple({"role": roles[r], "content": c} for r, c in zip(row[0], row[1:], strict=True))
-        for row in MORE
-    }
-    return {**CHATS, **more}
+    """The chats of the derivation and others, by name."""
+    roles, found = {"s": "system", "u": "user", "a": "assistant"}, dict(CHATS)
+    for kinds, *texts in MORE:
+        turns = zip(kinds, texts, strict=True)
+        found[kinds] = tuple({"role": roles[kind], "content": text} for kind, text in turns)
+    return found
 
 
 def test_every_template_is_derived_or_refused_by_name(formats, templates):
@@ -130,7 +123,7 @@ def test_small_template_has_no_options_and_derives_itself(formats):
         assert derive(template).jinja() == template, name
 
 
-def test_go_template_renders_the_same_prompt(formats, tmp_path):
+def test_go_template_renders_the_same_prompt(formats, tmp_path, cache):
     """In Go's text/template, with what Ollama gives: .Messages with .Role and .Content, .System, .Prompt, .Response.
 
     The struct below is written by hand after Ollama's: no code of Ollama runs here.
@@ -147,7 +140,7 @@ def test_go_template_renders_the_same_prompt(formats, tmp_path):
             wanted.append((name, kind, prompt + open_answer))
             rows.append({"Template": form.go_template("<s>"), "Messages": chat})
     (tmp_path / "main.go").write_text(PROGRAM)
-    environment = {**os.environ, "GO111MODULE": "off", "GOCACHE": str(tmp_path / "cache")}
+    environment = {**os.environ, "GO111MODULE": "off", "GOCACHE": str(cache.mkdir("go"))}
     given = {"cwd": tmp_path, "env": environment, "input": json.dumps(rows)}
     found = json.loads(subprocess.check_output([go, "run", "main.go"], text=True, **given))
     wrong = [(name, kind) for (name, kind, text), go in zip(wanted, found, strict=True) if text != go]
@@ -184,14 +177,11 @@ func main() {
 """
 
 
-def test_turns_of_phi4_and_mistral_are_found(formats):
+def test_turns_are_found_and_bos_that_is_the_start_of_a_turn_stays(formats):
     phi, mistral = formats[0]["like phi-4"], formats[0]["mistral"]
     assert phi.user[:2] == ("<|im_start|>user<|im_sep|>", "<|im_end|>")
     assert phi.opening == "<|im_start|>assistant<|im_sep|>"
     assert (mistral.system_in, mistral.user[:2], mistral.opening) == ("first", ("[INST] ", " [/INST]"), "")
-
-
-def test_bos_that_is_also_the_start_of_a_turn_stays_in_the_template():
     tokens = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     form = derive_format(renderer(SMOLLM2, **tokens), "<|im_start|>")
     assert form.start == ""
@@ -249,22 +239,14 @@ def test_folder_gets_the_template_the_end_of_turn_and_no_second_bos(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["train", "run"])
-def test_training_does_not_start_if_the_template_cannot_be_exported(sclite, run, folder, tmp_path, command):
-    """With `run`, before any teacher request."""
+def test_training_with_a_template_that_cannot_be_exported_is_refused(sclite, run, folder, tmp_path, command):
+    """Before it begins; with `run`, also before the teacher is paid."""
     shutil.copytree(folder, tmp_path / "student")
     path = tmp_path / "student/chat_template.jinja"
     path.write_text(path.read_text().replace("<|im_end|>", "<|im_end|>' ~ (messages | length) ~ '"))
     write_toy(run)
-    settings = {
-        "student.model": tmp_path / "student",
-        "student.backend": "plain",
-        "sft.num_train_epochs": 0.1,
-    }
-    given = [
-        "--run",
-        run.folder,
-        *(word for item in settings.items() for word in ("--set", "{}={}".format(*item))),
-    ]
+    settings = (f"student.model={tmp_path}/student", "student.backend=plain", "sft.num_train_epochs=0.1")
+    given = ["--run", run.folder, *(word for setting in settings for word in ("--set", setting))]
     ended = sclite(command, *given, *(["--yes"] if command == "run" else ["--only", "sft"]))
     assert ended.code == DATA
     assert "more than roles and contents" in ended.error

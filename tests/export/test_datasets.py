@@ -19,7 +19,7 @@ from sclite.run import Run
 from sclite.student.loader import load_tokenizer
 from sclite.student.tokenization import end_id, prompt_text
 from sclite.trace import CAUSE, parse, render
-from tests.toy import export_config, make_run, write_rows
+from tests.toy import export_config, make_run, raises, write_rows
 
 STEP_DPO = "dataset prompt initial_reason_steps chosen rejected full_chosen full_rejected answer".split()  # noqa: SIM905
 KINDS = {"templates": Template, "reviews": Review, "pairs": Pair}
@@ -147,9 +147,8 @@ def test_run_without_pairs_needs_no_student_and_removes_old_pairs(student, tmp_p
 
 
 def test_empty_run_or_a_row_without_its_problem_or_attempt_is_an_error(student, tmp_path):
-    with pytest.raises(DataError, match="no templates or pairs") as caught:
+    with raises(DataError, "no templates or pairs", hint="sclite build-data"):
         export_data(export_config(student), Run(tmp_path / "run"))
-    assert "sclite build-data" in caught.value.hint
     run = make_run(tmp_path / "run")
     attempts = run.read("attempts.jsonl", Attempt)
     run.replace("attempts.jsonl", attempts[1:])
@@ -186,66 +185,43 @@ def test_card_lists_sources_counts_and_cost_and_the_hub_reads_it(run, report):
     assert card.data.size_categories == ["n<1K"]
 
 
-@pytest.mark.parametrize(
-    ("attempts", "shown"),
-    [
-        ({"student": "openai/small", "api_base": "http://here/v1"}, "are by openai/small"),
-        ({"source": "/home/somebody/wrong.jsonl"}, "were imported from wrong.jsonl"),
-    ],
-)
-def test_card_shows_the_source_of_the_attempts_without_its_path(tmp_path, student, attempts, shown):
-    export_data(export_config(student, attempts=attempts), run := make_run(tmp_path / "run"))
-    card = read_card(run)
-    assert f"the corrected attempts {shown}" in card
-    for secret in ("here/v1", "/home/somebody", "10.0.0.7", str(student)):
-        assert secret not in card
+SOURCES = {
+    "openai/gsm8k": "openai/gsm8k (main train)",
+    "mine/sums.jsonl": "sums.jsonl",
+    "here/sums.tsv": "sums.tsv",  # which exists
+    "../secret/sums.csv": "sums.csv",
+    "../secret/folder": "folder",
+    "": "unknown",
+}
+MODELS = {
+    "openai//data/alice/models/Qwen": "openai/Qwen",
+    "hosted_vllm/models/of/alice": "hosted_vllm/alice",
+    "openrouter/deepseek/deepseek-r1:free": "openrouter/deepseek/deepseek-r1:free",
+    "fireworks_ai/accounts/fireworks/models/r1": "fireworks_ai/accounts/fireworks/models/r1",
+    "gpt-4o": "gpt-4o",
+}
+STUDENTS = [{"attempts": {"student": model, "api_base": "http://here/v1"}} for model in MODELS]
+BY = "; the corrected attempts are by"
 
 
 @pytest.mark.parametrize(
-    ("source", "shown"),
+    ("sections", "shown"),
     [
-        ("openai/gsm8k", "openai/gsm8k (main train)"),
-        ("mine/sums.jsonl", "sums.jsonl"),
-        ("here/sums.tsv", "sums.tsv"),
-        ("../secret/sums.csv", "sums.csv"),
-        ("../secret/folder", "folder"),
-        ("", "unknown"),
+        ({"attempts": {"source": "/home/somebody/wrong.jsonl"}}, "were imported from wrong.jsonl"),
+        *(({"problems": {"source": p, "subset": "main"}}, f"- Problems: {SOURCES[p]}\n") for p in SOURCES),
+        *(({"teacher": {"model": model}}, f"- Teacher: {MODELS[model]}\n") for model in MODELS),
+        *((own, f"{BY} {name}\n") for own, name in zip(STUDENTS, MODELS.values(), strict=True)),
+        ({"teacher": {"model": ""}}, "- Teacher: unknown\n"),
     ],
 )
-def test_card_shows_the_whole_hub_id_but_only_the_last_part_of_a_path(
-    student, tmp_path, monkeypatch, source, shown
-):
+def test_card_names_sources_and_models_without_their_places(student, tmp_path, monkeypatch, sections, shown):
     monkeypatch.chdir(tmp_path)
     write_rows("here/sums.tsv", [])
-    run = make_run(tmp_path / "run")
-    run.replace("pairs.jsonl", [])
-    export_data(export_config(student, problems={"source": source, "subset": "main"}), run)
-    assert f"- Problems: {shown}\n" in read_card(run)
-
-
-@pytest.mark.parametrize(
-    ("model", "shown"),
-    [
-        ("openai//data/alice/models/Qwen", "openai/Qwen"),
-        ("hosted_vllm/models/of/alice", "hosted_vllm/alice"),
-        ("openrouter/deepseek/deepseek-r1:free", "openrouter/deepseek/deepseek-r1:free"),
-        ("fireworks_ai/accounts/fireworks/models/r1", "fireworks_ai/accounts/fireworks/models/r1"),
-        ("gpt-4o", "gpt-4o"),
-        ("", "unknown"),
-    ],
-)
-def test_card_names_models_behind_an_api_without_their_folders(tmp_path, student, model, shown):
-    run, own = make_run(tmp_path / "run"), {"student": model, "api_base": "http://here/v1"}
-    export_data(export_config(student, teacher={"model": model}, attempts=own if model else {}), run)
-    assert f"- Teacher: {shown}\n" in read_card(run)
-    assert f"; the corrected attempts are by {shown}\n" in read_card(run) or not model
-
-
-def prepared_by_trl(tokenizer, rows: list[dict]):
-    """The rows as TRL's DPOTrainer prepares them."""
-    args = DPOConfig(output_dir="unused", use_cpu=True, bf16=False, max_length=None, report_to=[])
-    trainer = SimpleNamespace(_tokenizer=tokenizer)
-    return DPOTrainer._prepare_dataset(trainer, Dataset.from_list(rows), tokenizer, args, "train")
+    export_data(export_config(student, **sections), run := make_run(tmp_path / "run"))
+    card = read_card(run)
+    assert shown in card
+    for secret in ("here/v1", "/home/somebody", "10.0.0.7", "alice/models", "secret", str(student)):
+        assert secret not in card
 
 
 def test_trl_reads_chats_as_conversations_and_pairs_as_text(run, student):
@@ -261,16 +237,10 @@ def test_trl_reads_chats_as_conversations_and_pairs_as_text(run, student):
         assert maybe_apply_chat_template(row, tokenizer) == row
 
 
-def test_trl_appends_an_end_token_and_would_close_a_conversational_prefix(run, student):
+def test_trl_appends_an_end_token_to_both_sides_as_the_card_says(run, student):
     tokenizer = load_tokenizer(str(student))
-    for row in prepared_by_trl(tokenizer, rows_of(run, "pairs")):
+    args = DPOConfig(output_dir="unused", use_cpu=True, bf16=False, max_length=None, report_to=[])
+    trainer, pairs = SimpleNamespace(_tokenizer=tokenizer), Dataset.from_list(rows_of(run, "pairs"))
+    for row in DPOTrainer._prepare_dataset(trainer, pairs, tokenizer, args, "train"):
         assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == end_id(tokenizer)
     assert "**yes, on both sides**" in read_card(run)
-    # the reason why pairs are exported as text only
-    pair = run.read("pairs.jsonl", Pair)[0]
-    prompt = prompts.review_messages(questions(run)[pair.id], pair.attempt)
-    prefix = [*prompt, {"role": "assistant", "content": "".join(pair.prefix)}]
-    sides = {side: [{"role": "assistant", "content": getattr(pair, side)}] for side in ("chosen", "rejected")}
-    row = prepared_by_trl(tokenizer, [{"prompt": prefix, **sides}])[0]
-    text = tokenizer.decode(row["prompt_ids"] + row["chosen_ids"])
-    assert text.count("<|im_start|>assistant") == 2

@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import re
-import resource
 import shutil
 import subprocess
 import tarfile
@@ -32,7 +31,7 @@ from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine, llama
 from sclite.student.origin import record_origin
 from sclite.student.tokenizer_file import TRICKY
-from tests.toy import random_adapter, sample_texts, tiny_gguf, write_tokenizer
+from tests.toy import file_limit, raises, random_adapter, sample_texts, tiny_gguf, write_tokenizer
 
 SYSTEM, USER = "Solve in steps.", "2 + 3?\n\nThink  well."
 CHAT = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": USER})
@@ -47,6 +46,17 @@ def read_all(path):
     reader = GGUFReader(path)
     values = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     return values, {tensor.name: tensor for tensor in reader.tensors}
+
+
+@pytest.fixture
+def no_converter(tmp_path, monkeypatch):
+    """llama.cpp's converter is not on this machine."""
+    monkeypatch.delenv("SCLITE_LLAMA_CPP", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def write_lora(student, run):
+    return export_lora(Config.model_validate({"student": {"model": str(student)}}), run, "sft")
 
 
 @pytest.fixture
@@ -104,7 +114,7 @@ def test_adapter_gguf_on_its_base_matches_peft(student, gguf, converter, run, se
     origin = json.loads((folder / "trained_on.json").read_text())
     origin["nf4"] = ["model.layers.0.mlp.gate_proj"]  # not with a GGUF of the base
     (folder / "trained_on.json").write_text(json.dumps(origin))
-    found = export_lora(Config.model_validate({"student": {"model": str(student)}}), run, "sft")
+    found = write_lora(student, run)
     assert Path(found["lora"]) == run.path("export/sft-lora.gguf")
     assert sorted(path.name for path in run.path("export").iterdir()) == ["sft-lora.gguf", "sft-lora.md"]
     assert found["adapter_share"] == pytest.approx(1, abs=0.01)
@@ -131,11 +141,9 @@ def test_adapter_gguf_that_is_another_model_is_not_exported(student, converter, 
     settings = {"r": 16, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]}
     random_adapter(student, run.path("sft/adapter"), std=0.05, **settings)
     monkeypatch.setattr("sclite.export.model.write_plain", shutil.copytree)
-    with pytest.raises(
-        ScliteError, match=r"^sft-lora.gguf does not match the trained model: .*% of the adap"
-    ) as error:
-        export_lora(Config.model_validate({"student": {"model": str(student)}}), run, "sft")
-    assert "--format gguf" in error.value.hint
+    message = r"^sft-lora.gguf does not match the trained model: .*% of the adap"
+    with raises(ScliteError, message, hint="--format gguf"):
+        write_lora(student, run)
     assert list(run.path("export").iterdir()) == []
 
 
@@ -150,15 +158,12 @@ def test_adapter_gguf_that_is_another_model_is_not_exported(student, converter, 
 )
 def test_adapter_that_a_lora_file_cannot_store_is_rejected(student, run, settings, reason):
     random_adapter(student, run.path("sft/adapter"), r=2, target_modules=["q_proj"], **settings)
-    with pytest.raises(DataError, match=reason) as error:
-        export_lora(Config.model_validate({"student": {"model": str(student)}}), run, "sft")
-    assert "--format gguf" in error.value.hint
+    with raises(DataError, reason, hint="--format gguf"):
+        write_lora(student, run)
     assert list(run.path("export").iterdir()) == []
 
 
-def test_missing_converter_is_a_network_error_with_instructions(student, tmp_path, monkeypatch):
-    monkeypatch.delenv("SCLITE_LLAMA_CPP", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_missing_converter_is_a_network_error_with_instructions(no_converter, student, tmp_path, monkeypatch):
     for name, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", ""), ("PIP_CONFIG_FILE", "/dev/null")):
         monkeypatch.setenv(name, value)
     with pytest.raises(NetworkError, match="cannot download") as error:
@@ -172,20 +177,12 @@ def test_missing_converter_is_a_network_error_with_instructions(student, tmp_pat
     (other / "config.json").write_text(shape)
     with pytest.raises(NetworkError):
         conversion.convert_model(other, tmp_path / "other.gguf")
-
-
-def test_environment_without_pip_gets_its_own_hint(tmp_path, monkeypatch):
-    monkeypatch.delenv("SCLITE_LLAMA_CPP", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(conversion.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(NetworkError, match="pip is not installed") as error:
+    with raises(NetworkError, "pip is not installed", hint="uv pip install pip"):
         conversion.converter()
-    assert "uv pip install pip" in error.value.hint
 
 
-def test_only_the_source_distribution_with_the_pinned_digest_is_unpacked(tmp_path, monkeypatch):
-    monkeypatch.delenv("SCLITE_LLAMA_CPP", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_only_a_source_distribution_with_the_pinned_digest_is_unpacked(no_converter, tmp_path, monkeypatch):
     sdist, digests = tmp_path / "llama_cpp_python.tar.gz", {version("llama_cpp_python"): "0" * 64}
     with tarfile.open(sdist, "w:gz") as archive:
         for name in ("convert_hf_to_gguf.py", "gguf-py/gguf/__init__.py", "src/llama.cpp"):
@@ -237,9 +234,8 @@ def test_every_admitted_version_of_llama_cpp_python_has_a_pinned_digest():
 )
 def test_converter_failure_reports_the_reason_and_leaves_no_file(student, tmp_path, failure, reason):
     (tmp_path / conversion.SCRIPT).write_text(failure)
-    with pytest.raises(DataError, match=reason) as error:
+    with raises(DataError, reason, hint="--format merged"):
         conversion.run_converter(tmp_path, student, tmp_path / "out.gguf")
-    assert "--format merged" in error.value.hint
     assert not (tmp_path / "out.gguf").exists()
 
 
@@ -255,16 +251,9 @@ def test_disk_that_fills_up_during_the_conversion_is_reported(request, student, 
     """The converter's progress bar ends after the error."""
     (tmp_path / conversion.SCRIPT).write_text(FULL_DISK)
     source = request.getfixturevalue("converter") if real else tmp_path
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # a write beyond the limit fails, as on a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))
-    try:
-        with pytest.raises(
-            ScliteError, match=r"cannot write .*out\.gguf: OSError: .*(No space|and .* written)"
-        ) as error:
-            conversion.run_converter(source, student, tmp_path / "out.gguf")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    message = r"cannot write .*out\.gguf: OSError: .*(No space|and .* written)"
+    with pytest.raises(ScliteError, match=message) as error, file_limit(1_000_000):
+        conversion.run_converter(source, student, tmp_path / "out.gguf")
     assert (error.value.code, error.value.hint) == (FAILED, "free some disk space")
     assert not list(tmp_path.glob("out*"))
 
@@ -325,15 +314,9 @@ def test_every_type_that_is_offered_can_be_written_and_compared(gguf, tmp_path):
     [("iq2_xxs", None, "choose another type (export.quant)"), ("q8_0", 100_000, "free some disk space")],
     ids=["no-importance", "full-disk"],
 )
-def test_failed_quantization_suggests_a_fix_for_its_cause(gguf, tmp_path, name, limit, remedy):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # a write beyond the limit fails, as on a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit or before[0], before[1]))
-    try:
-        with pytest.raises(DataError, match=f"cannot quantize .* to {name}: ") as error:
-            quantize(gguf, tmp_path / "x.gguf", name)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+def test_quantization_that_fails_names_the_remedy_for_its_cause(gguf, tmp_path, name, limit, remedy):
+    with pytest.raises(DataError, match=f"cannot quantize .* to {name}: ") as error, file_limit(limit):
+        quantize(gguf, tmp_path / "x.gguf", name)
     assert error.value.hint == remedy
     assert not list(tmp_path.iterdir())
 
@@ -355,9 +338,9 @@ def test_measurements_and_comparisons_run_on_the_cpu_only(gguf, monkeypatch):
 
 def test_importance_matrix_without_enough_memory_is_a_device_error(gguf, monkeypatch):
     monkeypatch.setattr(llama(), "llama_init_from_model", lambda *_: None)
-    with pytest.raises(DeviceError, match=r"cannot open .*tiny\.gguf with a context of 3 tokens") as error:
+    message = r"cannot open .*tiny\.gguf with a context of 3 tokens"
+    with raises(DeviceError, message, hint="export.imatrix = false"):
         measure_importance(gguf, [[5, 6, 7]])
-    assert "export.imatrix = false" in error.value.hint
 
 
 def test_damaged_file_is_an_error_and_leaves_nothing(gguf, tmp_path):

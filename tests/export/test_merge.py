@@ -15,17 +15,14 @@ from sclite.export.merge import merge
 from sclite.export.tensors import BaseWeights, Tensors
 from sclite.student.backends import nf4_config
 from sclite.student.origin import read_origin, record_origin
-from tests.toy import LINEAR, merged_by_peft, random_adapter, tiny_llama
+from tests.toy import LINEAR, merged_by_peft, raises, random_adapter, tiny_llama
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 256}
 VISION = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 14,
 }  # fmt: skip
-PATTERNS = {
-    "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 3},
-    "alpha_pattern": {"layers.0.self_attn.v_proj": 40},
-}
+RANKS, ALPHAS = {"q_proj": 2, "layers.1.mlp.up_proj": 3}, {"layers.0.self_attn.v_proj": 40}
 
 
 def read(folder):
@@ -56,7 +53,7 @@ def copy_of(student, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "tied"),
     [
-        ({"lora_alpha": 8, "target_modules": LINEAR, **PATTERNS}, True),
+        ({"lora_alpha": 8, "target_modules": LINEAR, "rank_pattern": RANKS, "alpha_pattern": ALPHAS}, True),
         ({"lora_alpha": 8, "target_modules": ["v_proj"], "init_lora_weights": "gaussian"}, True),
         ({"target_modules": ["v_proj", "embed_tokens"]}, False),
     ],
@@ -145,17 +142,17 @@ def test_four_bit_weights_are_dequantized(student, copy_of, tmp_path):
 )
 def test_adapter_that_peft_would_reload_differently_is_rejected(student, tmp_path, settings, reason):
     random_adapter(student, tmp_path / "adapter", **{"r": 2, "target_modules": ["v_proj"], **settings})
-    with pytest.raises(DataError, match=reason) as error:
+    with raises(DataError, reason, hint="merge_and_unload"):
         merge(student, tmp_path / "adapter", tmp_path / "merged")
-    assert "merge_and_unload" in error.value.hint
     assert not (tmp_path / "merged").exists()
 
 
-def test_gptq_weights_are_rejected(copy_of, tmp_path):
+def test_gptq_weights_and_a_folder_without_a_model_are_rejected(copy_of, tmp_path):
     gptq = copy_of("gptq", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(DataError, match="gptq") as error:
+    with raises(DataError, "gptq", hint="unquantized"):
         merge(gptq, None, tmp_path / "merged")
-    assert "unquantized" in error.value.hint
+    with pytest.raises(DataError, match="has no model"):
+        merge(tmp_path / "absent", None, tmp_path / "merged")
 
 
 def test_saved_head_of_a_tied_model_is_merged_as_peft_reloads_it(student, tmp_path):
@@ -185,13 +182,10 @@ def test_prefixed_weights_are_found_among_those_of_multi_token_prediction(studen
     """As in Qwen3.5, whose text model has no prefix in training."""
     shutil.copytree(student, tmp_path / "base")
     path, layer = tmp_path / "base/model.safetensors", "layers.0.mlp.gate_proj.weight"
-    prefixed = {
-        name.replace("model.", "model.language_model.", 1): each for name, each in load_file(path).items()
-    }
-    save_file({**prefixed, f"mtp.{layer}": prefixed[f"model.language_model.{layer}"].clone()}, path)
-    assert (
-        BaseWeights(tmp_path / "base").find(f"model.{layer}", "training") == f"model.language_model.{layer}"
-    )
+    prefix = lambda name: name.replace("model.", "model.language_model.", 1)  # noqa: E731
+    prefixed = {prefix(name): each for name, each in load_file(path).items()}
+    save_file({**prefixed, f"mtp.{layer}": prefixed[prefix(f"model.{layer}")].clone()}, path)
+    assert BaseWeights(tmp_path / "base").find(f"model.{layer}", "training") == prefix(f"model.{layer}")
 
 
 def test_weights_of_a_vision_tower_are_not_recorded(tmp_path):
@@ -201,9 +195,8 @@ def test_weights_of_a_vision_tower_are_not_recorded(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     settings = {"quantization_config": nf4_config(), "dtype": torch.bfloat16, "device_map": {"": "cpu"}}
     model = AutoModelForCausalLM.from_pretrained(tmp_path, **settings)
-    assert any(
-        "vision" in name for name, layer in model.named_modules() if type(layer).__name__ == "Linear4bit"
-    )
+    in_4_bits = [name for name, layer in model.named_modules() if type(layer).__name__ == "Linear4bit"]
+    assert any("vision" in name for name in in_4_bits)
     record_origin(model, tmp_path, tmp_path)
     modules = read_origin(tmp_path).nf4
     assert len(modules) == 7
@@ -236,8 +229,3 @@ def test_code_in_a_model_folder_is_not_copied(student, copy_of, tmp_path):
     for name in ("config.json", "tokenizer_config.json"):
         found, before = ((path / name).read_text() for path in (tmp_path / "merged", student))
         assert json.loads(found) == json.loads(before)
-
-
-def test_folder_without_a_model_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="has no model"):
-        merge(tmp_path / "absent", None, tmp_path / "merged")

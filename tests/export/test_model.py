@@ -3,7 +3,6 @@
 import functools
 import json
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -42,7 +41,7 @@ from sclite.student.loader import load_tokenizer
 from sclite.student.origin import record_origin
 from sclite.student.tokenization import prompt_ids
 from sclite.train.stage import training_inputs
-from tests.toy import LINEAR, random_adapter, sample_texts, tiny_gguf, tiny_llama, write_tokenizer
+from tests.toy import LINEAR, file_limit, raises, random_adapter, sample_texts, tiny_gguf, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +69,15 @@ def run(adapter, tmp_path):
 def config_of(base, quant="q8_0", **export):
     tree = {"student": {"model": str(base)}, "export": {"quant": quant, **export}}
     return Config.model_validate(tree)
+
+
+def fail_to_export(config, run, message, code=FAILED, left=("parity.json",)):
+    """The export must end with this error and leave these files only."""
+    with pytest.raises(ScliteError, match=message) as error:
+        export.export_model(config, run, "sft")
+    assert error.value.code == code
+    assert [path.name for path in run.path("export").iterdir()] == list(left)
+    return error.value
 
 
 @pytest.fixture
@@ -110,10 +118,8 @@ def test_complete_and_readable_answers_are_counted(tmp_path, monkeypatch):
     tokenizer, model = load_tokenizer(str(folder)), AutoModelForCausalLM.from_pretrained(folder)
     chats = [[{"role": "user", "content": each}] for each in ("Say A.", "Say B.")]
     known = ["<Step1>1 + 1 = 2.\n</Step1>\n<Generalized>Add.</Generalized>\n<Answer>2</Answer>", "It is 2."]
-    rows = [
-        prompt_ids(tokenizer, chat) + tokenizer(text).input_ids + [2]
-        for chat, text in zip(chats, known, strict=True)
-    ]
+    pairs = zip(chats, known, strict=True)
+    rows = [prompt_ids(tokenizer, chat) + tokenizer(text).input_ids + [2] for chat, text in pairs]
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(40):
         for row in rows:
@@ -137,20 +143,17 @@ def scaled(tensors, before):
 
 
 def merged_twice(tensors, before):
-    return {
-        name: (2 * tensor.float() - before[name].float()).to(tensor.dtype) for name, tensor in tensors.items()
-    }
+    return {name: (2 * each.float() - before[name].float()).to(each.dtype) for name, each in tensors.items()}
 
 
 def not_merged(tensors, before):
     return before
 
 
-@pytest.mark.parametrize(
-    ("failure", "ram"),
-    [(failure, 1 << 40) for failure in (rounded, scaled, merged_twice, not_merged)]
-    + [(merged_twice, 1_000_000), (scaled, 1_000_000)],
-)
+FAILURES = [(failure, 1 << 40) for failure in (rounded, scaled, merged_twice, not_merged)]
+
+
+@pytest.mark.parametrize(("failure", "ram"), [*FAILURES, (merged_twice, 1_000_000), (scaled, 1_000_000)])
 def test_wrong_weights_fail_the_export(base, run, monkeypatch, instead, failure, ram):
     def damage(folder):
         path, before = folder / "model.safetensors", load_file(base / "model.safetensors")
@@ -158,13 +161,8 @@ def test_wrong_weights_fail_the_export(base, run, monkeypatch, instead, failure,
         return folder
 
     monkeypatch.setattr(reference, "available_ram", lambda: ram)
-    instead(
-        "convert_model", lambda convert, folder, *given, **named: convert(damage(folder), *given, **named)
-    )
-    with pytest.raises(ScliteError, match=r"sft-q8_0\.gguf does not match the trained model") as error:
-        export.export_model(config_of(base), run, "sft")
-    assert error.value.code == FAILED
-    assert [path.name for path in run.path("export").iterdir()] == ["parity.json"]
+    instead("convert_model", lambda convert, folder, *more, **named: convert(damage(folder), *more, **named))
+    fail_to_export(config_of(base), run, r"sft-q8_0\.gguf does not match the trained model")
     assert exports_of(run, "sft") == []
 
 
@@ -224,31 +222,32 @@ def truncated(path):
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"),
+    ("fault", "quant", "messages"),
     [
-        (noisy, "sft-q8_0.gguf has a KL divergence"),
-        (with_scaled_tensor, "blk.1.ffn_down.weight of sft-q8_0.gguf differs from the unquantized tensor"),
-        (with_scale_that_is_no_number, "sft-q8_0.gguf has a KL divergence of nan nats"),
-        (
-            with_scale_that_is_no_number,
-            "blk.1.ffn_down.weight of sft-q8_0.gguf differs from the unquantized",
-        ),
-        (without_end_of_turn, "the token that ends a turn in training does not end one in sft-q8_0.gguf"),
-        (with_swapped_tokens, "sft-q8_0.gguf splits"),
-        (with_another_template, "sft-q8_0.gguf splits"),
-        (truncated, "sft-q8_0.gguf is not a GGUF file"),
+        (noisy, "q8_0", ["sft-q8_0.gguf has a KL divergence"]),
+        (with_scaled_tensor, "q8_0", ["blk.1.ffn_down.weight of sft-q8_0.gguf differs from the unquantized"]),
+        (with_scale_that_is_no_number, "q8_0", ["KL divergence of nan nats", "differs from the unquantized"]),
+        (without_end_of_turn, "q8_0", ["that ends a turn in training does not end one in sft-q8_0.gguf"]),
+        (with_swapped_tokens, "q8_0", ["sft-q8_0.gguf splits"]),
+        (with_another_template, "q8_0", ["sft-q8_0.gguf splits"]),
+        (truncated, "q8_0", ["sft-q8_0.gguf is not a GGUF file"]),
+        (without_end_of_turn, "q4_0", ["does not end one in sft-q4_0.gguf"]),
+        (with_another_template, "q4_0", ["sft-q4_0.gguf splits"]),
     ],
 )
-def test_fault_in_a_finished_gguf_fails_the_export(base, run, instead, fault, message):
+def test_fault_in_a_finished_gguf_fails_the_export(base, run, instead, fault, quant, messages):
+    """A fault in q4_0, the second of two files, fails the export of both."""
+
     def quantize_wrongly(quantize, source, out, *given):
         done = quantize(source, out, *given)
-        fault(out)
+        if quant in out.name:
+            fault(out)
         return done
 
     instead("quantize", quantize_wrongly)
     with pytest.raises(ScliteError) as error:
-        export.export_model(config_of(base), run, "sft")
-    assert message in error.value.message
+        export.export_model(config_of(base, "q8_0" if quant == "q8_0" else "q8_0,q4_0"), run, "sft")
+    assert all(message in error.value.message for message in messages)
     assert error.value.code == (DATA if fault == truncated else FAILED)
     assert not list(run.path("export").glob("*.gguf"))
 
@@ -257,31 +256,7 @@ def test_next_tokens_alone_can_fail_the_export(base, run, instead):
     """A file with fewer bits than its name says, but a KL divergence within the limit for that name."""
     instead("quantize", lambda quantize, source, out, _, *given: quantize(source, out, "q3_k_m", *given))
     message = r"trained model: sft-q4_0.gguf has another next token at \d\d\.\d% of positions, near ties aside \(at most"
-    with pytest.raises(ScliteError, match=message) as error:
-        export.export_model(config_of(base, "q4_0"), run, "sft")
-    assert "KL" not in error.value.message
-    assert not list(run.path("export").glob("*.gguf"))
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        (without_end_of_turn, "does not end one in sft-q4_0.gguf"),
-        (with_another_template, "sft-q4_0.gguf splits"),
-    ],
-)
-def test_fault_in_the_second_file_fails_the_export_of_both(base, run, instead, fault, message):
-    def quantize_wrongly(quantize, source, out, *given):
-        done = quantize(source, out, *given)
-        if out.name == "sft-q4_0.gguf":
-            fault(out)
-        return done
-
-    instead("quantize", quantize_wrongly)
-    with pytest.raises(ScliteError) as error:
-        export.export_model(config_of(base, "q8_0,q4_0"), run, "sft")
-    assert message in error.value.message
-    assert not list(run.path("export").glob("*.gguf"))
+    assert "KL" not in fail_to_export(config_of(base, "q4_0"), run, message).message
 
 
 @pytest.mark.parametrize(
@@ -326,9 +301,8 @@ def test_several_types_share_one_merge_and_are_rewritten_if_one_is_damaged(base,
     path.unlink()
     assert not export.export_model(config, run, "sft").skipped
     path.write_bytes(path.read_bytes()[:1_000_000])
-    with pytest.raises(DataError, match=r"llama\.cpp cannot load") as error:
+    with raises(DataError, r"llama\.cpp cannot load", hint="sclite export"):
         check_gguf(path)
-    assert "sclite export" in error.value.hint
     assert not export.export_model(config, run, "sft").skipped
     with Engine(path, parallel=1, context=256) as engine:
         assert engine.vocabulary.size == 512
@@ -378,16 +352,8 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 )
 def test_killed_export_keeps_what_it_has_finished(base, run, monkeypatch, function, when, half, kept, how):
     config = config_of(base, "q8_0,q4_0")
-    command = [
-        sys.executable,
-        "-c",
-        INTERRUPTED,
-        str(run.folder),
-        config.model_dump_json(),
-        function,
-        when,
-        half,
-    ]
+    given = (str(run.folder), config.model_dump_json(), function, when, half)
+    command = [sys.executable, "-c", INTERRUPTED, *given]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "waiting\n"
         process.send_signal(how)
@@ -435,18 +401,14 @@ def test_type_below_five_bits_gets_an_importance_matrix_from_the_run(base, run):
     rows = enumerate(text.split("\n", 1) for text in sample_texts(30))
     templates = [Template(id=str(i), question=q, trace=t, answer="1") for i, (q, t) in rows]
     run.replace("templates.jsonl", templates)
-    with_it, without = (
-        export.export_model(config_of(base, "q3_k_m", imatrix=imatrix), run, "sft").figures["parity"]
-        for imatrix in (None, False)
-    )
+    configs = [config_of(base, "q3_k_m", imatrix=imatrix) for imatrix in (None, False)]
+    with_it, without = (export.export_model(each, run, "sft").figures["parity"] for each in configs)
     assert (with_it["importance"], without["importance"]) == (["q3_k_m"], [])
     run.replace("templates.jsonl", templates[:8])
     report = export.export_model(config_of(base, "q3_k_m,q8_0", imatrix=None), run, "sft")
     assert report.figures["parity"]["importance"] == []
-    named = [each for each in report.figures["warnings"] if "importance matrix" in each]
-    assert named == [
-        "sft-q3_k_m.gguf: written without an importance matrix: the run has too few rows to measure one"
-    ]
+    (named,) = [each for each in report.figures["warnings"] if "importance matrix" in each]
+    assert named.startswith("sft-q3_k_m.gguf: written without an importance matrix: the run has too few")
     assert with_it["files"]["sft-q3_k_m.gguf"]["kl"] < without["files"]["sft-q3_k_m.gguf"]["kl"]
 
 
@@ -464,9 +426,7 @@ def test_compared_samples_are_spread_over_all_and_not_those_of_the_importance_ma
 @pytest.mark.parametrize(
     ("function", "size"), [("export_model", "6 MB"), ("export_merged", "3 MB"), ("export_lora", "6 MB")]
 )
-def test_disk_that_is_too_small_or_full_is_an_error_and_leaves_no_files(
-    base, run, monkeypatch, function, size
-):
+def test_too_small_or_full_disk_is_an_error_and_leaves_no_files(base, run, monkeypatch, function, size):
     write = getattr(export, function)
     with monkeypatch.context() as small:
         small.setattr(export.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
@@ -475,15 +435,8 @@ def test_disk_that_is_too_small_or_full_is_an_error_and_leaves_no_files(
             write(config_of(base), run, "sft")
     monkeypatch.setattr(export, "converter", lambda: None)
     monkeypatch.setattr(export, "run_script", lambda *given: None)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # a write beyond the limit fails, as on a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    try:
-        with pytest.raises(ScliteError, match="cannot be written") as error:
-            write(config_of(base), run, "sft")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "disk space" in error.value.hint
+    with raises(ScliteError, "cannot be written", hint="disk space"), file_limit(100_000):
+        write(config_of(base), run, "sft")
     assert list(run.path("export").iterdir()) == []
 
 
@@ -497,9 +450,7 @@ def test_bounds_come_from_the_configuration_even_after_the_export(base, run):
         export.export_model(config, run, "sft")
     assert export.export_model(config_of(base), run, "sft").skipped
     run.path("export/sft-q8_0.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ScliteError, match=message):
-        export.export_model(config, run, "sft")
-    assert [path.name for path in run.path("export").iterdir()] == ["parity.json"]
+    fail_to_export(config, run, message)
 
 
 def test_modelfile_and_card_stay_those_of_the_student_that_was_trained_last(base, run):
@@ -523,9 +474,8 @@ def test_modelfile_and_card_stay_those_of_the_student_that_was_trained_last(base
 
 def test_chat_uses_a_gguf_of_the_newest_adapter_in_any_quantization(base, run):
     """A retrained student is exported first; files of the earlier one are no substitute."""
-    context = {
-        quant: Context(config_of(base, quant), run, ProgressDisplay(quiet=True)) for quant in ("q8_0", "f16")
-    }
+    display = ProgressDisplay(quiet=True)
+    context = {quant: Context(config_of(base, quant), run, display) for quant in ("q8_0", "f16")}
     chosen = lambda quant: exports.for_chat(context[quant], None, False)[0].name  # noqa: E731
     for quant in context:
         exports.export(context[quant])
@@ -534,31 +484,18 @@ def test_chat_uses_a_gguf_of_the_newest_adapter_in_any_quantization(base, run):
     assert {path: path.read_bytes() for path in before} == before
     random_adapter(base, run.path("sft/adapter"), std=0.05, r=4, target_modules=LINEAR)
     assert [chosen("f16"), chosen("q8_0")] == ["sft-f16.gguf", "sft-f16.gguf"]
-    assert {path.name: path.read_bytes() == before[path] for path in before} == {
-        "sft-q8_0.gguf": True,
-        "sft-f16.gguf": False,
-    }
-
-
-def test_export_that_fails_leaves_no_comparison_of_an_earlier_one(base, run):
-    export.export_model(config_of(base), run, "sft")
-    path = run.path("sft/adapter/adapter_model.safetensors")
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(DataError, match="is damaged"):
-        export.export_model(config_of(base), run, "sft")
-    assert not run.path("export/parity.json").exists()
+    assert [path.name for path in before if path.read_bytes() == before[path]] == ["sft-q8_0.gguf"]
 
 
 def test_gguf_for_sampling_has_the_name_of_the_student(base, run, tmp_path):
-    """llama.cpp decides by name whether spaces after special tokens are kept, as in Phi-3."""
-    made = export.write_sampling_gguf(
-        config_of(base), run.path("sft/adapter"), tmp_path / "work", small=False
-    )
+    """llama.cpp knows by the name whether spaces after special tokens count, as in Phi-3."""
+    adapter = run.path("sft/adapter")
+    made = export.write_sampling_gguf(config_of(base), adapter, tmp_path / "work", small=False)
     name = GGUFReader(made).get_field("general.name").contents()
     assert name.lower().replace(" ", "-") == f"{base.name}-sft".lower()
 
 
-def test_moved_export_is_described_at_its_new_path(base, run, tmp_path):
+def test_finished_export_is_described_where_it_is_now_and_a_failed_one_not(base, run, tmp_path):
     shutil.copytree(run.path("sft/adapter"), run.path("dpo/adapter"))
     for name in ("sft", "dpo"):
         export.export_model(config_of(base), run, name)
@@ -568,6 +505,11 @@ def test_moved_export_is_described_at_its_new_path(base, run, tmp_path):
     assert report.figures["gguf"] == str(moved.path("export/sft-q8_0.gguf"))
     kept = json.loads(moved.path("export/parity.json").read_text())
     assert list(kept["files"]) == ["sft-q8_0.gguf"]
+    path = moved.path("sft/adapter/adapter_model.safetensors")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DataError, match="is damaged"):
+        export.export_model(config_of(base), moved, "sft")
+    assert not moved.path("export/parity.json").exists()
 
 
 def test_texts_longer_than_the_student_supports_are_not_compared(base, run, monkeypatch):
@@ -586,9 +528,8 @@ def test_merged_folder_is_what_was_trained(base, run, monkeypatch):
     assert 0 <= found["kl"] < 1e-3
     assert [path.name for path in run.path("export").iterdir()] == ["sft-merged"]
     ids = torch.tensor([list(range(300, 340))])
-    assert (
-        AutoModelForCausalLM.from_pretrained(folder).dtype == torch.float16
-    )  # bfloat16 would round the adapter away
+    # bfloat16 would round the adapter away
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.float16
     before, merged = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (base, folder))
     trained = PeftModel.from_pretrained(before, run.path("sft/adapter"))
     with torch.inference_mode():
@@ -620,9 +561,7 @@ def changed_template(folder, base):
         (changed_template, 1 << 40, "its tokenizer reads 2 of 2 chats differently"),
     ],
 )
-def test_merged_folder_that_is_another_model_is_not_exported(
-    base, run, monkeypatch, instead, fault, ram, message
-):
+def test_merged_folder_of_another_model_is_not_exported(base, run, monkeypatch, instead, fault, ram, message):
     def write_wrongly(write_format, form, tokenizer, folder):
         write_format(form, tokenizer, folder)
         fault(folder, base)
@@ -638,13 +577,8 @@ def test_merged_folder_that_is_another_model_is_not_exported(
 def test_adapter_trained_in_nf4_is_merged_into_nf4_weights(base, run, tmp_path, skipped):
     """Unsloth keeps some layers in 16 bits, such as those of Mamba."""
     pytest.importorskip("bitsandbytes")
-    settings = {
-        "quantization_config": nf4_config(skipped),
-        "dtype": torch.bfloat16,
-        "device_map": {"": "cpu"},
-    }
-    folder = run.path("sft/adapter")
-    model = AutoModelForCausalLM.from_pretrained(base, **settings)
+    folder, settings = run.path("sft/adapter"), {"dtype": torch.bfloat16, "device_map": {"": "cpu"}}
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=nf4_config(skipped), **settings)
     record_origin(random_adapter(model, folder, std=0.01, r=4, target_modules=LINEAR), base, folder)
     kept = json.loads((folder / "trained_on.json").read_text())
     assert len(kept["nf4"]) == 2 * 7 - bool(skipped)
@@ -664,10 +598,8 @@ def sign_sft(run, config):
 
 def evaluated(run, config, folder, *names):
     figures = {"n": 50, "acc_t1": 0.5, "acc_t1_interval": [0.4, 0.6], "acc_t2": None, "acc_t2_interval": None}
-    models = {
-        name: {**figures, "file": f"{name}-q8_0.gguf", "made_from": source_digest(config, run, name)}
-        for name in names
-    }
+    digests = {name: source_digest(config, run, name) for name in names}
+    models = {n: {**figures, "file": f"{n}-q8_0.gguf", "made_from": digests[n]} for n in names}
     run.write_json(f"eval/{folder}/summary.json", {"models": models})
 
 
@@ -706,11 +638,8 @@ def test_model_card_of_dpo_omits_a_stage_that_was_retrained_since(base, run):
     report.figures["adapter"] = run.file_digest(adapter_weights("sft"))
     run.sign("sft", training_inputs(config, run, "sft"), report)
     card = build_model_card(config, run, "dpo", "lora", {})
-    assert re.findall("^- (sft|warmup|dpo): (3 rows|unknown)", card, re.M) == [
-        ("sft", "unknown"),
-        ("warmup", "3 rows"),
-        ("dpo", "3 rows"),
-    ]
+    found = re.findall("^- (sft|warmup|dpo): (3 rows|unknown)", card, re.M)
+    assert found == [("sft", "unknown"), ("warmup", "3 rows"), ("dpo", "3 rows")]
 
 
 def test_model_card_has_base_files_and_evaluation_and_another_base_a_warning(base, run):
@@ -758,10 +687,8 @@ def test_tokenizer_that_aborts_llama_cpp_is_an_error(base, run, monkeypatch, pro
     add = GGUFWriter.add_token_list
     without_bytes = lambda self, tokens: add(self, [token.replace("<0x", "<1x") for token in tokens])  # noqa: E731
     monkeypatch.setattr(GGUFWriter, "add_token_list", without_bytes)
-    with pytest.raises(DataError, match=r"llama.cpp cannot read .*signal 6") as error:
-        export.export_model(config_of(base), run, "sft")
-    assert "another base model" in error.value.hint
-    assert list(run.path("export").iterdir()) == []
+    error = fail_to_export(config_of(base), run, r"llama.cpp cannot read .*signal 6", code=DATA, left=())
+    assert "another base model" in error.hint
 
 
 def test_tokenizer_larger_than_the_embedding_is_an_error(base, run, tmp_path):
@@ -769,9 +696,8 @@ def test_tokenizer_larger_than_the_embedding_is_an_error(base, run, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "more")
     tokenizer.add_tokens(["<Cause>"])
     tokenizer.save_pretrained(tmp_path / "more")
-    with pytest.raises(DataError, match=r"ids up to 512 .* embedding has only 512 rows") as error:
+    with raises(DataError, r"ids up to 512 .* embedding has only 512 rows", hint="resize_token_embeddings"):
         export.export_model(config_of(tmp_path / "more"), run, "sft")
-    assert "resize_token_embeddings" in error.value.hint
 
 
 def test_token_that_the_gguf_splits_differently_fails_the_export(base, run, tmp_path):
@@ -787,33 +713,13 @@ def test_token_that_the_gguf_splits_differently_fails_the_export(base, run, tmp_
     number = kept["model"]["vocab"]["<Cause>"] = kept["model"]["vocab"].pop(text)
     kept["added_tokens"].append({"id": number, "content": "<Cause>", **settings})
     (folder / "tokenizer.json").write_text(json.dumps(kept), encoding="utf-8")
-    with pytest.raises(ScliteError, match=r"sft-q8_0\.gguf splits .*<Cause>.* into tokens") as error:
-        export.export_model(config_of(folder), run, "sft")
-    assert error.value.code == FAILED
-    assert [path.name for path in run.path("export").iterdir()] == ["parity.json"]
+    fail_to_export(config_of(folder), run, r"sft-q8_0\.gguf splits .*<Cause>.* into tokens")
 
 
 def test_adapter_of_another_base_is_not_exported(run, tmp_path):
-    with pytest.raises(DataError, match=r"adapter .* was not trained on the weights in .*other") as error:
-        export.export_model(config_of(tiny_llama(tmp_path / "other", seed=5)), run, "sft")
-    assert error.value.code == DATA
-    assert "student.model" in error.value.hint
-    assert list(run.path("export").iterdir()) == []
-
-
-def test_foreign_tokenizer_fails_the_export(base, run, instead, tmp_path):
-    write_tokenizer(tmp_path, [text[::-1] for text in sample_texts()], vocab_size=512)
-
-    def convert_with_another(convert, folder, *given, **named):
-        for path in tmp_path.glob("tokenizer*"):
-            shutil.copyfile(path, folder / path.name)
-        return convert(folder, *given, **named)
-
-    instead("convert_model", convert_with_another)
-    with pytest.raises(ScliteError, match=r"sft-q8_0\.gguf splits") as error:
-        export.export_model(config_of(base), run, "sft")
-    assert error.value.code == FAILED
-    assert [path.name for path in run.path("export").iterdir()] == ["parity.json"]
+    other = tiny_llama(tmp_path / "other", seed=5)
+    message = "adapter .* was not trained on the weights in .*other"
+    assert "student.model" in fail_to_export(config_of(other), run, message, code=DATA, left=()).hint
 
 
 def test_model_that_does_not_fit_in_memory_is_compared_layer_by_layer(base, run, monkeypatch):
@@ -831,9 +737,7 @@ def test_model_that_does_not_fit_in_memory_is_compared_layer_by_layer(base, run,
         assert figures[name] == (value if isinstance(value, str) else pytest.approx(value, abs=1e-4))
 
 
-def test_model_with_other_names_in_transformers_is_compared_in_tokens_and_tensors(
-    base, run, monkeypatch, instead
-):
+def test_model_with_other_names_is_compared_in_tokens_and_tensors(base, run, monkeypatch, instead):
     find = BaseWeights(base).find
     monkeypatch.setattr(reference, "available_ram", lambda: 1_000_000)
     monkeypatch.setattr(reference, "load_layered", lambda *_: find("model.experts.weight", "transformers"))
@@ -843,9 +747,7 @@ def test_model_with_other_names_in_transformers_is_compared_in_tokens_and_tensor
     assert parity.find_violations(result, Export()) == []
     instead("quantize", lambda quantize, source, out, *given: (quantize(source, out, *given), noisy(out))[0])
     run.path("export/sft-q8_0.gguf").unlink()
-    with pytest.raises(
-        ScliteError, match=r"blk.1.ffn_down.weight of sft-q8_0.gguf differs from the unquantized"
-    ):
+    with pytest.raises(ScliteError, match=r"ffn_down.weight of sft-q8_0.gguf differs from the unquantized"):
         export.export_model(config_of(base), run, "sft")
 
 

@@ -34,13 +34,10 @@ def test_modelfile_has_template_system_prompt_stop_and_context():
     assert "TEMPLATE" not in build_modelfile("m.gguf", "")
 
 
-@pytest.mark.parametrize("given", [{"system": 'say """'}, {"system": 'say "stop"'}, {"stop": '"'}])
-def test_text_that_a_modelfile_cannot_contain_is_an_error(given):
-    with pytest.raises(DataError, match="cannot contain"):
-        build_modelfile("m.gguf", "", **given)
-
-
-def test_text_of_a_chat_template_cannot_escape_from_the_modelfile():
+def test_no_text_escapes_from_a_modelfile_that_cannot_hold_it():
+    for given in ({"system": 'say """'}, {"system": 'say "stop"'}, {"stop": '"'}):
+        with pytest.raises(DataError, match="cannot contain"):
+            build_modelfile("m.gguf", "", **given)
     injected = '"""\nADAPTER /etc/passwd\n{{ .System }}'
     own = f"message['role'] + '{injected}\n' + "
     jinja = CHATML.replace("message['role'] + '\n' + ", own)
@@ -51,12 +48,6 @@ def test_text_of_a_chat_template_cannot_escape_from_the_modelfile():
     assert found.count('"""') == 4
     assert not any(line.startswith("ADAPTER") for line in found.splitlines())
     assert quoted in found
-
-
-@pytest.mark.parametrize("name", ["-f", "--help", "a\nb", "a b", ""])
-def test_invalid_model_name_is_a_usage_error(name, tmp_path):
-    with pytest.raises(UsageError, match="not a valid model name"):
-        create_model(name, tmp_path / "Modelfile")
 
 
 @pytest.mark.parametrize(
@@ -82,9 +73,8 @@ def program(tmp_path, monkeypatch):
     """A fake `ollama` that records its arguments and fails to create `bad`."""
     path = tmp_path / "bin/ollama"
     path.parent.mkdir()
-    path.write_text(
-        f'#!/bin/sh\n[ "$2" = bad ] && {{ echo "no server" >&2; exit 1; }}\necho "$@" > {tmp_path}/called\n'
-    )
+    refuse = '[ "$2" = bad ] && { echo "no server" >&2; exit 1; }'
+    path.write_text(f'#!/bin/sh\n{refuse}\necho "$@" > {tmp_path}/called\n')
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{path.parent}:/bin:/usr/bin")
 
@@ -94,6 +84,9 @@ def test_ollama_create_runs_and_its_error_is_reported(program, tmp_path):
     assert (tmp_path / "called").read_text() == f"create mine -f {tmp_path / 'Modelfile'}\n"
     with pytest.raises(ScliteError, match="no server"):
         create_model("bad", tmp_path / "Modelfile")
+    for name in ("-f", "--help", "a\nb", "a b", ""):
+        with pytest.raises(UsageError, match="not a valid model name"):
+            create_model(name, tmp_path / "Modelfile")
 
 
 def serve_modelfile(body):

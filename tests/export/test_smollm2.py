@@ -55,10 +55,8 @@ def trained(tmp_path_factory):
     model, tokenizer = load_student(Config.model_validate(tree), "sft", train=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
     rows = [text.split("\n", 1) for text in sample_texts(STEPS)]
-    run.replace(
-        "templates.jsonl",
-        [Template(id=str(i), question=q, trace=t, answer="1") for i, (q, t) in enumerate(rows)],
-    )
+    templates = [Template(id=str(i), question=q, trace=t, answer="1") for i, (q, t) in enumerate(rows)]
+    run.replace("templates.jsonl", templates)
     for question, answer in rows:
         prompt = prompt_ids(tokenizer, [{"role": "user", "content": question}])
         ids = prompt + tokenizer(answer + tokenizer.eos_token, add_special_tokens=False).input_ids
@@ -100,7 +98,6 @@ def config_of(base, quant, imatrix=None):
     ids=["with", "without"],
 )
 def test_exports_are_within_their_bounds(trained, answers, quants, imatrix):
-    """With and without an importance matrix, on the run's held-out traces; the greedy answers of the f16 file are equal."""
     base, run = trained
     found = export.export_model(config_of(base, quants, imatrix), run, "sft").figures["parity"]
     print(f"\n{parity.summarize(found)}")
@@ -115,9 +112,8 @@ def test_exports_are_within_their_bounds(trained, answers, quants, imatrix):
             assert figures["adapter_share"] == pytest.approx(1, abs=0.05)
     if imatrix is None:
         assert found["files"]["sft-f16.gguf"]["top1_agreement"] >= 0.999
-        with Engine(
-            run.path("export/sft-f16.gguf"), parallel=1, context=1024, gpu_layers=0, exact=True
-        ) as engine:
+        gguf, settings = run.path("export/sft-f16.gguf"), {"gpu_layers": 0, "exact": True}
+        with Engine(gguf, parallel=1, context=1024, **settings) as engine:
             replies = engine.generate([Request(messages, max_tokens=TOKENS) for messages, _ in answers])
             texts = {reply.index: reply.text for reply in replies}
         assert [texts[number] for number in range(len(answers))] == [answer for _, answer in answers]

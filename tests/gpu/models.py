@@ -26,12 +26,8 @@ def random_model(folder: Path, config: Mapping[str, Any], device: str) -> Path:
     written = {**config, "torch_dtype": "bfloat16", "pad_token_id": 2}
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(AutoConfig.for_model(**written))
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+    kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **kind)
     written |= {"architectures": [type(empty).__name__], "quantization_config": quantization.to_dict()}
     (folder / "config.json").write_text(json.dumps(written, indent=1))
     for name in TOKENIZER:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +29,7 @@ from tests.toy import wait_until
 
 PAIRS = [json.loads(line) for line in (Path(__file__).parent / "answer_pairs.jsonl").read_text().splitlines()]
 SHARED = Path(os.environ.get("SCLITE_SHARED") or Path(__file__).resolve().parents[3] / "shared") / "data"
+ROOT = (r"\sqrt{8}", r"2\sqrt{2}")
 TOWER = "9^{9^{9^{9}}}"  # has more digits than there are atoms; sympy tries to print them
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real problems at {SHARED}")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
@@ -50,14 +50,6 @@ def verdicts(grader):
 def test_every_pair_of_the_table_gets_its_verdict(verdicts, kind):
     pairs = [(p, v) for p, v in zip(PAIRS, verdicts, strict=True) if p["kind"] == kind]
     assert [(p["given"], p["gold"], v) for p, v in pairs if v is not p["equal"]] == []
-
-
-def test_the_table_is_large_and_balanced():
-    kinds = Counter(pair["kind"] for pair in PAIRS)
-    assert len(PAIRS) >= 1500
-    assert 0.3 <= sum(pair["equal"] for pair in PAIRS) / len(PAIRS) <= 0.7
-    assert {"fraction", "radical", "interval", "unit", "percent", "text", "set", "matrix"} <= set(kinds)
-    assert min(kinds.values()) >= 5
 
 
 def test_verdicts_are_symmetric_and_a_quick_comparison_never_raises(grader, verdicts):
@@ -153,31 +145,20 @@ def test_very_long_and_missing_answers_are_wrong_but_long_gold_unknown(grader, g
 
 def test_plain_numbers_start_no_worker_and_import_no_sympy(monkeypatch):
     monkeypatch.setattr(HelperProcess, "start", lambda _helper: pytest.fail("a worker was started"))
-    plain = [
-        ("72", "72"),
-        ("73", "72"),
-        ("$1,234.50", "1234.5"),
-        ("12 apples", "12"),
-        ("3 1/2", r"\frac{7}{2}"),
-    ]
-    assert Grader().equal_many(plain) == [True, False, True, True, True]
-    code = "import sys, sclite.grading.grader as g; g.Grader().equal('1/2', '0.5'); print(sorted({'sympy','math_verify'} & set(sys.modules)))"
+    plain = [("72", "72"), ("$1,234.50", "1234.5"), ("12 apples", "12"), ("3 1/2", r"\frac{7}{2}")]
+    assert Grader().equal_many([*plain, ("73", "72")]) == [True] * 4 + [False]
+    code = "import sys, sclite.grading.grader as g; g.Grader().equal('1/2', '0.5')"
+    code += "; print(sorted({'sympy', 'math_verify'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
 def test_a_hung_worker_is_killed_and_the_verdict_unknown():
     with Grader(seconds=2, processes=2) as grader:
-        assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
+        assert grader.equal(*ROOT) is True
         first = grader.idle.queue[-1].process
         assert grader.equal(TOWER, "5") is None
         assert first.poll() is not None
-        pairs = [
-            (r"\sqrt{8}", r"2\sqrt{2}"),
-            (TOWER, "5"),
-            (r"\sqrt{8}", r"2\sqrt{3}"),
-            ("5", "5"),
-            (None, "5"),
-        ]
+        pairs = [ROOT, (TOWER, "5"), (r"\sqrt{8}", r"2\sqrt{3}"), ("5", "5"), (None, "5")]
         assert grader.equal_many(pairs) == [True, None, False, True, False]
 
 
@@ -214,7 +195,7 @@ def test_failed_grader_is_not_a_wrong_answer(monkeypatch):
 def test_a_worker_that_dies_or_never_replies_is_not_a_wrong_answer(monkeypatch, end):
     monkeypatch.setattr(helper_process, "COMMAND", f"print('\"\"', flush=True); input(); {end}")
     with Grader(seconds=0.3) as grader:
-        assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is None
+        assert grader.equal(*ROOT) is None
         assert grader.idle.queue[-1].process is None
 
 

@@ -74,14 +74,11 @@ def test_a_page_counts_loss_tokens_and_marks_weights_and_decisions(config, run):
     assert "▸" not in page
 
 
-def test_rows_that_are_not_trained_on_are_refused(config, run):
-    with pytest.raises(UsageError, match="attempts are not trained on") as error:
-        Labels(config, run, "attempts")
-    assert "templates, reviews, pairs" in error.value.hint
-
-
-def test_review_of_an_attempt_that_is_gone_is_reported(config, run):
+def test_review_of_an_attempt_that_is_gone_and_untrained_rows_are_refused(config, run):
     (review, *_) = run.read("reviews.jsonl", Review)
     labels = Labels(config, run, "reviews")
     with pytest.raises(DataError, match="no longer has sample 7 of"):
         list(labels.sequences(review.model_copy(update={"sample": 7})))
+    with pytest.raises(UsageError, match="attempts are not trained on") as error:
+        Labels(config, run, "attempts")
+    assert "templates, reviews, pairs" in error.value.hint

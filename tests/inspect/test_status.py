@@ -72,6 +72,15 @@ def export(run: Run, name: str, quant: str = "q4_k_m") -> Path:
     return gguf
 
 
+def fit(
+    run: Run, name: str, threshold: float | None = 2.0, problems: int = 70, max_harm: float = 0.005
+) -> None:
+    """The threshold of an exported student, as an evaluation leaves it."""
+    gguf = export(run, name)
+    fitted = FittedThreshold(threshold=threshold, problems=problems, max_harm=max_harm)
+    store_threshold(config(run), run, gguf, fitted)
+
+
 def write_corrections(run: Run, *more: str) -> None:
     run.replace("reviews.jsonl", [REVIEW])
     inputs = corrections.corrections_inputs(config(run, *more), run)
@@ -162,14 +171,13 @@ def test_stages_are_done_until_an_output_is_missing_or_another_file(trained):
     assert read(trained)["stages"]["sft"]["why"][-1].endswith("safetensors is missing")
 
 
+OTHER = "teacher.model: openai/replay before, openai/other now"
+
+
 @pytest.mark.parametrize(
     ("setting", "stage", "why"),
     [
-        (
-            "teacher.model=openai/other",
-            "corrections",
-            "teacher.model: openai/replay before, openai/other now",
-        ),  # SFT has learned the templates
+        ("teacher.model=openai/other", "corrections", OTHER),  # SFT has learned the templates
         ("seed=1", "templates", "problems changed"),
         ("sft.num_train_epochs=7", "sft", "sft.num_train_epochs: 3 before, 7 now"),
         ("attempts.temperature=0.1", "attempts", "sampling changed"),
@@ -199,9 +207,8 @@ def test_an_unfinished_file_is_half_way(run):
 def test_a_build_that_was_killed_before_its_first_row_is_a_run(run):
     with run.lock():
         pay(run, "chat", 0.5)
-        run.append(
-            FEEDBACK, [Feedback(question="q", attempt="a", final="a", accused=None, good=True, model="m")]
-        )
+        judged = Feedback(question="q", attempt="a", final="a", accused=None, good=True, model="m")
+        run.append(FEEDBACK, [judged])
         assert not run.is_begun()  # the ledger and feedback of a chat
     with run.recording(config(run)):
         assert run.is_begun()
@@ -302,13 +309,17 @@ def test_status_reads_no_gguf(built, monkeypatch):
     assert not [name for name in opened if name.endswith(".gguf")]
 
 
-def test_status_changes_no_file(trained):
+def test_status_changes_no_file_and_works_on_a_read_only_run(trained):
     def snapshot():
         paths = [path for path in trained.folder.rglob("*") if path.is_file()]
         return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
 
     before = snapshot()
-    read(trained, "seed=5")
+    trained.folder.chmod(0o555)  # which root may write to anyway
+    try:
+        assert read(trained, "seed=5")["ledger"]["requests"] == 2
+    finally:
+        trained.folder.chmod(0o755)
     assert snapshot() == before
 
 
@@ -323,16 +334,6 @@ def test_status_works_while_another_process_writes(built):
     assert read(built)["busy"] is False
 
 
-def test_status_works_on_a_read_only_run(built):
-    if os.getuid() == 0:
-        pytest.skip("root may write anywhere")
-    built.folder.chmod(0o555)
-    try:
-        assert read(built)["ledger"]["requests"] == 2
-    finally:
-        built.folder.chmod(0o755)
-
-
 def test_the_next_command_runs_the_first_unfinished_stage(trained):
     assert read(trained)["next"] == f"sclite train --run {trained.folder}"
     assert following(trained, "teacher.model=openai/other") == "sclite train --fresh"
@@ -343,9 +344,8 @@ def test_the_next_command_runs_the_first_unfinished_stage(trained):
     assert following(trained, *own, "sft.num_train_epochs=7") == "sclite quickstart --fresh"
     adapter(trained, "warmup/adapter")
     trained.sign("warmup", training_inputs(config(trained), trained, "warmup"), Report("warmup"))
-    assert (
-        following(trained, "attempts.temperature=0.1") == "sclite train --fresh"
-    )  # the warm-up would be refused
+    # else the warm-up would be refused
+    assert following(trained, "attempts.temperature=0.1") == "sclite train --fresh"
     trained.path("done/sft.json").unlink()
     unnamed = "sclite train --fresh --set student.model=MODEL"
     assert following(trained, "student.model=") == unnamed
@@ -377,22 +377,20 @@ def test_eval_is_suggested_only_with_problems_and_review_with_a_threshold(run, s
 
 
 def test_the_thresholds_of_all_exported_students_are_found(built):
-    made = config(built)
-    for name in ("sft", "dpo"):
-        adapter(built, f"{name}/adapter")
-        gguf = export(built, name)
-        if name == "sft":
-            assert "threshold" not in states(built)  # train fits the threshold of the DPO student
-            store_threshold(made, built, gguf, FittedThreshold(threshold=2.0, problems=70, max_harm=0.005))
-            assert read(built)["stages"]["threshold"]["counts"] == {"problems": 70, "fitted": 1}
+    adapter(built, "sft/adapter")
+    export(built, "sft")
+    assert "threshold" not in states(built)  # train fits that of DPO's student
+    fit(built, "sft")
+    assert read(built)["stages"]["threshold"]["counts"] == {"problems": 70, "fitted": 1}
+    adapter(built, "dpo/adapter")
+    export(built, "dpo")
     assert (states(built)["threshold"], states(built)["threshold-sft"]) == ("not_begun", "done")
-    built.path(
-        "export/sft-q4_k_m.gguf"
-    ).unlink()  # `sclite export` would not write it again, but `sclite eval` does
+    # `sclite export` would not make it again, `sclite eval` does
+    built.path("export/sft-q4_k_m.gguf").unlink()
     assert states(built)["export-sft"] == "stale"
     assert states(built)["export-dpo"] == "done"
     built.path("export/sft-q4_k_m.gguf").write_bytes(b"GGUF" + b"sft")
-    store_threshold(made, built, gguf, FittedThreshold(threshold=1.0, problems=60, max_harm=0.005))
+    fit(built, "dpo", problems=60)
     stage = read(built)["stages"]["threshold"]
     assert (stage["state"], stage["counts"]) == ("done", {"problems": 60, "fitted": 1})
 
@@ -409,38 +407,31 @@ def test_imported_attempts_need_no_training(built):
     assert following(built, named) == "sclite train"
 
 
-def test_options_of_one_export_do_not_make_it_stale(built):
+def test_a_file_in_another_type_leaves_the_finished_export_and_its_threshold(built):
     adapter(built, "dpo/adapter")
-    gguf = built.path("export/dpo-q4_k_m.gguf")
-    gguf.parent.mkdir()
-    gguf.write_bytes(b"GGUF")
-    made = config(built, "export.imatrix=true", "export.keep_template=true")
+    fit(built, "dpo")
+    export(built, "dpo", "f16")  # `sclite export --quant f16`
+    assert [states(built)[stage] for stage in ("export-dpo", "threshold")] == ["done", "done"]
+    other = states(built, "export.quant=f16")
+    assert [other[stage] for stage in ("export-dpo", "threshold")] == ["done", "not_begun"]
+    made = config(built, "export.imatrix=true", "export.keep_template=true")  # options of one export
     stage = export_stage("dpo", made)
     built.sign(stage, inputs_of(made, built, "dpo"), Report(stage, figures={"files": {}}))
     assert states(built)["export-dpo"] == "done"
 
 
-def test_a_file_in_another_type_leaves_the_finished_export_and_its_threshold(built):
+def test_threshold_is_stale_without_its_prompts_but_not_for_another_limit(built):
     adapter(built, "dpo/adapter")
-    fitted = FittedThreshold(threshold=1.0, problems=60, max_harm=0.005)
-    store_threshold(config(built), built, export(built, "dpo"), fitted)
-    export(built, "dpo", "f16")  # `sclite export --quant f16`
-    assert [states(built)[stage] for stage in ("export-dpo", "threshold")] == ["done", "done"]
-    other = states(built, "export.quant=f16")
-    assert [other[stage] for stage in ("export-dpo", "threshold")] == ["done", "not_begun"]
-
-
-def test_threshold_on_few_problems_stays_fitted_with_another_limit(built):
-    adapter(built, "dpo/adapter")
-    fitted = FittedThreshold(threshold=None, problems=8, max_harm=0.01)
-    store_threshold(config(built), built, export(built, "dpo"), fitted)
-    assert states(built, "review.max_harm=0.2")["threshold"] == "done"  # `train` would not fit another
+    fit(built, "dpo", None, problems=8, max_harm=0.01)
+    assert states(built, "review.max_harm=0.2")["threshold"] == "done"  # `train` would fit no other
+    fit(built, "dpo")
+    stage = read(built, "prompts.folder=gone")["stages"]["threshold"]
+    assert (stage["state"], stage["why"]) == ("stale", ["prompts.folder: gone is not a folder"])
 
 
 def test_the_newest_student_must_be_exported_and_evaluated(built):
     adapter(built, "sft/adapter")
-    fitted = FittedThreshold(threshold=2.0, problems=70, max_harm=0.005)
-    store_threshold(config(built), built, export(built, "sft"), fitted)
+    fit(built, "sft")
     evaluated(built)
     adapter(built, "dpo/adapter")  # the export that follows DPO has failed
     found = read(built)["stages"]
@@ -451,11 +442,3 @@ def test_the_newest_student_must_be_exported_and_evaluated(built):
     assert next_command(config(built), stages).startswith("sclite train ")
     export(built, "dpo")
     assert "export" not in states(built)
-
-
-def test_a_missing_prompt_folder_makes_a_threshold_stale(built):
-    adapter(built, "dpo/adapter")
-    fitted = FittedThreshold(threshold=2.0, problems=70, max_harm=0.005)
-    store_threshold(config(built), built, export(built, "dpo"), fitted)
-    stage = read(built, "prompts.folder=gone")["stages"]["threshold"]
-    assert (stage["state"], stage["why"]) == ("stale", ["prompts.folder: gone is not a folder"])

@@ -17,13 +17,11 @@ def test_next_command_after_an_export_keeps_the_settings_of_the_file(sclite, mon
     figures = {"gguf": str(run.path(f"export/{student}-q8_0.gguf")), "files": {}, "parity": {"skipped": None}}
     monkeypatch.setattr(exports, "export", lambda _: [Report("export", figures=dict(figures))])
     monkeypatch.setattr(parity, "summarize", lambda _: "compared")
+    false, true = (f" --set export.imatrix={value}" for value in ("false", "true"))
     for options, settings in (
-        ("--no-imatrix", " --set export.imatrix=false"),
-        ("--keep-template --imatrix", " --set export.imatrix=true --set export.keep_template=true"),
-        (
-            "--quant q8_0,f16 --set export.imatrix=false --set seed=1",
-            " --set export.imatrix=false --set export.quant=q8_0,f16",
-        ),
+        ("--no-imatrix", false),
+        ("--keep-template --imatrix", f"{true} --set export.keep_template=true"),
+        (f"--quant q8_0,f16{false} --set seed=1", f"{false} --set export.quant=q8_0,f16"),
         ("", ""),
     ):
         ended = sclite("export", *options.split())

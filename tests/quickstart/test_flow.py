@@ -43,15 +43,17 @@ def rows_of(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def quickstarted(tmp_path_factory):
-    """(folder, run folder, what --json printed) of a small quickstart."""
+    """(folder, run folder, summary) of a small quickstart; what it prints is in `printed`."""
     folder = tmp_path_factory.mktemp("quickstart")
-    command = [sys.executable, "-m", "sclite", "quickstart", *SMALL, "--json"]
+    command = [sys.executable, "-m", "sclite", "quickstart", *SMALL]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return folder, folder / "runs/quickstart", json.loads(done.stdout)
+    (folder / "printed").write_text(done.stdout)
+    (summary,) = (folder / "runs/quickstart/eval").glob("*/summary.json")
+    return folder, folder / "runs/quickstart", json.loads(summary.read_text())
 
 
-def test_json_output_contains_the_table_of_problems_that_were_never_trained_on(quickstarted):
+def test_the_summary_is_of_problems_that_were_never_trained_on(quickstarted):
     _, run, summary = quickstarted
     trained = {row["question"] for row in rows_of(run / "problems.jsonl")}
     tested = {row["question"] for row in rows_of(run / summary["folder"] / "dpo.jsonl")}
@@ -78,17 +80,16 @@ def test_dpo_starts_at_ln_2_and_its_gguf_agrees_with_the_trained_model(quickstar
     assert parity["unquantized"]["mean_abs_logprob_diff"] < 0.004
 
 
-def test_a_second_quickstart_repeats_no_stage_and_says_what_to_type(quickstarted, command):
+def test_a_second_quickstart_repeats_no_stage_and_one_says_what_to_type(quickstarted, command):
     folder, run, summary = quickstarted
     made = [path for path in run.rglob("*") if path.suffix in (".safetensors", ".gguf")]
     before = [path.stat().st_mtime_ns for path in made]
     again = command("quickstart", *SMALL, "--json", folder=folder)
     assert json.loads(again.out) == summary
     assert before == [path.stat().st_mtime_ns for path in made] != []
-    done = command("quickstart", *SMALL, folder=folder)
-    commands = [line.strip() for line in done.out.splitlines() if line.strip().startswith("sclite ")]
+    printed = [line.strip() for line in (folder / "printed").read_text().splitlines()]
     chat = f"sclite chat --self-correct --run {run.relative_to(folder)}"
-    assert [command.split("  ")[0] for command in commands] == [chat, "sclite init"]
+    assert [line.split("  ")[0] for line in printed if line.startswith("sclite ")] == [chat, "sclite init"]
 
 
 def test_chat_reviews_its_own_answer_and_reads_questions_from_standard_input(quickstarted, command):
@@ -142,14 +143,14 @@ def test_eval_without_dpo_and_results_per_dataset(quickstarted, tmp_path, comman
     shutil.rmtree(copy / "dpo")
     first = {path: path.read_bytes() for path in (copy / summary["folder"]).iterdir()}
     thresholds = json.loads((copy / "export/threshold.json").read_text())
-    rows = [json.dumps({"question": p.question, "answer": p.answer}) for p in problem_set("test", 30)]
+    rows = [json.dumps({"question": p.question, "answer": p.answer}) for p in problem_set("test", 16)]
     (tmp_path / "other.jsonl").write_text("\n".join([*rows, "not JSON"]))
     done = command("eval", "other.jsonl", "--json", "--run", str(copy), folder=tmp_path)
     other = json.loads(done.out)
     assert (other["folder"], list(other["models"])) == ("eval/other", ["base", "sft"])
     assert other["dropped"] == {"row_not_readable": 1}
-    fewer = command("eval", "other.jsonl", "--limit", "20", "--run", str(copy), folder=tmp_path)
-    assert "eval/other-limit-20/report.html" in fewer.out
+    fewer = command("eval", "other.jsonl", "--limit", "9", "--run", str(copy), folder=tmp_path)
+    assert "eval/other-limit-9/report.html" in fewer.out
     assert "review is off for base: " in fewer.out
     assert {path: path.read_bytes() for path in first} == first
     assert (copy / "eval/other/sft.jsonl").is_file()
@@ -159,21 +160,24 @@ def test_eval_without_dpo_and_results_per_dataset(quickstarted, tmp_path, comman
     assert after | fits == after  # fitted on more problems
 
 
-class TeacherCalled(BaseException):
-    """The quickstart has its problems and continues."""
-
-
 @pytest.fixture
-def before_templates(monkeypatch):
-    """The quickstart stops before its templates, with TeacherCalled."""
+def begin(tmp_path, monkeypatch):
+    """begin(setting, ..): the quickstart in this folder up to its templates; returns its problems."""
+    monkeypatch.chdir(tmp_path)
 
     def stop(*_):
-        raise TeacherCalled
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "build_templates", stop)
+    def call(*chosen: str) -> Path:
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "build_templates", stop)
+            with pytest.raises(KeyboardInterrupt):
+                flow.quickstart(load(None, chosen, {}, flow.DEFAULTS, own_file=False), quiet=True)
+        return Path("runs/quickstart/problems.jsonl")
+
+    return call
 
 
-@pytest.mark.usefixtures("before_templates")
 def test_problems_of_the_user_are_not_replaced(tmp_path):
     run = Run(tmp_path)
     config = load(None, [f"run={tmp_path}"], {}, flow.DEFAULTS, own_file=False)
@@ -184,32 +188,20 @@ def test_problems_of_the_user_are_not_replaced(tmp_path):
     assert run.read("problems.jsonl", Problem) == rows
 
 
-@pytest.mark.usefixtures("before_templates")
-def test_a_damaged_problem_is_restored_and_none_is_lost_with_it(tmp_path):
-    path = tmp_path / "problems.jsonl"
-    config = load(None, [f"run={tmp_path}"], {}, flow.DEFAULTS, own_file=False)
-    for _ in range(2):
-        with pytest.raises(TeacherCalled):
-            flow.quickstart(config, quiet=True)
-        whole = path.read_bytes()
-        assert whole.count(b"\n") == 1040
-        path.write_bytes(whole.replace(b'"question"', b'"queston"', 1))
+def test_a_damaged_problem_is_restored_and_none_is_lost_with_it(begin):
+    whole = begin().read_bytes()
+    assert whole.count(b"\n") == 1040
+    Path("runs/quickstart/problems.jsonl").write_bytes(whole.replace(b'"question"', b'"queston"', 1))
+    assert begin().read_bytes() == whole
 
 
-@pytest.mark.usefixtures("before_templates")
-def test_more_problems_than_the_threshold_set_matches_stay(tmp_path):
-    for chosen, count in ((["problems.limit=1700"], 2700), ([], 2700)):
-        config = load(None, [f"run={tmp_path}", *chosen], {}, flow.DEFAULTS, own_file=False)
-        with pytest.raises(TeacherCalled):
-            flow.quickstart(config, quiet=True)
-        assert (tmp_path / "problems.jsonl").read_bytes().count(b"\n") == count
+def test_more_problems_than_the_threshold_set_matches_stay(begin):
+    assert begin("problems.limit=1700").read_bytes().count(b"\n") == 2700
+    assert begin().read_bytes().count(b"\n") == 2700
 
 
-@pytest.mark.usefixtures("before_templates")
-def test_evaluation_on_other_problems_leaves_the_split_of_the_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(TeacherCalled):
-        flow.quickstart(load(None, [], {}, flow.DEFAULTS, own_file=False), quiet=True)
+def test_evaluation_on_other_problems_leaves_the_split_of_the_run(begin):
+    begin()
     train = problem_set("train", 640)
     rows = [json.dumps({"question": p.question, "answer": p.answer}) for p in train[:9]]
     Path("other.jsonl").write_text("\n".join(rows))

@@ -12,16 +12,7 @@ from sclite.errors import DataError, UsageError
 from sclite.student.adapters import load_adapter, lora_targets, meta_model
 from sclite.student.loader import load_student
 from sclite.train.sft import train_sft
-from tests.toy import (
-    LINEAR,
-    adapter,
-    random_adapter,
-    sample_texts,
-    tiny_llama,
-    toy_config,
-    write_tokenizer,
-    write_toy,
-)
+from tests.toy import LINEAR, adapter, random_adapter, sample_texts, toy_config, write_tokenizer, write_toy
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -104,24 +95,29 @@ def test_every_family_trains_every_target(run, tmp_path, name):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(kind_of(name)).save_pretrained(folder)
     write_toy(run)
-    report = train_sft(toy_config(folder, sft={"num_train_epochs": 2}), run)
+    report = train_sft(toy_config(folder, sft={"num_train_epochs": 1}), run)
     assert sorted(report.figures["lora"]) == sorted(FAMILIES[name][1])
     weights = adapter(run, "sft").items()
     moved = {key.split(".")[-3] for key, value in weights if ".lora_B." in key and value.any()}
     assert moved == set(FAMILIES[name][1])
 
 
-def test_unknown_target_is_rejected_before_loading_weights(tmp_path):
-    config = toy_config(tiny_llama(tmp_path / "student"), lora={"target_modules": ["q_proj", "v_porj"]})
-    (tmp_path / "student/model.safetensors").unlink()
+@pytest.fixture
+def unweighted(folder, tmp_path):
+    """The tiny student without its weights."""
+    return shutil.copytree(folder, tmp_path / "student", ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+def test_unknown_target_is_rejected_before_loading_weights(unweighted):
+    config = toy_config(unweighted, lora={"target_modules": ["q_proj", "v_porj"]})
     said = r"lora\.target_modules: llama has no linear layer named v_porj$"
     with pytest.raises(UsageError, match=said) as error:
         load_student(config, "sft", train=True)
     assert ", ".join(LINEAR) in error.value.hint
 
 
-def test_adapter_of_another_shape_is_rejected(tmp_path):
-    model, _ = load_student(toy_config(tiny_llama(tmp_path / "student")), "sft", train=True)
+def test_adapter_of_another_shape_is_rejected(folder, tmp_path):
+    model, _ = load_student(toy_config(folder), "sft", train=True)
     model.save_pretrained(tmp_path / "whole")
     load_adapter(model, tmp_path / "whole")
     whole = load_file(tmp_path / "whole/adapter_model.safetensors")
@@ -135,9 +131,7 @@ def test_adapter_of_another_shape_is_rejected(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "config", "missing"])
-def test_damaged_adapter_is_named_before_loading_weights(tmp_path, damage):
-    config = toy_config(tiny_llama(tmp_path / "student"))
-    (tmp_path / "student/model.safetensors").unlink()
+def test_damaged_adapter_is_named_before_loading_weights(unweighted, tmp_path, damage):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     save_file({"x": torch.zeros(64)}, adapter / "adapter_model.safetensors")
@@ -149,5 +143,5 @@ def test_damaged_adapter_is_named_before_loading_weights(tmp_path, damage):
     else:
         file.write_bytes(b"\xff" * 8 + content[8:] if damage == "header" else content[:-9])
     with pytest.raises(DataError, match=f"the adapter in {adapter} cannot be read") as error:
-        load_student(config, "sft", adapter)
+        load_student(toy_config(unweighted), "sft", adapter)
     assert "--fresh" in error.value.hint

@@ -9,7 +9,7 @@ import pytest
 from sclite.errors import DataError
 from sclite.student import chat_template
 from sclite.student.chat_template import opens_thinking, render_chat
-from tests.toy import CHATML
+from tests.toy import CHATML, raises
 
 USER = ({"role": "user", "content": "2 + 2?"},)
 CHAT = ({"role": "system", "content": "Be brief."}, *USER)
@@ -22,23 +22,19 @@ LOOP = "{{% for i in range({0}) %}}{{% for j in range({0}) %}}"
 DROPS = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% endif %}{% endfor %}"
 
 
-@pytest.mark.parametrize("template", [REFUSES + DROPS, DROPS])
-def test_missing_system_role_moves_the_text_to_the_user_turn(template):
-    assert render_chat(template, CHAT) == "[Be brief.\n\n2 + 2?]"
-    assert render_chat(template, USER) == "[2 + 2?]"
-
-
-def test_template_gets_what_transformers_gives_it():
+def test_template_gets_what_transformers_gives_and_a_system_text():
+    for single in (REFUSES + DROPS, DROPS):
+        assert render_chat(single, CHAT) == "[Be brief.\n\n2 + 2?]"
+        assert render_chat(single, USER) == "[2 + 2?]"
     template = (
         "{{ bos_token }}{% for m in messages %}\n  {% if m.role == 'user' %}\n{{ m.content | trim }}\n{% elif m.role == "
         "'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}\n{% endif %}{% endfor %}"
         "{% if add_generation_prompt and not enable_thinking %}A:<think></think>{% endif %}{{ messages | tojson }}"
     )
     chat = ({"role": "user", "content": " 1 <b>é "}, {"role": "assistant", "content": "x"})
-    assert render_chat(template, chat, {"eos_token": "<|im_end|>"}) == (
-        "1 <b>é\nx<|im_end|>A:<think></think>"
-        '[{"role": "user", "content": " 1 <b>é "}, {"role": "assistant", "content": "x"}]'
-    )
+    as_json = '[{"role": "user", "content": " 1 <b>é "}, {"role": "assistant", "content": "x"}]'
+    wanted = f"1 <b>é\nx<|im_end|>A:<think></think>{as_json}"
+    assert render_chat(template, chat, {"eos_token": "<|im_end|>"}) == wanted
 
 
 @pytest.mark.parametrize(
@@ -55,9 +51,8 @@ def test_template_gets_what_transformers_gives_it():
 )
 def test_hostile_template_fails_and_the_next_one_renders(monkeypatch, template, reason):
     monkeypatch.setattr(chat_template, "SECONDS", 2 if "seconds" in reason else 60)
-    with pytest.raises(DataError, match=reason) as error:
+    with raises(DataError, reason, hint="chat template"):
         render_chat(template, USER)
-    assert "chat template" in error.value.hint
     assert render_chat("{{ messages[0].content }}", USER) == "2 + 2?"
 
 

@@ -29,19 +29,12 @@ def test_address_is_read_as_ollama_does(monkeypatch, given, url):
     assert ollama_url() == url
 
 
-def test_ollama_errors_say_what_is_missing_and_what_to_type(monkeypatch):
+def test_models_are_found_by_any_spelling_and_a_refusal_is_named(monkeypatch):
     monkeypatch.setenv("OLLAMA_HOST", "box:port")
     with pytest.raises(UsageError, match="OLLAMA_HOST=box:port"):
         ollama_url()
     with TeacherServer(None, {"me:latest": "sha256:1", "qwen3:8b": "sha256:2"}) as server:
         url = server.url.removesuffix("/v1")
         assert [find_model(url, name) for name in ("me", "Qwen3:8b")] == ["sha256:1", "sha256:2"]
-        with pytest.raises(TeacherError, match="has no model other") as error:
-            find_model(url, "other")
-        assert "ollama pull other" in error.value.hint
-        assert "ollama list" in error.value.hint
         with pytest.raises(TeacherError, match="refuses /api/nothing"):
             call_ollama(url, "/api/nothing")
-    with pytest.raises(TeacherError, match="Ollama does not answer") as error:
-        find_model("http://127.0.0.1:9", "me")
-    assert "ollama serve" in error.value.hint

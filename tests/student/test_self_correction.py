@@ -40,12 +40,9 @@ class Scripted:
         self.scored += requests
         for index in reversed(range(len(requests))):
             work = requests[index].messages[-1]["content"].partition("Work to check:\n")[2]
-            written = [
-                self.confidence.get(parse(text).trace.steps[0].text, 0.0)
-                for text, other in requests[index].options
-                if not other
-            ]
-            yield Scores(index, self.odds(work) if work else tuple(written), 10)
+            texts = [parse(text).trace.steps[0].text for text, other in requests[index].options if not other]
+            written = tuple(self.confidence.get(text, 0.0) for text in texts)
+            yield Scores(index, self.odds(work) if work else written, 10)
 
     def generate(self, requests):
         self.requests += requests
@@ -82,24 +79,16 @@ def test_score_request_covers_every_step_and_scores_come_in_any_order():
     assert len(student.scored) == 2
 
 
-UNSURE = {
-    "48 + 24 = 72": 6.0,
-    "72 / 2 = 38": -3.0,
-    "38 + 5 = 43": 1.0,
-    "72 / 2 = 36": -5.0,
-    "36 + 5 = 41": 4.0,
-}
-"""Log-odds of the text that the student writes while solving, against any other."""
+UNSURE = {"48 + 24 = 72": 6.0, "72 / 2 = 38": -3.0, "38 + 5 = 43": 1.0, "72 / 2 = 36": -5.0}
+UNSURE |= {"36 + 5 = 41": 4.0}
+"""Log-odds of what the student writes as it solves, against any other text."""
 
 
 def test_confidence_is_read_where_the_student_solves():
     request = next(read_odds(QUESTION, WRONG, weights=(1.0,)))
     assert request.pieces == tuple(step_pieces(WRONG.steps))
-    assert [request.pieces[: mark + 1][-1:] for mark in request.marks] == [
-        (),
-        ("</Step1>\n",),
-        ("</Step2>\n",),
-    ]
+    assert [request.pieces[: mark + 1][-1:] for mark in request.marks[:2]] == [(), ("</Step1>\n",)]
+    assert request.pieces[request.marks[2]] == "</Step2>\n"
     assert request.options == tuple((open_piece(n, step), None) for n, step in enumerate(WRONG.steps, 1))
     assert request.messages == solve_messages(QUESTION)
     student = Scripted(confidence=UNSURE)
@@ -124,7 +113,7 @@ def test_scores_are_the_weighted_mean_of_review_and_confidence(weight, scores, a
 
 
 @pytest.mark.parametrize("weight", [0.75, 1.0])
-def test_a_correction_is_not_flagged_because_the_student_would_not_have_written_it(weight):
+def test_a_correction_that_the_student_would_not_write_is_not_accused(weight):
     student = Scripted(odds=lambda _: (-4.0,) * 3, confidence=UNSURE, corrections=[CORRECTION] * 2)
     (got,) = review(student, WRONG, confidence_weight=weight, rounds=2)
     assert UNSURE["72 / 2 = 36"] < 0
@@ -134,10 +123,8 @@ def test_a_correction_is_not_flagged_because_the_student_would_not_have_written_
 @pytest.mark.parametrize(("weight", "scores"), [(0.5, (-5.0, -4.0, -4.0)), (1.0, (-6.0, -4.0, -4.0))])
 def test_a_correction_made_while_solving_has_no_confidence(weight, scores):
     step = Step("72 / 2 = 38", None, "72 is not twice 38.", "72 / 2 = 36")
-    student = Scripted(odds=lambda _: (-4.0,) * 3, confidence=UNSURE)
-    (got,) = review(
-        student, Trace((FIRST, step, Step("36 + 5 = 41")), ADVICE, "41"), confidence_weight=weight
-    )
+    work = Trace((FIRST, step, Step("36 + 5 = 41")), ADVICE, "41")
+    (got,) = review(Scripted(odds=lambda _: (-4.0,) * 3, confidence=UNSURE), work, confidence_weight=weight)
     assert (got.scores, got.accused) == (scores, None)
 
 
@@ -377,15 +364,6 @@ def test_samples_of_one_correction_have_different_seeds():
     assert {r.temperature for r in student.requests if r.pieces[-1] != CAUSE} == {0.0}
 
 
-def test_missing_reply_is_not_a_correction():
-    class Silent(Scripted):
-        def generate(self, requests):
-            return iter(())
-
-    (got,) = correct_steps(Silent(), [(QUESTION, WRONG, 2)], ReviewSettings())
-    assert (got.trace, got.correction, got.note) == (None, None, UNREADABLE)
-
-
 @pytest.mark.parametrize(
     ("text", "read"),
     [
@@ -395,12 +373,20 @@ def test_missing_reply_is_not_a_correction():
         ("a</Cause>", None),
         ("<Correction>b</Correction>", None),
         ("", None),
+        (None, None),
     ],
 )
 def test_corrections_are_parsed_leniently(text, read):
-    (got,) = correct_steps(Scripted(corrections=[text]), [(QUESTION, WRONG, 2)], ReviewSettings())
+    """The last, None, is no reply."""
+
+    class Silent(Scripted):
+        def generate(self, requests):
+            return iter(())
+
+    student = Silent() if text is None else Scripted(corrections=[text])
+    (got,) = correct_steps(student, [(QUESTION, WRONG, 2)], ReviewSettings())
     assert (got.cause, got.correction) == (read or (None, None))
-    assert (got.note == "") is (read is not None)
+    assert got.note == (UNREADABLE if read is None else "")
 
 
 def test_free_review_returns_the_corrected_solution():

@@ -64,7 +64,15 @@ def test_end_of_turn_comes_from_the_template(folder, tokenizer):
     assert end_id(with_template(folder, PLAIN)) == end
 
 
-def test_tokenizer_without_template_or_end_token_is_rejected(folder):
+def test_unusable_tokenizers_are_rejected(folder, tokenizer):
+    """Without a template or an end token, or with one first token for causes and closers."""
+    accuse, close = decision_ids(tokenizer)
+    assert accuse != close
+    assert {piece_ids(tokenizer, [f"</Step{n}>\n"])[0][0] for n in range(1, 20)} == {close}
+    letters = lambda pieces, **_: {"input_ids": [list(map(ord, piece)) for piece in pieces]}  # noqa: E731
+    with pytest.raises(DataError, match="same first token") as error:
+        decision_ids(letters)
+    assert error.value.hint == "choose another student"
     endless = with_template(folder, PLAIN)
     endless.eos_token = None
     cases = {"no chat template": with_template(folder, None), "no end-of-turn token": endless}
@@ -126,16 +134,3 @@ def test_wrong_step_has_no_loss_in_its_review(tokenizer):
     answer = len(prompt_ids(tokenizer, SOLVE))
     masked = [i for i, weight in enumerate(row.weights) if not weight and i >= answer]
     assert tokenizer.decode([row.ids[i] for i in masked]) == open_piece(2, REVIEW.steps[1])
-
-
-def test_cause_and_closer_must_have_different_first_tokens(tokenizer):
-    accuse, close = decision_ids(tokenizer)
-    assert accuse != close
-    assert {piece_ids(tokenizer, [f"</Step{n}>\n"])[0][0] for n in range(1, 20)} == {close}
-
-    def letters(pieces, **_):
-        return {"input_ids": [[ord(letter) for letter in piece] for piece in pieces]}
-
-    with pytest.raises(DataError, match="same first token") as error:
-        decision_ids(letters)
-    assert error.value.hint == "choose another student"

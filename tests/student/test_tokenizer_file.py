@@ -18,9 +18,8 @@ SPECIAL = ["<unk>", "<|im_start|>", "<|im_end|>"]
 def split_digits(tmp_path):
     """(folder, its tokenizer.json): a byte-level BPE that splits digits, with GPT-2's class."""
     tokenizer, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), byte_level]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet)
@@ -50,6 +49,5 @@ def test_the_whole_file_is_read_even_from_an_export(split_digits, tmp_path):
     (tmp_path / "out").mkdir()
     copy_settings(folder, tmp_path / "out")
     assert json.loads((tmp_path / "out/generation_config.json").read_text()) == {"eos_token_id": 2}
-    assert (
-        encoded(AutoTokenizer.from_pretrained(tmp_path / "out")) == expected
-    )  # as llama.cpp's converter loads it
+    # as llama.cpp's converter loads it
+    assert encoded(AutoTokenizer.from_pretrained(tmp_path / "out")) == expected

@@ -27,7 +27,6 @@ def test_replies_and_scores_pass_unchanged_and_are_counted():
     assert [found.index for found in student.score([unsure])] == [0]  # of the same text: it counts once
     assert seen[:2] == [(1, 1 / 6, "1 texts written"), (2, 2 / 6, "2 texts written")]
     assert seen[2:] == [(2, 0.5, "2 texts written, 1 reviewed")] * 2
-    list(
-        student.generate([replace(requests[0], pieces=("<Step1>1 + 1 = 2\n",))])
-    )  # a correction: as many as scores are expected
+    correction = replace(requests[0], pieces=("<Step1>1 + 1 = 2\n",))
+    assert len(list(student.generate([correction]))) == 1  # as many as scores are expected
     assert seen[-1] == (2, 4 / 6, "3 texts written, 1 reviewed")

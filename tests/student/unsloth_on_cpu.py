@@ -37,11 +37,7 @@ class CudaMeansCpu(TorchFunctionMode):
         if name in ("cuda", "record_stream"):
             return args[0]
         kwargs = {key: moved(value, key == "device") for key, value in given.items() if key != "pin_memory"}
-        return (
-            func(args[0], *(moved(value, name == "to") for value in args[1:]), **kwargs)
-            if args
-            else func(**kwargs)
-        )
+        return func(*args[:1], *(moved(value, name == "to") for value in args[1:]), **kwargs)
 
 
 def import_unsloth() -> None:

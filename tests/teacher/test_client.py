@@ -206,13 +206,11 @@ def test_refused_request_is_skipped_and_kept_and_the_others_continue(ask, status
 
 
 def test_refusal_of_all_further_requests_ends_the_stage_and_drops_none_for_good(ask):
-    """LiteLLM's proxy returns 422 or 400 when an account has reached a limit."""
-    spent = True
+    """LiteLLM's proxy answers with 422 or 400 when an account has used up a limit."""
+    spent, over = True, fail(422, "Over the limit of this account")
 
     def answer(request, nth):
-        return (
-            fail(422, "Over the limit of this account") if spent and number_of(request) > 2 else say("good")
-        )
+        return over if spent and number_of(request) > 2 else say("good")
 
     with TeacherServer(answer) as server:
         with pytest.raises(TeacherError, match="refuses the request: Over the limit of this account"):
@@ -285,18 +283,35 @@ def test_exceptions_in_a_check_the_jobs_or_the_ledger_reach_the_caller(asked, as
     assert not server.requests  # nothing is sent that is not in the ledger
 
 
-@pytest.mark.parametrize("convinced", [True, False])
-def test_rejection_by_the_inspector_is_repaired_with_its_reason(ask, ledger, convinced):
-    def answer(request, nth):
-        if request["model"] == "judge":
-            if convinced and "better" in question(request):
-                return say("<Verdict>accept</Verdict>")
-            return say("<Verdict>reject</Verdict><Reason>step 2 is wrong</Reason>")
-        return say("better" if "step 2 is wrong" in question(request) else "worse")
+@pytest.fixture
+def inspected(ask):
+    """inspected(reply, judge): (result, requests) of a teacher and an inspector with these replies."""
 
-    asked = job(1, inspect=lambda reply: [{"role": "user", "content": f"INSPECT {reply}"}])
-    with TeacherServer(answer) as server:
-        (result,) = ask(server, [asked], inspector="openai/judge", inspector_api_base=server.url)
+    def call(reply, judge, number=1):
+        judged = []
+
+        def answer(request, nth):
+            if request["model"] != "judge":
+                return say(reply(question(request)))
+            judged.append(question(request))
+            return judge(judged)
+
+        asked = job(number, inspect=lambda reply: [{"role": "user", "content": f"INSPECT {reply}"}])
+        with TeacherServer(answer) as server:
+            (result,) = ask(server, [asked], inspector="openai/judge", inspector_api_base=server.url)
+        return result, server.requests
+
+    return call
+
+
+@pytest.mark.parametrize("convinced", [True, False])
+def test_rejection_by_the_inspector_is_repaired_with_its_reason(inspected, ledger, convinced):
+    def judge(judged):
+        if convinced and "better" in judged[-1]:
+            return say("<Verdict>accept</Verdict>")
+        return say("<Verdict>reject</Verdict><Reason>step 2 is wrong</Reason>")
+
+    result, _ = inspected(lambda asked: "better" if "step 2 is wrong" in asked else "worse", judge)
     if convinced:
         assert (result.text, result.requests) == ("better", 2)
         assert ledger.totals("templates inspection")["requests"] == 2
@@ -304,34 +319,14 @@ def test_rejection_by_the_inspector_is_repaired_with_its_reason(ask, ledger, con
         assert (result.rejection.reason, result.requests) == ("rejected_by_inspector", 4)
 
 
-def test_inspector_without_a_verdict_costs_no_further_replies_of_the_teacher(ask, ledger):
-    def answer(request, nth):
-        return say("Hm.", "length") if request["model"] == "judge" else say("good")
-
-    asked = job(1, inspect=lambda reply: [{"role": "user", "content": f"INSPECT {reply}"}])
-    with TeacherServer(answer) as server:
-        (result,) = ask(server, [asked], inspector="openai/judge", inspector_api_base=server.url)
-    assert (result.rejection.reason, len(server.requests)) == ("inspector_not_readable", 2)
+def test_inspector_without_a_verdict_is_asked_once_more(inspected, ask):
+    result, requests = inspected(lambda _: "good", lambda judged: say("Hm.", "length"))
+    assert (result.rejection.reason, len(requests)) == ("inspector_not_readable", 2)
     assert "teacher.max_tokens" in result.rejection.text
-
-
-def test_inspector_that_forgets_its_verdict_is_asked_once_more(ask):
-    def answer(request, nth):
-        verdict = (
-            "Hm."
-            if len([r for r in server.requests if r["model"] == "judge"]) == 1
-            else "<Verdict>accept</Verdict>"
-        )
-        return say(verdict if request["model"] == "judge" else "good")
-
-    asked = job(1, inspect=lambda reply: [{"role": "user", "content": f"INSPECT {reply}"}])
-    with TeacherServer(answer) as server:
-        (result,) = ask(server, [asked], inspector="openai/judge", inspector_api_base=server.url)
-    assert (result.text, len(server.requests)) == ("good", 3)
-
-
-def test_errors_of_the_inspector_name_its_settings(ask):
-    asked = job(1, inspect=lambda reply: [{"role": "user", "content": "INSPECT"}])
+    verdicts = iter(["Hm.", "<Verdict>accept</Verdict>"])
+    result, requests = inspected(lambda _: "good", lambda judged: say(next(verdicts)), 2)
+    assert (result.text, len(requests)) == ("good", 3)
+    asked = job(3, inspect=lambda reply: [{"role": "user", "content": "INSPECT"}])
     wrong = pytest.raises(UsageError, match=r"^teacher\.inspector judge: LiteLLM knows no provider")
     with TeacherServer(lambda request, nth: say("good")) as server, wrong:
         ask(server, [asked], inspector="judge")

@@ -31,16 +31,18 @@ def test_key_that_no_header_can_hold_is_reported_and_not_shown(monkeypatch, key)
     assert "sk-" not in caught.value.message + caught.value.hint
 
 
-def test_hint_about_cohere_names_the_key_that_litellm_reads():
+def test_keys_and_addresses_of_providers_are_those_that_litellm_reads(monkeypatch):
     for model in ("cohere/command-a-03-2025", "cohere_chat/command-a-03-2025"):
         assert provider.connect(config.Teacher(model=model)).key_variable == "COHERE_API_KEY"
-
-
-def test_key_of_azure_is_kept_beside_an_address_without_a_version(monkeypatch):
     monkeypatch.setenv("AZURE_API_KEY", "secret")
     monkeypatch.delenv("AZURE_API_VERSION", raising=False)
     found = provider.connect(config.Teacher(model="azure/gpt-4o", api_base="https://x.openai.azure.com"))
     assert "api_key" not in found.options
+    # without an address, LiteLLM would send the problems to OpenAI
+    monkeypatch.delenv("LM_STUDIO_API_BASE", raising=False)
+    with pytest.raises(UsageError, match="needs an address") as error:
+        provider.connect(config.Teacher(model="lm_studio/qwen3"))
+    assert "teacher.api_base" in error.value.hint
 
 
 def test_ollama_gets_a_context_for_prompt_and_reply_unless_replies_are_short():
@@ -49,14 +51,6 @@ def test_ollama_gets_a_context_for_prompt_and_reply_unless_replies_are_short():
     assert provider.connect(config.Teacher(**teacher)).options["num_ctx"] > 2 * 4096
     for own in ({"max_tokens": 1024}, {"extra": {"num_ctx": 9000}}):
         assert "num_ctx" not in provider.connect(config.Teacher(**teacher | own)).options
-
-
-def test_lm_studio_without_an_address_is_refused(monkeypatch):
-    """LiteLLM would send the problems to OpenAI."""
-    monkeypatch.delenv("LM_STUDIO_API_BASE", raising=False)
-    with pytest.raises(UsageError, match="needs an address") as error:
-        provider.connect(config.Teacher(model="lm_studio/qwen3"))
-    assert "teacher.api_base" in error.value.hint
 
 
 def test_missing_certificates_are_reported_before_any_request(tmp_path, monkeypatch):
@@ -101,11 +95,8 @@ def test_password_in_an_address_is_in_no_dump_and_no_run(tmp_path, password):
         pass
     saved = run.path("run.toml").read_text()
     assert (password in saved, "http://host:8000/v1" in saved) == (False, True)
-
-
-def test_an_address_without_a_password_stays_as_it_is():
-    for address in ("http://host:8000/v1", "https://host/run/@cf/meta", "http://[::1]:8000/v1"):
-        assert without_password(address) == address
+    for whole in ("http://host:8000/v1", "https://host/run/@cf/meta", "http://[::1]:8000/v1"):
+        assert without_password(whole) == whole
 
 
 @pytest.mark.parametrize("direct", [True, False])

@@ -14,16 +14,15 @@ GEMINI = """litellm.RateLimitError: litellm.RateLimitError: geminiException - {
   "error": {
     "code": 429,
     "message": "You exceeded your current quota, please check your plan and billing details.\\n* Quota exceeded%s",
-    "status": "RESOURCE_EXHAUSTED",
     "details": [{"quotaId": "GenerateRequests%sPerProjectPerModel-FreeTier"}]
   }
 }"""
 UNKNOWN = """litellm.NotFoundError: GeminiException - {
-  "error": {
-    "code": 404,
-    "message": "models/gemini-9 is \\"not\\" found"
-  }
+  "error": {"code": 404, "message": "models/gemini-9 is \\"not\\" found"}
 }"""
+MISSING_KEY = "InternalServerError: OpenAIException - Missing credentials. Please pass an `api_key`"
+NO_QUESTION = "litellm.NotFoundError: OpenAIException - no such question"
+CREDIT = "Your credit balance is too low to access the Anthropic API."
 BAD_KEY = "Error code: 400 - [{'error': {'code': 400, 'message': 'API key not valid. Please pass a valid API key.'}}]"
 
 
@@ -38,38 +37,24 @@ class Failed(Exception):
     ("action", "text", "statuses"),
     [
         (failures.RETRY, "later", (None, 408, 429, 500, 502, 503, 504, 529)),
-        (
-            failures.REFUSED,
-            "litellm.NotFoundError: OpenAIException - no such question",
-            (400, 403, 404, 413, 422),
-        ),
+        (failures.REFUSED, NO_QUESTION, (400, 403, 404, 413, 422)),
         (failures.STOP, "bad key, or pay", (401, 402)),
         (failures.STOP, "You exceeded your current quota", (429,)),
         (failures.STOP, GEMINI % ("\\nPlease retry in 15.002s.", "PerDay"), (429,)),
         (failures.RETRY, GEMINI % ("\\nPlease retry in 15.002s.", ""), (429,)),
         (failures.RETRY, GEMINI % ("", "PerMinute"), (429,)),
-        (failures.STOP, "Your credit balance is too low to access the Anthropic API.", (400,)),
+        (failures.STOP, CREDIT, (400,)),
         (failures.STOP, "You have reached your specified API usage limits.", (400,)),
         (failures.STOP, "litellm.BadRequestError: DeepseekException - Insufficient Balance", (400,)),
         (failures.STOP, UNKNOWN, (404,)),
         (failures.STOP, BAD_KEY, (400,)),
         (failures.STOP, "litellm.NotFoundError: OpenAIException - The model `x` does not exist", (404,)),
-        (
-            failures.STOP,
-            "InternalServerError: OpenAIException - Missing credentials. Please pass an `api_key`",
-            (500,),
-        ),
+        (failures.STOP, MISSING_KEY, (500,)),
     ],
 )
 def test_an_error_concerns_one_attempt_one_request_or_every_one(action, text, statuses):
     for status in statuses:
         assert read_failure(Failed(text, status)).action == action, status
-
-
-def test_exhausted_credit_is_reported_whatever_the_status():
-    failure = read_failure(Failed("Your credit balance is too low to access the Anthropic API.", 400))
-    error = failures.teacher_error(failure, config.Teacher(model="anthropic/claude"), "ANTHROPIC_API_KEY")
-    assert "has no credit left: Your credit balance" in error.message
 
 
 def test_waits_follow_retry_after_or_grow_with_jitter_up_to_a_bound():
@@ -88,6 +73,9 @@ def test_waits_follow_retry_after_or_grow_with_jitter_up_to_a_bound():
 
 
 def test_message_is_one_line_without_prefixes_and_keys(monkeypatch):
+    failure = read_failure(Failed(CREDIT, 400))
+    error = failures.teacher_error(failure, config.Teacher(model="anthropic/claude"), "ANTHROPIC_API_KEY")
+    assert "has no credit left: Your credit balance" in error.message
     monkeypatch.setenv("SOME_API_KEY", "sk-very-secret")
     said = "litellm.RateLimitError: RateLimitError: OpenAIException - slow down, sk-very-secret\ntrace"
     error = Failed(said, 429)
@@ -104,10 +92,7 @@ def test_message_is_one_line_without_prefixes_and_keys(monkeypatch):
         ('{"error": {"message": ""}}', '{"error": {"message": ""}}'),
         ("Error code: 404 - {'detail': 'Not Found'}", "{'detail': 'Not Found'}"),
         (r'XException - {"error":{"message":"caf\u00e9 now"}}', "café now"),
-        (
-            '{"error":{"message":"Provider returned error","metadata":{"raw":"x is busy"}}}',
-            "Provider returned error: x is busy",
-        ),
+        ('{"error":{"message":"No","metadata":{"raw":"x is busy"}}}', "No: x is busy"),
     ],
 )
 def test_message_inside_json_is_shown(text, message):

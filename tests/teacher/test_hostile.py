@@ -91,25 +91,30 @@ def cost(sent, tokens):
     return (sent * PRICE[0] + tokens * PRICE[1]) / 1e6
 
 
-def build(server, run, problems, direct, limit):
+def arguments(server, run, problems, direct, limit):
     chosen = {
         "model": "openai/replay", "api_base": server.url, "direct": direct, "price": list(PRICE),
         "concurrency": IN_FLIGHT, "max_tokens": MAX_TOKENS, "max_cost": limit, "attempts_per_call": 2,
         "timeout_seconds": 20,
     }  # fmt: skip
-    command = [sys.executable, "-m", "sclite", "build-data", str(problems), "--run", str(run.folder), "--yes"]
-    command += ["--only", "templates"]
-    command += [word for name, value in chosen.items() for word in ("--set", f"teacher.{name}={value}")]
+    settings = [word for name, value in chosen.items() for word in ("--set", f"teacher.{name}={value}")]
+    named = ("build-data", str(problems), "--run", str(run.folder), "--yes", "--only", "templates")
+    return [*named, *settings]
+
+
+def build(*given):
+    command = [sys.executable, "-m", "sclite", *arguments(*given)]
     environment = {**os.environ, "OPENAI_API_KEY": "sk-x", "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_redirect_is_not_a_reply(tmp_path):
+def test_redirect_is_not_a_reply(sclite, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-x")  # which the fixture sclite removes
     problems = tmp_path / "p.jsonl"
     problems.write_text('{"question": "What is 1 + 1?", "answer": "2"}\n')
     answer = Answer(302, b"", {"Location": "http://me:secret@elsewhere/v1"})
     with TeacherServer(lambda request, nth: answer) as server:
-        done = build(server, Run(tmp_path / "run"), problems, "true", 1)
-    assert done.returncode == 6
-    assert "redirects to http://elsewhere/v1 (HTTP 302)" in done.stderr.replace("\n", " ")
-    assert "teacher.api_base" in done.stderr
+        ended = sclite(*arguments(server, Run(tmp_path / "run"), problems, "true", 1))
+    assert ended.code == 6
+    assert "redirects to http://elsewhere/v1 (HTTP 302)" in ended.err.replace("\n", " ")
+    assert "teacher.api_base" in ended.err

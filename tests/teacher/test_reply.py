@@ -48,33 +48,32 @@ def test_the_choice_with_index_0_counts_and_any_text_can_be_encoded():
     assert read(decode(b'{"choices": [{"message": {"content": "a \xff"}}]}')).text == "a \ufffd"
 
 
+REASONS = {
+    "length": "length",
+    "MAX_TOKENS": "length",
+    "content_filter": "content_filter",
+    "SAFETY": "content_filter",
+}
+THOUGHT = ("<think>so</think>", "<think><Step1>so", "<|channel|>analysis<|message|>so")
+
+
 @pytest.mark.parametrize(
-    ("message", "finish_reason", "text"),
+    ("message", "reason", "found", "text"),
     [
-        *((message, "empty", "") for message in ({}, *({"content": c} for c in ("", None, " \n", {"a": 1})))),
-        ({"content": None, "reasoning_content": "so"}, "only_reasoning", ""),
-        ({"content": "", "reasoning": "so"}, "only_reasoning", ""),
-        ({"content": "<think>so</think>"}, "only_reasoning", ""),
-        ({"content": "<think><Step1>so"}, "only_reasoning", ""),
-        ({"content": "<|channel|>analysis<|message|>so"}, "only_reasoning", ""),
-        ({"content": None, "refusal": "I can't help."}, "refusal", "I can't help."),
-        ({"content": None, "tool_calls": [{"id": "1"}]}, "tool_calls", ""),
+        *(({"content": content}, "stop", "empty", "") for content in ("", None, " \n", {"a": 1})),
+        ({}, "stop", "empty", ""),
+        ({"content": None, "reasoning_content": "so"}, "stop", "only_reasoning", ""),
+        ({"content": "", "reasoning": "so"}, "stop", "only_reasoning", ""),
+        *(({"content": thought}, "stop", "only_reasoning", "") for thought in THOUGHT),
+        ({"content": None, "refusal": "I can't help."}, "stop", "refusal", "I can't help."),
+        ({"content": None, "tool_calls": [{"id": "1"}]}, "stop", "tool_calls", ""),
+        *(({"content": "good"}, reason, name, "good") for reason, name in REASONS.items()),
+        *(({"content": "good"}, reason, "unreadable", "good") for reason in (["stop"], {"a": 1}, 7)),
     ],
 )
-def test_reply_without_text_has_its_own_finish_reason(message, finish_reason, text):
-    found = read(body(message))
-    assert (found.finish_reason, found.text) == (finish_reason, text)
-
-
-@pytest.mark.parametrize(
-    ("reason", "name"),
-    [
-        ("length", "length"), ("MAX_TOKENS", "length"), ("content_filter", "content_filter"), ("SAFETY", "content_filter"),
-        (["stop"], "unreadable"), ({"a": 1}, "unreadable"), (7, "unreadable"),
-    ],
-)  # fmt: skip
-def test_finish_reason_is_read_in_any_case_and_never_raises(reason, name):
-    assert read(body({"content": "good"}, reason)).finish_reason == name
+def test_finish_reason_is_read_in_any_case_and_without_a_text(message, reason, found, text):
+    reply = read(body(message, reason))
+    assert (reply.finish_reason, reply.text) == (found, text)
 
 
 @pytest.mark.parametrize(
@@ -122,8 +121,5 @@ def test_error_with_status_200_is_an_error(error, status):
     with pytest.raises(ErrorReply, match="busy") as caught:
         read({**body({"content": "good"}), "error": error})
     assert caught.value.status_code == status
-
-
-@pytest.mark.parametrize("error", [None, "", {}, {"message": ""}])
-def test_empty_error_next_to_a_reply_is_ignored(error):
-    assert read({**body({"content": "good"}), "error": error}).text == "good"
+    for empty in (None, "", {}, {"message": ""}):  # are ignored beside a reply
+        assert read({**body({"content": "good"}), "error": empty}).text == "good"

@@ -57,13 +57,10 @@ def test_extra_parameters_are_in_the_request_and_the_key(ask, model, direct):
     assert {name: value for name, value in first.items() if name not in without} == expected
 
 
-def test_parameters_for_litellm_to_allow_can_be_listed(asked):
-    extra = {"allowed_openai_params": ["reasoning_effort"], "reasoning_effort": "low"}
-    results, requests = asked(lambda request, nth: say("good"), [job(1)], extra=extra)
-    assert (results[0].text, requests[0]["reasoning_effort"]) == ("good", "low")
-
-
 def test_extra_goes_through_litellm_if_needed_and_not_to_the_inspector(asked, ask):
+    named = {"allowed_openai_params": ["reasoning_effort"], "reasoning_effort": "low"}
+    results, requests = asked(lambda request, nth: say("good"), [job(2)], extra=named)
+    assert (results[0].text, requests[0]["reasoning_effort"]) == ("good", "low")
     extra = {"metadata": {"a": "b"}, "mock_response": "from LiteLLM"}
     results, requests = asked(lambda request, nth: say("good"), [job(1)], extra=extra)
     assert (results[0].text, requests) == ("from LiteLLM", [])

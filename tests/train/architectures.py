@@ -3,13 +3,8 @@
 import functools
 
 LLAMA = {"model_type": "llama", "tie_word_embeddings": False}
-QWEN3 = {
-    "model_type": "qwen3",
-    "vocab_size": 151_936,
-    "head_dim": 128,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
+QWEN3 = {"model_type": "qwen3", "vocab_size": 151_936, "head_dim": 128, "num_attention_heads": 32}
+QWEN3["num_key_value_heads"] = 8
 QWEN_MATH_7B = {
     "model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944,
     "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 4096,

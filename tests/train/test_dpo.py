@@ -18,7 +18,7 @@ from sclite.student.tokenization import TrainingSequence, decision_ids, piece_id
 from sclite.trace import open_piece, parse, render
 from sclite.train.bundle import build_bundles, collate
 from sclite.train.dpo import train_dpo, with_replay
-from sclite.train.losses import DpoLoss, pair_log_probs, reference_log_probs
+from sclite.train.losses import pair_log_probs, reference_log_probs
 from sclite.train.sft import solve_rows, train_sft
 from sclite.train.warmup import train_warmup
 from tests.toy import adapter, largest_change, metrics_of, part_of, toy_config, write_pairs, write_toy
@@ -87,19 +87,6 @@ def test_dpo_starts_at_ln_2_with_zero_margins_and_learns_the_toy_pairs(run, repo
     assert largest_change(adapter(run, "warmup"), adapter(run, "dpo")) > 0
 
 
-def test_with_the_base_model_as_reference_dpo_does_not_start_at_ln_2(config, run, bundles):
-    """Otherwise the test above would prove nothing."""
-    model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"), train=True)
-    with model.disable_adapter():
-        base = reference_log_probs(model, bundles, tokenizer)
-    loss = DpoLoss(config.dpo, base, decision_ids(tokenizer))
-    parts = [loss(model, collate([bundle], tokenizer.pad_token_id)) for bundle in bundles]
-    pairs = [len(bundle.review.marks) + (bundle.rejected is not None) for bundle in bundles]
-    means = [part["dpo_loss"].total.item() / count for part, count in zip(parts, pairs, strict=True)]
-    assert max(abs(mean - math.log(2)) for mean in means) > 0.01
-    assert max(part["margin_max"].total.item() for part in parts) > 0.1
-
-
 def test_the_reference_is_the_start_for_the_trained_reviews(config, run, report, bundles, folder, tmp_path):
     model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"))
     kept = run.read_json("dpo/reference.json")["log_probs"]
@@ -132,21 +119,13 @@ def test_long_pairs_are_dropped_and_counted(config, run, bundles, tmp_path):
     assert report.counts["bundles"] == 6 - left
 
 
-def test_replay_share_sets_the_number_of_replay_rows(run, tokenizer, bundles):
+def test_replay_share_sets_the_number_of_replay_rows_which_come_in_turn(run, tokenizer, bundles):
     rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
     for share, wanted in ((0.0, 0), (0.5, 3), (1.0, 6)):
         assert sum(b.replay is not None for b in with_replay(bundles, rows, share)) == wanted
-
-
-def test_every_solved_row_is_replayed_in_turn(bundles):
-    replayed = lambda share: [b.replay for b in with_replay(bundles * 2, ["a", "b", "c", "d"], share)]  # noqa: E731
-    assert [row for row in replayed(0.5) if row] == ["a", "b", "c", "d", "a", "b"]
-    assert replayed(0.5)[::2] == [None] * 6
-    assert "".join(replayed(1.0)) == "abcdabcdabcd"
-    assert "".join(row or "-" for row in replayed(0.25)) == "---a---b---c"
-
-
-def test_more_than_one_solved_row_for_a_review_is_refused():
+    for share, wanted in ((0.25, "---a---b---c"), (0.5, "-a-b-c-d-a-b"), (1.0, "abcdabcdabcd")):
+        replayed = with_replay(bundles * 2, list("abcd"), share)
+        assert "".join(b.replay or "-" for b in replayed) == wanted
     with pytest.raises(UsageError, match=r"dpo\.replay_share.* less than or equal to 1"):
         load(None, ["dpo.replay_share=2"], {}, own_file=False)
 
@@ -216,7 +195,6 @@ def test_decision_odds_in_training_equal_the_scores_in_use(config, run, report, 
 
 
 def test_log_probabilities_are_sums_over_a_sides_own_tokens(config, run, bundles):
-    """Against a plain forward pass over the whole vocabulary, one sequence at a time."""
     model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"))
     bundles = [bundle for bundle in bundles if bundle.rejected is not None]
     with torch.no_grad():

@@ -36,9 +36,7 @@ def test_a_4_bit_checkpoint_trains_with_the_plain_backend(quantized):
     assert len(layers) == 2 * 7
     assert {layer.weight.dtype for layer in layers} == {torch.uint8}
     ids = tokenizer("1 + 1 = 2", return_tensors="pt")["input_ids"]
-    check_log_probs(
-        model, ids[0].tolist()
-    )  # as every training; without gradients bitsandbytes may repack weights
+    check_log_probs(model, ids[0].tolist())  # as every training; it may repack weights
     model.train()
     with autocast(model):  # as the trainer does
         loss = model(input_ids=ids, labels=ids).loss

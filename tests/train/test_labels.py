@@ -91,36 +91,26 @@ def test_if_all_templates_are_reserved_for_stage_2_sft_fails(prepared):
     assert "problems.correction_share" in error.value.hint
 
 
-@pytest.fixture
-def bundles(prepared):
+def test_the_pairs_of_a_run_pass_the_check_and_invalid_ones_are_refused(prepared):
     config, run = prepared
-    tokenizer = load_tokenizer(config.student.model)
+    tokenizer, pairs = load_tokenizer(config.student.model), run.read("pairs.jsonl", Pair)
     questions = {problem.id: problem.question for problem in run.read("problems.jsonl", Problem)}
-    made = build_bundles(tokenizer, run.read("pairs.jsonl", Pair), questions)
-    return made, decision_ids(tokenizer)
-
-
-def test_the_pairs_of_a_run_pass_the_check_and_invalid_ones_are_refused(bundles):
-    made, decisions = bundles
+    made, decisions = build_bundles(tokenizer, pairs, questions), decision_ids(tokenizer)
     check_bundles(made, decisions)
     whole = next(bundle for bundle in made if bundle.rejected is not None)
     ids, weights = whole.rejected.ids, whole.rejected.weights
+    empty, unmasked = [0.0] * len(ids), [1.0, *weights[1:]]
+    turned = replace(whole.review, accused=tuple(not a for a in whole.review.accused))
     wrong = {
-        "both sides of the content pair are the same": replace(whole, rejected=whole.review),
-        "one side of the content pair is empty": replace(
-            whole, rejected=TrainingSequence(ids, [0.0] * len(ids))
-        ),
-        "the prompt is not masked": replace(whole, rejected=TrainingSequence(ids, [1.0, *weights[1:]])),
-        "neither a decision nor a content pair": replace(
-            whole, rejected=None, review=TrainingSequence(ids, weights)
-        ),
-        "the next token is not the chosen decision": replace(
-            whole, review=replace(whole.review, accused=tuple(not a for a in whole.review.accused))
-        ),
+        "both sides of the content pair are the same": {"rejected": whole.review},
+        "one side of the content pair is empty": {"rejected": TrainingSequence(ids, empty)},
+        "the prompt is not masked": {"rejected": TrainingSequence(ids, unmasked)},
+        "neither a decision nor a content": {"rejected": None, "review": TrainingSequence(ids, weights)},
+        "the next token is not the chosen decision": {"review": turned},
     }
-    for message, bundle in wrong.items():
+    for message, change in wrong.items():
         with pytest.raises(DataError, match=f"the pairs of {whole.key}: {message}"):
-            check_bundles([bundle], decisions)
+            check_bundles([replace(whole, **change)], decisions)
 
 
 def test_dpo_checks_pairs_before_loading(prepared):

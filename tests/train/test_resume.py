@@ -41,26 +41,36 @@ def checkpoints_of(run: Run, stage: str) -> Checkpoints:
     return Checkpoints(run.path(f"{stage}/checkpoints"))
 
 
-def interrupt(config: Config, run: Run, stage: str, how: int) -> int:
-    """Start a stage in a new process, send it a signal after a checkpoint, and return the step that it reached."""
-    process = start_training(config, run, stage)
-    while process.poll() is None:
-        rows = metrics_of(run, stage)
-        if rows and rows[-1]["step"] > checkpoints_of(run, stage).step() > 0:
-            process.send_signal(how)
-            break
-        time.sleep(0.01)
-    process.wait()
-    assert process.returncode != 0, "it ended before it could be interrupted"
-    return metrics_of(run, stage)[-1]["step"]
+def interrupt(config: Config, run: Run) -> int:
+    """Train SFT until Ctrl-C after its first checkpoint, and return the step that it reached."""
+    mark, pressed = Checkpoints.mark, []
+
+    def press(self, step):
+        mark(self, step)
+        if not pressed:
+            pressed.append(step)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "mark", press)
+        with pytest.raises(KeyboardInterrupt):
+            train_sft(config, run)
+    return metrics_of(run, "sft")[-1]["step"]
 
 
 @pytest.mark.parametrize("stage", ["sft", pytest.param("warmup", marks=pytest.mark.slow), "dpo"])
 def test_a_killed_stage_resumes_to_the_same_losses_and_weights(whole, tmp_path, stage):
     config, unbroken = whole
     run = part_of(unbroken, tmp_path, stage)
-    reached = interrupt(config, run, stage, signal.SIGKILL)
-    resumed_from = checkpoints_of(run, stage).step()
+    process = start_training(config, run, stage)
+    while process.poll() is None:
+        rows = metrics_of(run, stage)
+        if rows and rows[-1]["step"] > checkpoints_of(run, stage).step() > 0:
+            process.kill()
+            break
+        time.sleep(0.01)
+    assert process.wait() != 0, "it ended before it could be killed"
+    reached, resumed_from = metrics_of(run, stage)[-1]["step"], checkpoints_of(run, stage).step()
     expected = metrics_of(unbroken, stage)
     assert 0 < resumed_from < reached <= len(expected)
     TRAIN[stage](config, run)
@@ -79,7 +89,7 @@ def test_a_killed_stage_resumes_to_the_same_losses_and_weights(whole, tmp_path, 
 def test_ctrl_c_saves_a_checkpoint_of_the_current_step(whole, tmp_path, monkeypatch):
     config, unbroken = whole
     run = part_of(unbroken, tmp_path, "sft")
-    reached = interrupt(config, run, "sft", signal.SIGINT)
+    reached = interrupt(config, run)
     assert checkpoints_of(run, "sft").step() == reached
     # the last steps, where checkpoints are now wanted, instead of the interval stored in the checkpoint
     marked, total = [], len(metrics_of(unbroken, "sft"))
@@ -137,7 +147,7 @@ def test_a_changed_setting_is_refused_unless_it_does_not_change_the_result(whole
         train_sft(other, unbroken)
     assert "--fresh" in error.value.hint
     run = part_of(unbroken, tmp_path, "sft")
-    interrupt(config, run, "sft", signal.SIGKILL)
+    interrupt(config, run)
     with pytest.raises(UsageError, match=r"sft was started with other inputs"):
         train_sft(other, run)
     assert checkpoints_of(run, "sft").step() > 0

@@ -22,7 +22,7 @@ from sclite.train.sft import solve_rows, supervised, supervised_task, train_sft
 from sclite.train.stage import TrainingJob
 from sclite.train.trainer import build_trainer, train_adapter, training_arguments
 from sclite.train.warmup import train_warmup
-from tests.toy import adapter, metrics_of, toy_config, toy_problems, toy_trace, write_toy
+from tests.toy import adapter, metrics_of, raises, toy_config, toy_problems, toy_trace, write_toy
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,7 @@ def trained(folder, tmp_path_factory):
     return config, run, report, seen
 
 
-def test_only_the_prompt_is_masked_in_the_trainers_batches(folder, tmp_path):
-    """In the batches that the trainer's data loader gives to the model."""
+def test_in_the_trainers_batches_the_prompt_alone_is_masked(folder, tmp_path):
     config = toy_config(folder)
     model, tokenizer = load_student(config, "sft", train=True)
     problem, trace = toy_problems(1)[0], toy_trace(0)
@@ -53,14 +52,14 @@ def test_only_the_prompt_is_masked_in_the_trainers_batches(folder, tmp_path):
             assert int(ids[weights > 0][-1]) == end_id(tokenizer)
 
 
-@pytest.mark.parametrize(("steps", "expected"), [(9, 1), (10, 1), (11, 2), (19, 2), (101, 11)])
-def test_no_more_checkpoints_are_saved_than_configured(folder, tmp_path, steps, expected):
+def test_no_more_checkpoints_are_saved_than_configured(folder, tmp_path):
     config = toy_config(folder, sft={"checkpoints": 10})
     model, tokenizer = load_student(config, "sft", train=True)
     task = supervised_task("sft", [GOOD] * 4, tokenizer.pad_token_id, held_out=[0])
-    rows = steps * config.sft.batch_size
-    settings = training_arguments(model, task, config.sft, tmp_path, rows=rows, micro_batch=1, seed=0)
-    assert (settings["save_steps"], settings["eval_steps"]) == (expected, expected)
+    for steps, expected in ((9, 1), (10, 1), (11, 2), (19, 2), (101, 11)):
+        rows = steps * config.sft.batch_size
+        settings = training_arguments(model, task, config.sft, tmp_path, rows=rows, micro_batch=1, seed=0)
+        assert (settings["save_steps"], settings["eval_steps"]) == (expected, expected)
 
 
 def test_the_share_of_trained_tokens_is_reported_and_nothing_trained_again(trained):
@@ -93,9 +92,8 @@ GOOD, ENDLESS = TrainingSequence([5, 6, 2], [0.0, 1.0, 1.0]), "the end-of-turn t
 )
 def test_rows_with_wrong_labels_are_refused_with_a_hint(folder, run, rows, message):
     job, tokenizer = TrainingJob("sft", toy_config(folder), run), load_tokenizer(str(folder))
-    with pytest.raises(DataError, match=message) as error:
+    with raises(DataError, message):
         supervised(job, "ab"[: len(rows)], rows, tokenizer)
-    assert error.value.hint
     supervised(job, ["a"], [GOOD], tokenizer)
     assert job.report.figures["labels"] == {"rows": 1, "tokens": 3, "trained_share": 0.6667}
 
@@ -135,8 +133,8 @@ def test_the_micro_batch_changes_neither_losses_nor_gradients(folder, trained, t
         assert two == pytest.approx(four, rel=1e-3)
 
 
-def test_base_model_is_not_fetched_after_training(folder, run, monkeypatch):
-    """The network may be down by then."""
+def test_base_model_is_not_fetched_again_and_long_rows_are_dropped(folder, run, monkeypatch):
+    """The network may be gone by then."""
 
     def train_offline(*given, **named):
         monkeypatch.setattr(stage, "fetch_model", lambda _: pytest.fail("fetched"))
@@ -144,17 +142,11 @@ def test_base_model_is_not_fetched_after_training(folder, run, monkeypatch):
 
     monkeypatch.setattr(stage, "train_adapter", train_offline)
     write_toy(run, 3)
-    train_sft(toy_config(folder, sft={"num_train_epochs": 1}), run)
-    assert read_origin(run.path("sft/adapter")).weights == fingerprint(folder)
-
-
-def test_rows_that_are_too_long_are_dropped_and_counted(folder, run):
-    write_toy(run, 3)
     lengthy = render(Trace((Step(("1 + 1 = 2 " * 300).strip()),), None, "2"))
     run.append("templates.jsonl", [Template(id="long", question="How?", answer="2", trace=lengthy)])
     report = train_sft(toy_config(folder, sft={"num_train_epochs": 1}), run)
-    assert report.dropped == {"longer_than_max_length": 1}
-    assert report.counts["rows"] == 3
+    assert read_origin(run.path("sft/adapter")).weights == fingerprint(folder)
+    assert (report.dropped, report.counts["rows"]) == ({"longer_than_max_length": 1}, 3)
 
 
 def test_a_bfloat16_checkpoint_trains_in_bfloat16_if_the_cpu_multiplies_it(folder, tmp_path, monkeypatch):

@@ -6,19 +6,19 @@ from sclite import prompts
 from sclite.records import Attempt, Review, Template
 from sclite.run import Run
 from sclite.student.loader import load_tokenizer
-from sclite.student.tokenization import TrainingSequence, decision_ids, encode_solution, end_id
+from sclite.student.tokenization import decision_ids, encode_solution, end_id
 from sclite.trace import parse, render
 from sclite.train.warmup import mixed_rows
 from tests.toy import toy_config, toy_problems, toy_trace, write_toy
 
 
-def rows_of(
-    folder, tmp_path, change=lambda attempt: attempt, **warmup
-) -> tuple[object, dict[str, TrainingSequence]]:
-    """(tokenizer, the rows of the toy run by name), after applying `change` to its attempts."""
+def rows_of(folder, tmp_path, change=lambda id, trace: trace, **warmup):
+    """(tokenizer, the rows of the toy run by their names), after a `change` of its attempts' traces."""
     run, config = Run(tmp_path), toy_config(folder, warmup=warmup)
     write_toy(run)
-    run.replace("attempts.jsonl", map(change, run.read("attempts.jsonl", Attempt)))
+    rows = [attempt.model_dump() for attempt in run.read("attempts.jsonl", Attempt)]
+    changed = [Attempt(**row | {"trace": change(row["id"], row["trace"])}) for row in rows]
+    run.replace("attempts.jsonl", changed)
     tokenizer = load_tokenizer(config.student.model)
     reviews, templates = run.read("reviews.jsonl", Review), run.read("templates.jsonl", Template)
     names, rows = mixed_rows(tokenizer, run, reviews, templates, config)
@@ -99,8 +99,17 @@ def test_reviews_end_in_the_right_answer_and_continued_rows_show_no_cause(folder
         assert "The tens slip." not in given
 
 
-def test_closed_rows_have_loss_only_on_closing_tags_and_the_end(folder, tmp_path):
-    tokenizer, rows = rows_of(folder, tmp_path, decision_weight=8.0)
+@pytest.mark.parametrize("noted", [False, True])
+def test_closed_rows_have_loss_on_closing_tags_and_the_end_alone(folder, tmp_path, noted):
+    """Corrections within an attempt are removed from its work."""
+
+    def change(id, trace):
+        if not noted or id not in ("p2", "p5"):
+            return trace
+        slip = "<Step1>1 + 1 = 3\n<Cause>It is 2.</Cause>\n<Correction>"
+        return trace.replace("<Step1>", slip).replace("\n<Key>", "</Correction>\n<Key>")
+
+    tokenizer, rows = rows_of(folder, tmp_path, change, decision_weight=8.0)
     _, close = decision_ids(tokenizer)
     for number, step in ((1, 1), (2, 2), (4, 1), (5, 2)):
         row, work = rows[f"p{number}/0/closed"], toy_trace(number, step)
@@ -111,39 +120,19 @@ def test_closed_rows_have_loss_only_on_closing_tags_and_the_end(folder, tmp_path
         assert heard == [*closers, (end_id(tokenizer), 1.0)]
         assert "<Cause>" not in tokenizer.decode(row.ids)
         assert render(work) in tokenizer.decode(row.ids)
+        assert "It is 2." not in tokenizer.decode(rows[f"p{number}/0"].ids)
 
 
-def test_work_without_an_answer_is_not_closed(folder, tmp_path):
-    """Its end token would teach the student to stop there."""
-
-    def broken(attempt):
-        trace = attempt.trace.partition("<Answer>")[0] if attempt.id == "p1" else attempt.trace
-        return Attempt(**attempt.model_dump() | {"trace": trace})
-
-    _, rows = rows_of(folder, tmp_path, broken, replay_share=4.0)
+def test_work_without_an_answer_or_with_too_long_a_review_is_not_closed(folder, tmp_path):
+    """The end token after the former would teach to end there."""
+    broken = lambda id, trace: trace.partition("<Answer>")[0] if id == "p1" else trace  # noqa: E731
+    _, rows = rows_of(folder, tmp_path / "broken", broken, replay_share=4.0)
     assert "p1/0/continued" in rows
     assert "p1/0/closed" not in rows
     assert "p2/0/closed" in rows
-
-
-def test_work_whose_review_is_too_long_is_not_closed(folder, tmp_path):
     _, rows = rows_of(folder, tmp_path / "all")
     longest = max(len(rows[f"p{i}/0"].ids) for i in (1, 2, 4, 5))
     _, short = rows_of(folder, tmp_path / "short", max_length=longest - 1)
     gone = {name for name in rows if name not in short}
     assert gone == {f"p{i}/0/closed" for i in (1, 2, 4, 5) if len(rows[f"p{i}/0"].ids) == longest}
     assert gone
-
-
-def test_corrections_within_an_attempt_are_removed_from_its_work(folder, tmp_path):
-    def noted(attempt):
-        slip = "<Step1>1 + 1 = 3\n<Cause>It is 2.</Cause>\n<Correction>"
-        trace = attempt.trace.replace("<Step1>", slip).replace("\n<Key>", "</Correction>\n<Key>")
-        return Attempt(**attempt.model_dump() | {"trace": trace})
-
-    tokenizer, rows = rows_of(folder, tmp_path, noted)
-    for number in (2, 5):
-        shown = tokenizer.decode(rows[f"p{number}/0/closed"].ids)
-        assert render(toy_trace(number, 2)) in shown
-        assert "It is 2." not in shown
-        assert "It is 2." not in tokenizer.decode(rows[f"p{number}/0"].ids)

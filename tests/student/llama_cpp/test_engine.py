@@ -18,7 +18,7 @@ from sclite.student.base import Request, ScoreRequest
 from sclite.student.llama_cpp.engine import Engine, llama
 from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.llama_cpp.sequence import TokenSequence, sample
-from tests.toy import sample_texts, tiny_gguf, wait_until
+from tests.toy import raises, sample_texts, tiny_gguf, wait_until
 
 PIECES = ("<Step1>Add 17 and 25.\n", "</Step1>\n", "<Step2>It is  42 €.\n")
 OPTIONS = ("<Cause>", "</Step")
@@ -139,9 +139,8 @@ def test_whole_options_are_scored_if_a_first_token_is_not_unique(engine, trained
 def test_a_single_option_is_compared_with_any_other_text(engine, trained):
     """After the prompt (mark -1) and after a piece; a text of p has the log-odds log(p / (1 - p))."""
     model, tokenizer = trained
-    (score,) = engine.score(
-        [ScoreRequest(chat("2 + 2?"), PIECES, (-1, 0), ((PIECES[0], None), (PIECES[1], None)))]
-    )
+    options = ((PIECES[0], None), (PIECES[1], None))
+    (score,) = engine.score([ScoreRequest(chat("2 + 2?"), PIECES, (-1, 0), options)])
     for piece, found in enumerate(score.log_odds):
         context = ids_of(tokenizer, chat("2 + 2?"), PIECES[:piece])
         new = ids_of(tokenizer, chat("2 + 2?"), PIECES[: piece + 1])[len(context) :]
@@ -230,40 +229,23 @@ def test_next_request_with_the_same_prefix_uses_the_cache(engine):
     assert second.prefill_tokens <= second.prompt_tokens - first.prompt_tokens + 1
     scored = ScoreRequest(chat("How many apples?"), PIECES, (0,), (OPTIONS,))
     after_the_mark = sum(len(engine.vocabulary.ids(piece)) for piece in PIECES[1:])
-    assert (
-        next(engine.score([scored])).prefill_tokens == 1 + after_the_mark
-    )  # odds are read at the token before
+    # odds are read at the token before
+    assert next(engine.score([scored])).prefill_tokens == 1 + after_the_mark
 
 
-def test_reply_includes_the_stop_string(engine):
-    (whole,) = engine.generate([Request(chat("1 + 1?"), max_tokens=30)])
-    stop = whole.text[9:13]
-    (reply,) = engine.generate([Request(chat("1 + 1?"), max_tokens=30, stop=("never", stop))])
-    assert reply.text == whole.text[: whole.text.index(stop) + len(stop)]
-    assert (reply.finish, whole.finish) == ("stop", "length")
-
-
-def test_multi_token_characters_are_decoded_whole():
-    class Bytes:
-        ends = frozenset()
-
-        def piece(self, token):
-            return bytes([token])
-
-    sequence = TokenSequence([1], request=Request((), stop=("😀",)), limit=99)
-    for token in "é漢😀x".encode()[:-1]:
-        sequence.append(token, Bytes())
-    assert sequence.text.decode() == "é漢😀"
-    assert sequence.finish == "stop"
-
-
-@pytest.mark.parametrize("stops", [("b", "a"), ("bc", "a", "z")])
-def test_first_stop_string_in_the_text_ends_it(stops):
-    vocabulary = SimpleNamespace(ends=(), piece=[b"x", b"yabc"].__getitem__)
+@pytest.mark.parametrize(
+    ("stops", "pieces", "text"),
+    [
+        (("😀",), [bytes([byte]) for byte in "é漢😀".encode()], "é漢😀"),  # characters of several tokens
+        (("b", "a"), [b"x", b"yabc"], "xya"),  # the first one in the text ends it
+        (("bc", "a", "z"), [b"x", b"yabc"], "xya"),
+    ],
+)
+def test_stop_strings_are_found_in_whole_characters(stops, pieces, text):
     sequence = TokenSequence([1], request=Request((), stop=stops), limit=99)
-    for token in range(2):
-        sequence.append(token, vocabulary)
-    assert (bytes(sequence.text), sequence.finish) == (b"xya", "stop")
+    for token in range(len(pieces)):
+        sequence.append(token, SimpleNamespace(ends=(), piece=pieces.__getitem__))
+    assert (sequence.text.decode(), sequence.finish) == (text, "stop")
 
 
 def test_sampling_depends_on_the_seed_not_on_the_batch(gguf):
@@ -313,13 +295,6 @@ def test_oversized_prompt_is_an_error_and_affects_no_other(engine):
     assert np.isnan(score.log_odds[0])
 
 
-def test_reply_is_truncated_at_the_end_of_the_context(gguf):
-    with Engine(gguf, parallel=2, context=256) as engine:
-        (reply,) = engine.generate([Request(chat("1 + 1?"), max_tokens=100_000)])
-    assert reply.finish == "length"
-    assert reply.prompt_tokens + reply.tokens == 256
-
-
 def test_full_cache_makes_sequences_wait_and_changes_no_reply(gguf):
     requests = [Request(chat(q), max_tokens=120) for q in questions(8)]
     with Engine(gguf, parallel=8, context=256, unified=True, cache_gb=0.0011, exact=True) as small:
@@ -356,23 +331,18 @@ def test_same_requests_give_the_same_texts_in_every_run(gguf):
     assert texts[0] == texts[1]
 
 
-def test_scoring_works_during_generation(engine):
-    requests = [Request(chat(q), max_tokens=8 + i) for i, q in enumerate(questions(8))]
-    seen = []
-    for reply in engine.generate(requests):
-        (score,) = engine.score([ScoreRequest(requests[reply.index].messages, PIECES, (1,), (OPTIONS,))])
-        seen.append((reply.index, score.log_odds))
-    assert sorted(index for index, _ in seen) == list(range(8))
-
-
-def test_threads_share_one_engine(engine):
-    alone = [next(engine.generate([Request(chat(q), max_tokens=10)])).text for q in questions(6)]
-
+def test_threads_share_one_engine_which_scores_during_generation(engine):
     def ask(question):
         return next(engine.generate([Request(chat(question), max_tokens=10)])).text
 
+    alone = list(map(ask, questions(6)))
     with ThreadPoolExecutor(6) as threads:
         assert list(threads.map(ask, questions(6))) == alone
+    seen = []
+    for reply in engine.generate([Request(chat(q), max_tokens=8 + i) for i, q in enumerate(questions(8))]):
+        (score,) = engine.score([ScoreRequest(chat("2 + 2?"), PIECES, (1,), (OPTIONS,))])
+        seen.append((reply.index, score.log_odds))
+    assert sorted(index for index, _ in seen) == list(range(8))
 
 
 def test_abandoned_run_frees_its_slots(engine):
@@ -392,8 +362,9 @@ def test_streamed_text_comes_in_pieces_and_adds_up_to_the_reply(engine):
     assert "".join(pieces) == whole.text
     assert list(engine.stream(request, None, False)) == [whole.text, whole]
     stop = whole.text[9:13]
-    *pieces, reply = engine.stream(Request(chat("1 + 1?"), max_tokens=40, stop=(stop,)))
+    *pieces, reply = engine.stream(Request(chat("1 + 1?"), max_tokens=40, stop=("never", stop)))
     assert "".join(pieces) == reply.text == whole.text[: whole.text.index(stop) + len(stop)]
+    assert (reply.finish, whole.finish) == ("stop", "length")
 
 
 def test_first_text_comes_before_the_reply_is_finished(gguf, monkeypatch):
@@ -477,14 +448,11 @@ def test_batch_that_cannot_be_computed_ends_its_runs_only(gguf, monkeypatch):
 def test_invalid_gguf_is_rejected_with_a_hint(tmp_path, gguf):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(gguf.read_bytes()[:5000])
-    for path, settings, kind, message in (
-        (tmp_path / "absent.gguf", {}, DataError, "does not exist"),
-        (broken, {}, DataError, "cannot load"),
-        (gguf, {"parallel": 0}, UsageError, "parallel is 0"),
-    ):
-        with pytest.raises(kind, match=message) as error:
-            Engine(path, **settings)
-        assert error.value.hint
+    for path, message in ((tmp_path / "absent.gguf", "does not exist"), (broken, "cannot load")):
+        with raises(DataError, message):
+            Engine(path)
+    with raises(UsageError, "parallel is 0"):
+        Engine(gguf, parallel=0)
 
 
 @pytest.mark.parametrize("kind", [DataError, DeviceError])
@@ -498,8 +466,10 @@ def test_check_in_another_process_keeps_the_kind_of_its_error(tmp_path, monkeypa
     assert error.value.hint == "free some"
 
 
-def test_llama_cpp_loads_silently(gguf, capfd):
+def test_llama_cpp_loads_silently_and_truncates_at_the_end_of_the_context(gguf, capfd):
     with Engine(gguf, parallel=2, context=256) as engine:
+        (reply,) = engine.generate([Request(chat("1 + 1?"), max_tokens=100_000)])
+        assert (reply.finish, reply.prompt_tokens + reply.tokens) == ("length", 256)
         assert engine.vocabulary.size == 512
         assert isinstance(engine.offloaded, bool)
         assert "llama" in engine.description
