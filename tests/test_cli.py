@@ -364,6 +364,8 @@ def test_commands_that_read_a_run_fall_back_to_the_quickstarts(sclite, command):
         Run(folder).append("problems.jsonl", [Problem(id="p", question="1 + 1?", answer="2")])
         assert folder in sclite(command).out
         assert f"{folder} has no templates" in sclite("export", "--format", "data").error
+        if folder == "runs/quickstart":  # an explicit run is that run
+            assert sclite(command, "--run", "runs/default").code == 3
 
 
 @pytest.mark.parametrize("command", ["build-data", "build-data --dry-run", "train", "run", "run --plan"])

@@ -137,7 +137,7 @@ def evaluate_model(
     kept = run.read_json(f"{file}.json", dict[str, Any]) or {}
     same_fit = kept.get("off") == NO_STEPS or kept.get("fitted") == (stored and stored.model_dump())
     if kept.get("signature") == signature and same_fit:
-        return kept
+        return kept | {"rows": f"{file}.jsonl"}
     began = time.monotonic()
     first = solve_problems(student, problems, config, grader)
     between = time.monotonic()
