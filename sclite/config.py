@@ -119,7 +119,9 @@ class Attempts(Section):
     )
     api_base: Address = setting("", "base URL of attempts.student, if it is an endpoint")
     concurrency: int = setting(32, "maximum number of concurrent requests", ge=1, le=1024)
-    price: Prices = setting(None, "US dollars per million input and output tokens (default: from LiteLLM)")
+    price: Prices = setting(
+        None, "US dollars per million input and output tokens (default: LiteLLM's price list)"
+    )
     samples: int = setting(4, "samples per problem", ge=1, le=64)
     temperature: float = setting(0.8, "sampling temperature", ge=0, le=2)
     top_p: float = setting(0.95, "nucleus sampling: probability of the tokens kept", gt=0, le=1)
@@ -163,7 +165,9 @@ class Teacher(Section):
     max_cost: float | None = setting(
         None, "spending limit of the whole run in US dollars, kept for later commands (default: none)", ge=0
     )
-    price: Prices = setting(None, "US dollars per million input and output tokens (default: from LiteLLM)")
+    price: Prices = setting(
+        None, "US dollars per million input and output tokens (default: LiteLLM's price list)"
+    )
     extra: Object = setting({}, 'more request parameters (a TOML table or JSON): {"reasoning_effort": "low"}')
     inspector: str = setting("", "LiteLLM name of a second model that checks each reply")
     inspector_api_base: Address = setting("", "base URL of the inspector's endpoint")
@@ -230,7 +234,7 @@ class TrainingStage(Section):
     checkpoints: int = setting(10, "checkpoints and evaluations per stage; resumes from the latest", ge=1)
     eval_share: float = setting(0.02, "share of rows held out to select the best checkpoint", ge=0, lt=1)
     padding_free: bool | None = setting(
-        None, "concatenate rows instead of padding them (default: if Unsloth has its own decoder)"
+        None, "concatenate rows instead of padding them (default: only if Unsloth has its own decoder)"
     )
     early_stopping_patience: int = setting(0, "stop after N evaluations without improvement; 0: never", ge=0)
     tensorboard: bool = setting(False, "write TensorBoard files in addition to metrics.jsonl")
@@ -317,10 +321,12 @@ class Eval(Source):
         False, "compare with other uses of the same model: its native prompt, votes, best of several samples"
     )
     labelled: Place = setting(
-        "", "work with a known first wrong step, as attempts.source: measures what the guided review finds"
+        "", "JSONL file of solutions with a labelled first wrong step, to measure the guided review"
     )
-    votes: int = setting(3, "samples per problem for the votes", ge=2)
-    fit_share: float = setting(0.3, "share of problems for the threshold if training kept fewer", gt=0, lt=1)
+    votes: int = setting(3, "samples per problem for the votes and the best sample", ge=2)
+    fit_share: float = setting(
+        0.3, "share of held-out problems to fit the threshold on, if training left fewer", gt=0, lt=1
+    )
 
 
 class Review(Section):

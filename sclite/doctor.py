@@ -142,11 +142,8 @@ def run_checks(config: Config) -> Iterator[Check]:
         "use a 24 GB GPU to train 7B and 8B models",
     )
     if has_driver() and (why := torch.get("why")):
-        found, fix = (
-            f"CUDA does not start: {why}",
-            "update the NVIDIA driver; PyTorch for CUDA 13 needs version 580",
-        )
-        fix += ', or: pip install --force-reinstall "torch>=2.11,<2.14" torchvision --index-url https://download.pytorch.org/whl/cu126'
+        found, fix = f"CUDA cannot be initialized: {why}", "update the NVIDIA driver to 580 or newer"
+        fix += ', or install PyTorch for CUDA 12.6: pip install --force-reinstall "torch>=2.11,<2.14" torchvision --index-url https://download.pytorch.org/whl/cu126'
     yield Check("CUDA GPU", any(gpu["total_gb"] > 11 for gpu in gpus), found, fix)
     unneeded, unsloth = "" if gpus else ", not needed without a GPU", _version("unsloth")
     found, fix = unsloth or "not installed", "pip install -e '.[cuda]'"

@@ -92,7 +92,10 @@ def labelled_works(config: Config) -> list[tuple[str, Trace, int]]:
     if not config.eval.labelled:
         return []
     if config.review.mode != "guided":
-        raise UsageError("eval.labelled needs the guided review", "unset it, or use --set review.mode=guided")
+        raise UsageError(
+            "eval.labelled needs the guided review",
+            "add --set review.mode=guided, or skip it with --set eval.labelled=",
+        )
     return read_labelled(Path(config.eval.labelled))
 
 

@@ -286,7 +286,7 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
         only_stories = "is a toy that can only learn the quickstart's word problems; set student.model"
         context.display.print(f"warning: the bundled student {only_stories}")
     if only != "sft" and context.isolated and llama_offloads() is False:
-        slow = "sampling and the review threshold take much longer; `sclite doctor` shows how to install a CUDA build"
+        slow = "sampling and fitting the review threshold take much longer; `sclite doctor` shows how to install a CUDA build"
         context.display.print(f"warning: this build of llama-cpp-python runs on the CPU: {slow}")
     exports.check_chat_template(context)
     if only is None:
@@ -319,8 +319,8 @@ def refuse_other_attempts(context: Context, problems: Sequence[Problem]) -> None
         return
     before = {key: value for key, value in signed["inputs"].items() if key != "unanswered"}
     if changed := differences(before, attempts.attempts_inputs(context.config, context.run, problems)):
-        hint = "restore them, or add --fresh to sample, correct and train again"
-        raise UsageError(f"stage 2 was trained on other attempts: {'; '.join(changed)}", hint)
+        hint = "restore these settings, or add --fresh to sample, correct (and pay) and train again"
+        raise UsageError(f"stage 2 was trained on attempts with other settings: {'; '.join(changed)}", hint)
 
 
 def train_stage(context: Context, name: str, fresh: bool = False) -> Report:

@@ -128,7 +128,7 @@ def _assign(tree: dict[str, Any], path: list[str], text: str) -> None:
 PLAIN = {
     "tuple_type": 'write a list, such as ["a", "b"] or [0.5, 1.5]',
     "missing": "a value is missing",
-    "model_type": "this is a section, not a key",
+    "model_type": "this is a section: set one of its keys",
 }
 """Messages instead of pydantic's, by its type of error."""
 

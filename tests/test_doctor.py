@@ -85,7 +85,7 @@ def test_a_driver_without_cuda_is_shown_with_the_reason(monkeypatch):
     monkeypatch.setattr(doctor, "llama_offloads", lambda: True)
     monkeypatch.setattr(cuda_memory, "has_driver", lambda: True)
     checks = {check.name: check for check in doctor.run_checks(Config())}
-    assert checks["CUDA GPU"].found == f"CUDA does not start: {why}"
+    assert checks["CUDA GPU"].found == f"CUDA cannot be initialized: {why}"
     assert "/whl/cu126" in checks["CUDA GPU"].fix
 
 

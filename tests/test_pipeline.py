@@ -292,7 +292,9 @@ def test_other_attempts_are_refused_before_they_are_paid_for(run, monkeypatch):
             run.sign("warmup", {}, Report("warmup"))
         with pytest.raises(TypeError):  # what comes after the corrections
             pipeline.train(other, "dpo", fresh)
-    with pytest.raises(UsageError, match="stage 2 was trained on other attempts: sampling changed") as error:
+    with pytest.raises(
+        UsageError, match="stage 2 was trained on attempts with other settings: sampling changed"
+    ) as error:
         pipeline.train(other, "dpo")
     assert "--fresh" in error.value.hint
     with pytest.raises(TypeError):

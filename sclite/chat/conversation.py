@@ -148,7 +148,7 @@ class Chat:
         console.note("[dim]cleared[/]")
 
     def do_retry(self, _: str) -> None:
-        """answer the last question again with a new seed"""
+        """answer the last question again, sampled with a new seed"""
         before = self.last()
         self.settings = replace(self.settings, seed=self.settings.seed + 1)
         self.answers.pop()
@@ -268,11 +268,14 @@ class Chat:
         try:
             self.answers = TypeAdapter(list[Answer]).validate_json(path.read_bytes())
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}", "pass a file from /save") from error
+            raise DataError(
+                f"{path} cannot be read: {error.strerror}", "choose a file written by /save: /load chat.json"
+            ) from error
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise DataError(
-                f"{path} is not a saved conversation: {reason}", "pass a file from /save"
+                f"{path} is not a saved conversation: {reason}",
+                "choose a file written by /save: /load chat.json",
             ) from None
         console.note(f"[dim]loaded {len(self.answers)} answer{'s' * (len(self.answers) != 1)}[/]")
 

@@ -60,7 +60,7 @@ def run_chat(
         if console.is_interactive():
             console.note(f"[dim]{escape(chat.name + about)}[/]")
             if example:
-                console.note(f"This model only solves problems like this one:\n{escape(example)}")
+                console.note(f"This model has only learned problems like this one:\n{escape(example)}")
             converse(chat)
             return DONE
         # each line of stdin gets one line of output; an error gets an empty line, or an object

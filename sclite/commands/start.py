@@ -132,7 +132,7 @@ def init(config: ConfigOption = None, json: JsonOption = False) -> None:
 def doctor(*, common: Common) -> None:
     """Check the environment and suggest fixes.
 
-    The teacher and the Hub are checked only if they are configured. Exits with code 1 if something required is missing.
+    The teacher and the Hub are checked only if they are configured. Exits with code 1 if something required is missing or broken.
     """
     from sclite import config, doctor
 

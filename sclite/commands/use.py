@@ -28,7 +28,7 @@ def evaluate(
     ] = None,
     compare: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="Compare with the results of this run on the same problems."),
+        typer.Option(metavar="RUN", help="Also compare with another run's results."),
     ] = None,
     *,
     common: Common,
@@ -60,7 +60,8 @@ def evaluate(
 @common_options
 def export(
     quant: Annotated[
-        str | None, typer.Option(metavar="TYPES", help="Such as q8_0, or q4_k_m,q8_0 (default: q4_k_m).")
+        str | None,
+        typer.Option(metavar="TYPES", help="One or several types: q8_0, or q4_k_m,q8_0 (default: q4_k_m)."),
     ] = None,
     ollama: Annotated[
         str | None, typer.Option(metavar="NAME", help="Also create this model in Ollama (gguf only).")
@@ -165,7 +166,7 @@ def chat(
         bool | None,
         typer.Option(
             "--self-correct/--no-self-correct",
-            help="Review each answer and correct its wrong step (default: if a threshold is known).",
+            help="Review each answer and correct its wrong step (default: on if a threshold is known).",
         ),
     ] = None,
     model: Annotated[
@@ -241,7 +242,7 @@ def serve(
 ) -> None:
     """Serve the trained model over an OpenAI-compatible API.
 
-    Answers are reviewed and corrected; the model NAME:raw skips the review. Other machines need the key in
+    Answers are reviewed and corrected if a threshold is known; the model NAME:raw skips the review. Other machines need the key in
     SCLITE_API_KEY. With --json, prints the address as one object once the server is listening.
     """
     from sclite import exports

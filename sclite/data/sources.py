@@ -181,7 +181,7 @@ def _dataset_rows(source: Source, key: str, path: Path | None) -> NumberedRows:
         if not isinstance(error, OSError):  # else the disk is to blame, not the network
             hint = f"set {section}.subset or {section}.split, for example --set {section}.subset=main"
             if key == "problems.avoid":  # it has no subset or split
-                hint = "download it, and use the file"
+                hint = "download it as JSONL, and put the path of the file in problems.avoid"
         # `datasets` lists the subsets on its second line
         lines = 2 if not isinstance(error, OSError) and "config" in str(error).lower() else 1
         raise DataError(f"the dataset {name}: {_shorten(error, lines)}", hint) from error

@@ -170,7 +170,7 @@ def print_results(run: Run, summary: Mapping[str, Any]) -> None:
             for name, each in summary["labelled"].items()
         ]
         console.print_table(
-            "Labelled work", ("student", "works", "located %", "accepted %", "F1 %", "AUC"), rows
+            "Labelled solutions", ("student", "solutions", "located %", "accepted %", "F1 %", "AUC"), rows
         )
     for name, figures in summary["models"].items():
         if figures["tokens"]:
@@ -182,7 +182,7 @@ def print_results(run: Run, summary: Mapping[str, Any]) -> None:
             console.print(f"{escape(name)}, per problem: {text}")
     for name, figures in summary.get("labelled", {}).items():
         if figures["unknown"]:
-            console.print(f"{escape(name)}: {figures['unknown']} labelled works are too long to review")
+            console.print(f"{escape(name)}: {figures['unknown']} labelled solutions are too long to review")
     unknown = sum(figures["unknown"] for figures in summary["models"].values())
     if unknown:
         console.print(f"{unknown} answers could not be graded and are not counted")
@@ -197,7 +197,16 @@ def format_auc(figures: Mapping[str, Any]) -> str:
 
 def print_comparison(other: Path, compared: Mapping[str, Mapping[str, Any]]) -> None:
     """Print how much more often this run's students are right than those of another run."""
-    header = ("student", "problems", "this run %", "other %", "difference", "only this", "only other", "p")
+    header = (
+        "student",
+        "problems",
+        "this run %",
+        "other run %",
+        "difference",
+        "only this right",
+        "only other right",
+        "p",
+    )
     rows = []
     for label, figures in compared.items():
         shares = [format_percent(figures[each]) for each in ("this", "other")]

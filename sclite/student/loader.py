@@ -122,7 +122,7 @@ def select_backend(student: Student) -> str:
     if student.backend == "auto" and has_driver() and (why := cuda_failure()):
         hint = "update the NVIDIA driver, or install a PyTorch for the CUDA version that `nvidia-smi` shows; "
         raise DeviceError(
-            f"CUDA does not start: {why}", f"{hint}--set student.backend=plain trains on the CPU"
+            f"CUDA cannot be initialized: {why}", f"{hint}--set student.backend=plain trains on the CPU"
         )
     if student.backend == "plain" or (student.backend == "auto" and not torch.cuda.is_available()):
         return "plain"

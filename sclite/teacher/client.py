@@ -271,7 +271,7 @@ class Teacher(AbstractContextManager["Teacher"]):
                 "content_filter": ("filtered", "a content filter stopped it"),
                 CUT_IN_REASONING: (
                     REASONING_TOO_LONG,
-                    f"its reasoning used up the budget of {budget} tokens: raise teacher.max_tokens, or shorten it, "
+                    f"its reasoning used up the budget of {budget} tokens: raise teacher.max_tokens, or shorten the reasoning, "
                     f"for example with --set {self._less_reasoning}",
                 ),
                 REFUSAL: (REFUSED_BY_TEACHER, f"it declines: {' '.join(entry.text.split())[:200]}"),

@@ -160,7 +160,9 @@ def test_an_old_driver_is_an_error_not_a_training_on_the_cpu(monkeypatch, backen
     if trained:
         assert select_backend(student) == trained
         return
-    with pytest.raises(DeviceError, match="CUDA does not start: The NVIDIA driver on your system is too old"):
+    with pytest.raises(
+        DeviceError, match="CUDA cannot be initialized: The NVIDIA driver on your system is too old"
+    ):
         select_backend(student)
 
 
