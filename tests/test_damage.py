@@ -19,7 +19,7 @@ def problem(number: int) -> Problem:
 
 def test_a_stage_is_signed_with_all_its_rows_and_done_until_some_are_lost(run, capsys):
     run.replace("problems.jsonl", map(problem, range(56)))
-    with pytest.raises(DataError, match=r"problems\.jsonl holds 56 of 64 rows"):
+    with pytest.raises(DataError, match=r"problems\.jsonl contains 56 of 64 rows"):
         run.sign("problems", {}, Report("problems"), {"problems.jsonl": 64})
     assert run.manifest("problems") is None
     run.replace("problems.jsonl", map(problem, range(64)))

@@ -112,7 +112,10 @@ def test_the_reason_why_cuda_does_not_start_is_pytorchs(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert cuda_memory.cuda_failure() == "The NVIDIA driver on your system is too old."
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert cuda_memory.cuda_failure() == ""
 
 
 def test_the_nvidia_driver_is_found_without_nvidia_smi(tmp_path, monkeypatch):

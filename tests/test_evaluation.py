@@ -165,12 +165,13 @@ def two_runs(tmp_path, monkeypatch):
 COMPARE = ("eval", "mine.jsonl", "--run", "here", "--models", "dpo", "--compare")
 
 
-def test_eval_compares_with_the_results_of_another_run(two_runs, sclite, capsys):
+def test_eval_compares_with_the_results_of_another_run(two_runs, sclite, capsys, monkeypatch):
     """By hand: of four problems that both know, two are right here only."""
     compared = json.loads(sclite(*COMPARE, "there", "--json").out)["compared"]
     after = compared["dpo, after review"]
     assert (after["n"], after["this"], after["other"], after["difference"]) == (4, 0.75, 0.25, 0.5)
     assert compared["dpo, first answer"]["difference"] == 0
+    monkeypatch.setenv("COLUMNS", "140")
     print_comparison(Path("there"), compared)
     row = next(line for line in capsys.readouterr().out.splitlines() if "after review" in line)
     assert row.split()[:5] == ["dpo,", "after", "review", "4", "75.0"]

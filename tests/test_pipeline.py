@@ -280,10 +280,13 @@ def test_other_attempts_are_refused_before_they_are_paid_for(run, monkeypatch):
     problems(8)
     run.path("sft/adapter").mkdir(parents=True)
     run.path("sft/adapter/adapter_model.safetensors").write_bytes(b"trained")
+    template = {"id": "p", "question": "What is 1 + 1?", "answer": "2", "trace": attempt("2")}
+    write_rows(run.path("templates.jsonl"), [template])
     context = context_of(run, "http://127.0.0.1:9/v1")
     kept, _ = pipeline.problems_to_attempt(context)
     run.sign("attempts", {**attempts_inputs(context.config, run, kept), "unanswered": 2}, Report("attempts"))
     started = []
+    monkeypatch.setattr(exports, "check_chat_template", lambda _: None)
     monkeypatch.setattr(pipeline, "build_corrections", lambda *given: started.append(given))
     monkeypatch.setattr(pipeline, "train_stage", None)
     other = context_of(run, "http://127.0.0.1:9/v1", **{"attempts.samples": 7})

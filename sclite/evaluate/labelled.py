@@ -22,7 +22,7 @@ def measure_labelled(
     """
     weight = cutoff.confidence_weight
     scripts = [read_odds(question, work, config.prompts.folder, (weight,)) for question, work, _ in works]
-    rows = []
+    rows: list[Outcome] = []
     for (question, work, step), odds in zip(works, run_together(student, scripts), strict=True):
         scores = pool(*odds, weight)
         right = step == 0 if scores else None

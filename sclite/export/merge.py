@@ -109,7 +109,7 @@ def write_plain(adapter: Path, folder: Path) -> None:
     whole = [key.removeprefix("base_model.model.") for key in keys if "lora_" not in key]
     if odd := min([*patterns, *whole], default=None):
         hint = "use `sclite export --format gguf`, which merges it"
-        raise DataError(f"the adapter {adapter} has its own {odd}, which a LoRA file cannot hold", hint)
+        raise DataError(f"the adapter {adapter} has its own {odd}, which a LoRA file cannot store", hint)
     # rank-stabilized: scaled by alpha / sqrt(r) (arXiv 2312.03732)
     alpha = settings["lora_alpha"] * (math.sqrt(settings["r"]) if settings.get("use_rslora") else 1)
     folder.mkdir()

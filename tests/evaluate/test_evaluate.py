@@ -72,7 +72,7 @@ def test_a_flagged_step_counts_though_its_correction_cannot_be_read(evaluate_stu
 
 def test_free_and_guided_reviews_have_files_of_their_own(run, gguf):
     student, held_out = ScriptedStudent(STEP, odds=1.0), HeldOut(PROBLEMS[:2], [], "", "", "eval/a")
-    modes = [Config.model_validate(tree) for tree in (ALWAYS, {"review": {"mode": "free"}})]
+    modes = [Config.model_validate(tree) for tree in ({"review": ALWAYS}, {"review": {"mode": "free"}})]
     first, free = (evaluate_model(m, run, "dpo", student, gguf, held_out, SameVerdict(False)) for m in modes)
     assert (first["rows"], free["rows"]) == ("eval/a/dpo.jsonl", "eval/a/dpo-free.jsonl")
     asked = len(student.requests)

@@ -31,12 +31,13 @@ class Reviewer(ScriptedStudent):
             yield Scores(i, tuple(ODDS[text] for text in texts), 9)
 
 
-def test_shares_of_located_and_accepted_work(capsys):
+def test_shares_of_located_and_accepted_work(capsys, monkeypatch):
     """One of two wrong works is flagged at its label, one of two right ones not at all; wrong steps score highest."""
     figures = measure_labelled(Config(), Reviewer(), WORKS, Cutoff(0.0))
     expected = {"n": 4, "unknown": 0, "location": 0.5, "acceptance": 0.5, "location_f1": 0.5, "auc": 1.0}
     assert {name: figures[name] for name in expected} == expected
     summary = {"models": {}, "labelled": {"dpo": figures}, "n": 0, "notes": [], "folder": "eval/p"}
+    monkeypatch.setenv("COLUMNS", "120")
     print_results(Run("run"), summary)
     (row,) = (line for line in capsys.readouterr().out.splitlines() if "dpo" in line)
     assert (row.split()[:3], row.split()[-1]) == (["dpo", "4", "50.0"], "1.000")

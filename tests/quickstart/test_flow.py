@@ -149,8 +149,8 @@ def test_eval_without_dpo_and_results_per_dataset(quickstarted, tmp_path, comman
     other = json.loads(done.out)
     assert (other["folder"], list(other["models"])) == ("eval/other", ["base", "sft"])
     assert other["dropped"] == {"row_not_readable": 1}
-    fewer = command("eval", "other.jsonl", "--limit", "9", "--run", str(copy), folder=tmp_path)
-    assert "eval/other-limit-9/report.html" in fewer.out
+    fewer = command("eval", "other.jsonl", "--limit", "10", "--run", str(copy), folder=tmp_path)
+    assert "eval/other-limit-10/report.html" in fewer.out
     assert "review is off for base: " in fewer.out
     assert {path: path.read_bytes() for path in first} == first
     assert (copy / "eval/other/sft.jsonl").is_file()

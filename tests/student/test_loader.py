@@ -145,24 +145,18 @@ def test_a_model_without_safetensors_is_refused_before_it_is_trained(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("backend", "visible", "trained"),
-    [("auto", None, None), ("auto", "", "plain"), ("plain", None, "plain")],
-    ids=["asked for a GPU", "hidden", "plain"],
+    ("backend", "why", "trained"),
+    [("auto", "too old", None), ("auto", "", "plain"), ("plain", "too old", "plain")],
 )
-def test_an_old_driver_is_an_error_not_a_training_on_the_cpu(monkeypatch, backend, visible, trained):
+def test_an_old_driver_is_an_error_not_a_training_on_the_cpu(monkeypatch, backend, why, trained):
     monkeypatch.setattr(loader, "has_driver", lambda: True)
-    monkeypatch.setattr(loader, "cuda_failure", lambda: "The NVIDIA driver on your system is too old")
+    monkeypatch.setattr(loader, "cuda_failure", lambda: why)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     student = Student(backend=backend)
     if trained:
         assert select_backend(student) == trained
         return
-    with pytest.raises(
-        DeviceError, match="CUDA cannot be initialized: The NVIDIA driver on your system is too old"
-    ):
+    with pytest.raises(DeviceError, match="CUDA cannot be initialized: too old"):
         select_backend(student)
 
 

@@ -1,6 +1,7 @@
 """The checks before the first step run before the student is loaded, which takes a minute on a GPU."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +32,7 @@ def prepared(tmp_path, folder, monkeypatch):
         raise AssertionError("the student was loaded")
 
     monkeypatch.setattr(stage, "load_student", loaded)
+    monkeypatch.setattr(stage, "fetch_model", Path)  # it has no weights
     run = Run(tmp_path / "run")
     write_toy(run)
     write_pairs(run)
