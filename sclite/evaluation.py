@@ -194,15 +194,14 @@ def evaluate(
 
 
 def stored_results(run: Run, held_out: HeldOut, names: Sequence[str]) -> dict[str, Any]:
-    """The newest summary that another `run` has of these problems and one of the students; else raises DataError."""
-    found = next(
-        (s for s in summaries(run) if s.get("dataset") == held_out.dataset and s["models"].keys() & {*names}),
-        None,
-    )
-    if found is None:
-        hint = f"evaluate it first: sclite eval {quote(held_out.source)} --run {quote(str(run.folder))}"
-        raise DataError(f"{run.folder} has no results of {', '.join(names)} on {held_out.source}", hint)
-    return found
+    """The newest summary that another `run` has of these students on some of these problems; else raises DataError."""
+    questions = {problem.question for problem in held_out.problems}
+    for summary in summaries(run):
+        for figures in (summary["models"][name] for name in names if name in summary["models"]):
+            if any(row.question in questions for row in run.rows(figures["rows"], Outcome, whole=False)):
+                return summary
+    hint = f"evaluate it first: sclite eval {quote(held_out.source)} --run {quote(str(run.folder))}"
+    raise DataError(f"{run.folder} has no results of {', '.join(names)} on {held_out.source}", hint)
 
 
 def compare_results(

@@ -151,11 +151,12 @@ def two_runs(tmp_path, monkeypatch):
         )
         summary = {
             "models": {"dpo": {"rows": "eval/mine/dpo.jsonl"}},
-            "dataset": "/mine.jsonl",
+            "dataset": f"/{name}/mine.jsonl",  # as in two clones
             "folder": "eval/mine",
         }
         run.write_json("eval/mine/summary.json", summary)
-    held_out = HeldOut((), (), "mine.jsonl", "/mine.jsonl", "eval/mine")
+    problems = [Problem(id=str(n), question=f"{n}?", answer="1") for n in range(5)]
+    held_out = HeldOut(problems, (), "mine.jsonl", "/mine.jsonl", "eval/mine")
     monkeypatch.setattr(pipeline, "untrained_problems", lambda _: ())
     monkeypatch.setattr(exports, "export", lambda *_: ())
     monkeypatch.setattr(evaluation, "held_out", lambda *_: held_out)
