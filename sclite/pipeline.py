@@ -18,7 +18,7 @@ from sclite.errors import DataError, DeviceError, GpuMemoryError, UsageError
 from sclite.progress import Progress, ProgressDisplay
 from sclite.records import FEEDBACK, Problem, Review
 from sclite.run import Report, Run
-from sclite.signature import differences, digest
+from sclite.signature import digest
 from sclite.student.adapters import STUDENTS, adapter_weights
 from sclite.student.recorder import recorded
 
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 
 # -- problems ------------------------------------------------------------------------------------------------------
-
-FIRST_PASS_PROBLEMS = 100
-"""Problems that the student solves before and after the warm-up."""
 
 
 def divided_problems(context: Context, reread: bool = False, fresh: bool = False) -> "Split":
@@ -142,6 +139,7 @@ def build_corrections(context: Context, fresh: bool = False, alone: bool = False
     adds the answers judged in the chat since the last time, and builds the pairs if no warm-up comes first.
     """
     from sclite.data import attempts, corrections, feedback
+    from sclite.evaluate.first_pass import first_pass_text
 
     config, run = context.config, context.run
     kept, imported = problems_to_attempt(context)
@@ -157,7 +155,7 @@ def build_corrections(context: Context, fresh: bool = False, alone: bool = False
             report = context.on_gpu(sample_student, "attempts", kept, held_out, not ready, progress=progress)
         right, wrong, unknown = (report.counts.get(name, 0) for name in ("right", "wrong", "unknown"))
         text = f"{right} right, {wrong} wrong{f', {unknown} unknown' if unknown else ''}{drops(report)}"
-        context.add(report, f"attempts: {text}{first_pass_text(context, 'sft')}")
+        context.add(report, f"attempts: {text}{first_pass_text(run, 'sft')}")
         if alone and judged:
             text = "feedback: the teacher solves questions without a gold answer"
             with paid_stage(context, "feedback", text) as given:
@@ -193,7 +191,7 @@ def sample_student(
     A student that was sampled also solves the `held_out` problems, to see whether the warm-up harms solving.
     """
     from sclite.data import attempts, pairs
-    from sclite.evaluate.answers import measure_first_pass
+    from sclite.evaluate.first_pass import measure_first_pass
     from sclite.grading.grader import Grader
 
     context = context or Context(config, run, ProgressDisplay(quiet=True))
@@ -215,23 +213,15 @@ def sample_student(
 
 def first_pass_problems(context: Context) -> list[Problem]:
     """The problems that the student solves before and after the warm-up."""
-    return (
-        untrained_problems(context)[:FIRST_PASS_PROBLEMS] if context.config.attempts.kind == "trained" else []
-    )
+    from sclite.evaluate.first_pass import PROBLEMS
 
-
-def first_pass_text(context: Context, stage: str) -> str:
-    """The share of right first answers, for a stage's line."""
-    from sclite.evaluate.answers import first_pass
-
-    found = first_pass(context.run, stage) if context.config.attempts.kind == "trained" else None
-    return f"; {100 * found['right']:.0f} % of {found['n']} held-out problems right" if found else ""
+    return untrained_problems(context)[:PROBLEMS] if context.config.attempts.kind == "trained" else []
 
 
 def build_pairs(context: Context) -> Report:
     """Pairs of chosen and rejected continuations, with the student's own corrections."""
     from sclite.data import pairs
-    from sclite.evaluate.answers import first_pass_warning
+    from sclite.evaluate.first_pass import first_pass_text, first_pass_warning
 
     config, run = context.config, context.run
     untrained = config.attempts.kind == "trained" and not run.path(adapter_weights("warmup")).is_file()
@@ -243,7 +233,7 @@ def build_pairs(context: Context) -> Report:
         sampled = not (untrained or ready)
         report = context.on_gpu(sample_student, "pairs", (), held_out, sampled, progress=progress)
     decisions, contents = (report.counts.get(name, 0) for name in ("decision", "content"))
-    text = f"{decisions} decisions, {contents} contents{drops(report)}{first_pass_text(context, 'warmup')}"
+    text = f"{decisions} decisions, {contents} contents{drops(report)}{first_pass_text(run, 'warmup')}"
     context.add(report, f"pairs: {text}")
     if sampled and (warning := first_pass_warning(run)):
         context.display.print(f"warning: {warning}")
@@ -255,6 +245,7 @@ def build_pairs(context: Context) -> Report:
 
 def train(context: Context, only: str | None = None, fresh: bool = False) -> list[Report]:
     """Run SFT, stage 2, export and the threshold fit; `only`: "sft" or "dpo"; `fresh` retrains if inputs changed."""
+    from sclite.data.attempts import refuse_other_attempts
     from sclite.inspect.plan import correction_cost_text
     from sclite.train.sft import read_templates
 
@@ -278,7 +269,7 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
             check_sources(context)
             problems, _ = problems_to_attempt(context)
             if not fresh:
-                refuse_other_attempts(context, problems)
+                refuse_other_attempts(context.config, context.run, problems)
         elif context.config.warmup.num_train_epochs:
             why = f"{context.run.path('reviews.jsonl')} is missing, and the warm-up trains on reviews"
             raise DataError(why, "add it, or skip the warm-up: --set warmup.num_train_epochs=0")
@@ -306,21 +297,6 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
         exports.export(context)
         exports.fit_review_threshold(context, untrained_problems(context))
     return context.reports
-
-
-def refuse_other_attempts(context: Context, problems: Sequence[Problem]) -> None:
-    """Raise UsageError if a stage 2 was trained on attempts with other settings, before new ones are paid for."""
-    from sclite.data import attempts
-
-    run = context.run
-    signed = run.manifest("attempts")
-    imported = run.is_imported("corrections", "reviews.jsonl")
-    if signed is None or imported or run.manifest("warmup") is None:
-        return
-    before = {key: value for key, value in signed["inputs"].items() if key != "unanswered"}
-    if changed := differences(before, attempts.attempts_inputs(context.config, context.run, problems)):
-        hint = "restore these settings, or add --fresh to sample, correct (and pay) and train again"
-        raise UsageError(f"stage 2 was trained on attempts with other settings: {'; '.join(changed)}", hint)
 
 
 def train_stage(context: Context, name: str, fresh: bool = False) -> Report:

@@ -7,13 +7,14 @@ from pathlib import Path
 from sclite import prompts
 from sclite.config import Config, without_password
 from sclite.data.imported import import_attempts, reject_row
+from sclite.errors import UsageError
 from sclite.files import file_digest
 from sclite.grading.extract import answer_of
 from sclite.grading.grader import Grader
 from sclite.progress import Progress, no_progress
 from sclite.records import Attempt, Drop, Problem, from_feedback
 from sclite.run import Report, Run, timed
-from sclite.signature import digest, digest_rows, with_unanswered
+from sclite.signature import differences, digest, digest_rows, with_unanswered
 from sclite.student.adapters import adapter_weights
 from sclite.student.base import Reply, Request, Student
 from sclite.teacher.ledger import FILE as LEDGER
@@ -38,6 +39,18 @@ def attempts_inputs(config: Config, run: Run, problems: Sequence[Problem]) -> di
         "source": read,
         "prompts": prompts.digest_prompts("student_system", "student_solve", folder=config.prompts.folder),
     }
+
+
+def refuse_other_attempts(config: Config, run: Run, problems: Sequence[Problem]) -> None:
+    """Raise UsageError if a stage 2 was trained on attempts with other settings, before new ones are paid for."""
+    signed = run.manifest("attempts")
+    imported = run.is_imported("corrections", "reviews.jsonl")
+    if signed is None or imported or run.manifest("warmup") is None:
+        return
+    before = {key: value for key, value in signed["inputs"].items() if key != "unanswered"}
+    if changed := differences(before, attempts_inputs(config, run, problems)):
+        hint = "restore these settings, or add --fresh to sample, correct (and pay) and train again"
+        raise UsageError(f"stage 2 was trained on attempts with other settings: {'; '.join(changed)}", hint)
 
 
 def external_student_digest(config: Config) -> str:

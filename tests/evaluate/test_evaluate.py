@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from sclite.config import Config
-from sclite.evaluate.answers import first_pass, first_pass_warning, measure_first_pass, solve_problems
+from sclite.evaluate.answers import solve_problems
 from sclite.evaluate.evaluate import HeldOut, evaluate_model
+from sclite.evaluate.first_pass import first_pass, first_pass_warning, measure_first_pass
 from sclite.evaluate.metrics import Outcome, compute_metrics
 from sclite.evaluate.threshold import FittedThreshold, store_threshold
 from sclite.inspect.summaries import print_example, print_results

@@ -150,7 +150,7 @@ def test_pushed_gguf_card_and_modelfile_are_the_exported_bytes(sclite, student, 
     assert repo == {"private": True, "files": {name: (folder / name).read_bytes() for name in names}}
     assert repo["files"]["README.md"].startswith(b"---\nlicense: mit\n")
     assert hub.commits == [names]
-    # again: nothing is sent; with another card: only the card
+    # again: nothing is sent; with another model card: only that
     assert sclite("export", *options, "--set", "export.license=mit").code == DONE
     assert hub.commits == [names]
     assert sclite("export", *options, "--set", "export.license=apache-2.0").code == DONE
