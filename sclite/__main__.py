@@ -4,31 +4,25 @@ import errno
 import os
 import sys
 import tempfile
-import threading
 import traceback
 from contextlib import suppress
-from types import TracebackType
+
+import typer
+
+from sclite import console
+from sclite.cli import app
+from sclite.cores import wait_briefly
+from sclite.errors import DONE, INTERRUPTED, ScliteError, UsageError
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    from sclite.threads import wait_briefly
-
     wait_briefly()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else it prints two lines per retry
-    import typer
-
-    from sclite import console
-    from sclite.cli import app
-    from sclite.errors import DONE, INTERRUPTED, ScliteError, UsageError
-
     if "_SCLITE_COMPLETE" in os.environ:  # the shell asks for completions
         app(prog_name="sclite")
     console.prepare_streams()
-    if not os.environ.get("SCLITE_DEBUG"):
-        sys.excepthook = _report_bug
-        threading.excepthook = lambda thrown: _report_bug(*thrown[:3])
     arguments, as_json, code = sys.argv[1:], "--json" in sys.argv, DONE
     try:
         try:
@@ -56,43 +50,30 @@ def main() -> None:
         kind, hint, to_stdout = ScliteError, "re-run to resume", error.filename == console.OUTPUT
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             hint = "free some disk space, then re-run to resume"
-        elif error.errno == errno.ENAMETOOLONG:
-            kind, hint = UsageError, "use a shorter name"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            kind, hint = UsageError, "check its permissions, or use another folder with --run"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG):
+            kind, hint = UsageError, "check its name and permissions, or use another folder with --run"
         if to_stdout:
             with suppress(OSError):  # at exit, Python would try again to write the buffer
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        closed = to_stdout and isinstance(error, BrokenPipeError)  # such as `| head`
-        code = DONE if closed else kind.code
-        if not closed:
-            place = f"{error.filename}: " if error.filename else ""
+        if not (to_stdout and isinstance(error, BrokenPipeError)):  # such as `| head`
+            code, place = kind.code, f"{error.filename}: " if error.filename else ""
             with suppress(OSError):
                 console.error(kind(f"{place}{error.strerror or error}", hint), as_json and not to_stdout)
-    sys.exit(code if arguments else UsageError.code)
+    except Exception as error:
+        if os.environ.get("SCLITE_DEBUG"):
+            raise
+        from sclite.config import without_password  # pydantic takes longer to import than --help takes
 
-
-def _report_bug(kind: type[BaseException], value: BaseException | None, trace: TracebackType | None) -> None:
-    """Print an unexpected exception as one line and save its traceback. Python then exits with code 1."""
-    from sclite import console
-    from sclite.config import without_password
-    from sclite.errors import ScliteError
-
-    if issubclass(kind, KeyboardInterrupt):
-        return
-    first_line = next(iter(str(value).splitlines()), "")[:300]
-    try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="sclite-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
         ) as file:
             file.write(f"{[without_password(word) for word in sys.argv]}\n")
-            traceback.print_exception(kind, value, trace, file=file)
-        where = f"the traceback is in {file.name}"
-    except OSError:
-        where = "set SCLITE_DEBUG=1 to see the traceback"
-    advice = "run `sclite doctor`" if issubclass(kind, ImportError) else "this is a bug, please report it"
-    error = ScliteError(f"unexpected {kind.__name__}: {first_line}", f"{advice}; {where}")
-    console.error(error, "--json" in sys.argv)
+            traceback.print_exception(error, file=file)
+        how = "run `sclite doctor`" if isinstance(error, ImportError) else "this is a bug, please report it"
+        said = f"unexpected {type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
+        console.error(ScliteError(said, f"{how}; the traceback is in {file.name}"), as_json)
+        code = ScliteError.code
+    sys.exit(code if arguments else UsageError.code)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """The configuration: one frozen tree of sections. `settings.load` fills it."""
 
 import json
-import math
 import os
 import re
-from contextlib import suppress
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -26,26 +24,17 @@ def is_loopback(url: str) -> bool:
     return urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
 
 
-def without_password(address: str) -> str:
-    """The URL without user name and password, even if the password contains an unescaped # or bracket."""
-    if "@" not in address:
-        return address
-    with suppress(ValueError):  # also raised if the start of a password is read as the port
-        parts = urlsplit(address)
-        if parts.netloc and parts.port != 0 and "@" not in parts.fragment:
-            return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-    return re.sub(r"^(\w+://)?.*@", r"\1", address)
+def without_password(text: str) -> str:
+    """The text with user name and password removed from its URL, even if the password contains an unescaped # or bracket."""
+    return re.sub(r"(\w+://)[^/@:]*(:(?!\d+/).*)?@", r"\1", text)
 
 
 def parse_object(value: Any) -> Any:
     """Parse a dict that may be given as JSON."""
     try:
-        value = json.loads(value or "{}") if isinstance(value, str) else value
+        return json.loads(value) if isinstance(value, str) else value
     except ValueError as error:
         raise ValueError(f"this is not a JSON object: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError('this is not an object such as {"name": "value"}')
-    return value
 
 
 Address = Annotated[str, PlainSerializer(without_password)]
@@ -95,33 +84,19 @@ class Problems(Source):
     limit: int | None = setting(None, "number of usable problems to read (default: all)", ge=1)
     correction_share: float = setting(0.5, "share of problems for stage 2, unseen by SFT", gt=0, lt=1)
     fit_share: float = setting(
-        0.1,
-        "share of problems kept out of training to fit the review threshold, at least 50 problems if the run has 200; 0: none",
-        ge=0,
-        lt=1,
+        0.1, "share kept for the review threshold: at least 50 of 200; 0: none", ge=0, lt=1
     )
-    avoid: tuple[Place, ...] = setting(
-        (), 'files with questions to keep out of training, in addition to eval.source, such as ["a.jsonl"]'
-    )
-
-    @field_validator("avoid", mode="before")
-    @classmethod
-    def _wrap_single_file(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) and value else value or ()
+    avoid: tuple[Place, ...] = setting((), 'more files with questions to keep out of training: ["a.jsonl"]')
 
 
 class Attempts(Section):
     """Sampling of the student's attempts for stage 2."""
 
     source: Place = setting("", "imported attempts: a JSONL file with question and steps")
-    student: Place = setting(
-        "", "model to sample from: a .gguf file, ollama/NAME or a LiteLLM model (default: the SFT adapter)"
-    )
+    student: Place = setting("", "a .gguf file, ollama/NAME or a LiteLLM model (default: the SFT adapter)")
     api_base: Address = setting("", "base URL of attempts.student, if it is an endpoint")
     concurrency: int = setting(32, "maximum number of concurrent requests", ge=1, le=1024)
-    price: Prices = setting(
-        None, "US dollars per million input and output tokens (default: LiteLLM's price list)"
-    )
+    price: Prices = setting(None, "US dollars per million input and output tokens (default: LiteLLM's)")
     samples: int = setting(4, "samples per problem", ge=1, le=64)
     temperature: float = setting(0.8, "sampling temperature", ge=0, le=2)
     top_p: float = setting(0.95, "nucleus sampling: probability of the tokens kept", gt=0, le=1)
@@ -163,11 +138,9 @@ class Teacher(Section):
     requests_per_minute: float | None = setting(None, "rate limit (default: unlimited)", gt=0)
     tokens_per_minute: float | None = setting(None, "rate limit (default: unlimited)", gt=0)
     max_cost: float | None = setting(
-        None, "spending limit of the whole run in US dollars, kept for later commands (default: none)", ge=0
+        None, "spending limit of the whole run in US dollars (default: none)", ge=0
     )
-    price: Prices = setting(
-        None, "US dollars per million input and output tokens (default: LiteLLM's price list)"
-    )
+    price: Prices = setting(None, "US dollars per million input and output tokens (default: LiteLLM's)")
     extra: Object = setting({}, 'more request parameters (a TOML table or JSON): {"reasoning_effort": "low"}')
     inspector: str = setting("", "LiteLLM name of a second model that checks each reply")
     inspector_api_base: Address = setting("", "base URL of the inspector's endpoint")
@@ -185,11 +158,9 @@ class Teacher(Section):
                 raise ValueError(f"sclite sets {name} itself{instead}")
             if SECRET_PARAMETER.search(name):
                 raise ValueError(f"{name} looks like a secret, which belongs in an environment variable")
-        pending: list[Any] = [value]
-        for item in pending:  # nested ones are appended
-            pending += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
-            if item is None or item in (math.inf, -math.inf) or item != item:
-                raise ValueError("null, NaN and Infinity are not allowed")
+        unquoted = re.sub(r'"(?:\\.|[^"\\])*"', "", json.dumps(value, default=str))
+        if re.search("null|NaN|Infinity", unquoted):
+            raise ValueError("null, NaN and Infinity are not allowed")
         return value
 
     @property
@@ -201,9 +172,7 @@ class Teacher(Section):
 class Student(Section):
     """The model to train."""
 
-    model: Place = setting(
-        "", "Hub ID, folder, or embedded: a toy that can only learn the quickstart's problems"
-    )
+    model: Place = setting("", "Hub ID, folder, or embedded: a toy for the quickstart's problems only")
     backend: Literal["auto", "unsloth", "plain"] = setting(
         "auto", "auto: Unsloth on CUDA, else plain transformers"
     )
@@ -252,9 +221,7 @@ class Warmup(TrainingStage):
 
     num_train_epochs: float = setting(1, "epochs over the reviews; 0: no warm-up", ge=0)
     replay_share: float = setting(1.0, "solved rows per review; half continue from a corrected step", ge=0)
-    decision_weight: float = setting(
-        1.0, "extra loss weight on the decision to flag a step or close it", ge=0
-    )
+    decision_weight: float = setting(1.0, "extra loss weight on the decision to flag a step", ge=0)
 
 
 class Dpo(TrainingStage):
@@ -284,12 +251,9 @@ class Export(Section):
 
     quant: str = setting("q4_k_m", "quantization: f32, f16, bf16, q8_0, q4_k_m, ...; several: q4_k_m,q8_0")
     imatrix: bool | None = setting(None, "use an importance matrix (default: below 5 bits)")
-    max_kl: Bounds = setting(
-        MAX_KL, "maximum KL divergence from the trained model in nats, by prefix of the type's name"
-    )
+    max_kl: Bounds = setting(MAX_KL, "maximum KL divergence from the trained model in nats, by type prefix")
     min_top1: Bounds = setting(
-        MIN_TOP1,
-        "minimum share of positions with the trained model's top token or a near tie, by prefix of the type's name",
+        MIN_TOP1, "minimum share of positions with the same top token or a near tie, by type prefix"
     )
     ollama: str = setting("", "model name for `ollama create`")
     push: str = setting("", "Hub repository to upload the files and a card to: OWNER/NAME")
@@ -317,16 +281,10 @@ class Eval(Source):
     limit: int = setting(500, "number of problems to evaluate", ge=1)
     max_tokens: int = setting(1024, "maximum number of tokens per answer", ge=16)
     context: int = setting(4096, "maximum length of a conversation in tokens", ge=256)
-    baselines: bool = setting(
-        False, "compare with other uses of the same model: its native prompt, votes, best of several samples"
-    )
-    labelled: Place = setting(
-        "", "JSONL file of solutions with a labelled first wrong step, to measure the guided review"
-    )
+    baselines: bool = setting(False, "compare with the native prompt, votes and the best of several samples")
+    labelled: Place = setting("", "JSONL file of solutions with a labelled first wrong step")
     votes: int = setting(3, "samples per problem for the votes and the best sample", ge=2)
-    fit_share: float = setting(
-        0.3, "share of held-out problems to fit the threshold on, if training left fewer", gt=0, lt=1
-    )
+    fit_share: float = setting(0.3, "share for fitting the threshold, if training left fewer", gt=0, lt=1)
 
 
 class Review(Section):
@@ -335,19 +293,12 @@ class Review(Section):
     mode: Literal["guided", "free"] = setting(
         "guided", "guided: the threshold decides where a correction begins; free: the model decides"
     )
-    threshold: float | None = setting(
-        None, "log-odds of an error above which a step is corrected (default: fitted by train and eval)"
-    )
+    threshold: float | None = setting(None, "log-odds above which a step is corrected (default: fitted)")
     confidence_weight: float | None = setting(
-        None,
-        "weight of the confidence in a step's score; the rest is the review's (default: chosen with the threshold, else 0)",
-        ge=0,
-        le=1,
+        None, "weight of the confidence in a step's score (default: chosen with the threshold)", ge=0, le=1
     )
     rounds: int = setting(1, "maximum number of guided review rounds per answer", ge=0, le=8)
-    max_harm: float = setting(
-        0.005, "maximum share of answers that a fitted threshold may spoil (tested at 5 %)", ge=0, le=1
-    )
+    max_harm: float = setting(0.005, "maximum share of answers a fitted threshold may spoil", ge=0, le=1)
 
     @property
     def needs_fit(self) -> bool:

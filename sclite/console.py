@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 from sclite.errors import ScliteError
@@ -26,11 +26,6 @@ def visible(text: str) -> str:
     text = re.sub(f"[{_C1}]", "\u2421", text.replace("\r\n", "\n"))
     text = re.sub(f"[{_C0}]", lambda control: chr(0x2400 + ord(control[0])), text)
     return _CONTROLS.sub("\ufffd", text)
-
-
-def valid(text: str) -> str:
-    """The text with U+FFFD for bytes that are not UTF-8, which Python reads as lone surrogates."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 # -- stdout and stderr ---------------------------------------------------------------------------------------------
@@ -53,18 +48,12 @@ class _Output(io.TextIOWrapper):
 
 
 def prepare_streams() -> None:
-    """Make it safe to print if stdout or stderr is closed or cannot encode a character, and to read any bytes."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass  # occupies a closed stdin, stdout or stderr: the next file opened would take its place
-    os.close(descriptor)
-    if sys.stderr is None:
-        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - open until exit
-    if sys.__stdin__ is not None and sys.stdin is sys.__stdin__:
-        sys.__stdin__.reconfigure(errors="surrogateescape")
-    if sys.stdout is sys.__stdout__:
-        encoding = sys.stdout.encoding if sys.stdout else "utf-8"
-        binary = sys.stdout.detach() if sys.stdout else open(1, "wb", closefd=False)  # noqa: SIM115
-        sys.stdout = _Output(binary, encoding, errors="replace", line_buffering=binary.isatty())
+    """Make it safe to print characters that stdout cannot encode, and to read any bytes."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__:
+        encoding, terminal = sys.stdout.encoding, sys.stdout.isatty()
+        sys.stdout = _Output(sys.stdout.detach(), encoding, errors="replace", line_buffering=terminal)
 
 
 def make_console(stderr: bool = False) -> "Console":
@@ -85,15 +74,15 @@ def escape(text: str) -> str:
     return markup.escape(text)
 
 
-def print(text: str = "", wrap: bool = True, console: "Console | None" = None) -> None:
-    """Print rich markup to stdout, or to another console. With `wrap` lines break between words that fit a terminal."""
-    console, text = console or make_console(), visible(text)
+def print(text: str = "", wrap: bool = True, stderr: bool = False) -> None:
+    """Print rich markup. With `wrap` lines break between words that fit a terminal."""
+    console, text = make_console(stderr), visible(text)
     fits = max(map(len, text.split()), default=0) <= console.width
     console.print(text, soft_wrap=not (wrap and fits and console.is_terminal))
 
 
 def note(text: str, wrap: bool = True) -> None:
-    print(text, wrap, make_console(stderr=True))
+    print(text, wrap, stderr=True)
 
 
 def error(error: ScliteError, as_json: bool = False) -> None:
@@ -126,29 +115,17 @@ def print_json(value: Any, line: bool = False) -> None:
 def page(pieces: Iterable["Text"]) -> None:
     """Show a long result: through $PAGER (default: less) in a terminal, as plain text in a pipe."""
     console = make_console()
-    if not console.is_terminal:
-        sys.stdout.writelines(piece.plain for piece in pieces)
-        return
+    terminal = console.is_terminal
     os.environ.pop("MANPAGER", None)  # rich would prefer it
     os.environ.setdefault("LESS", "-RFX")  # F: exit at once if it fits on one screen
-    with console.pager(styles=True):
+    with console.pager(styles=True) if terminal else nullcontext():
         for piece in pieces:
-            console.print(piece, end="")
-
-
-# -- input ---------------------------------------------------------------------------------------------------------
+            console.print(piece, end="", soft_wrap=not terminal)
 
 
 def is_interactive() -> bool:
     """Whether a user can be asked: stdin and stderr are terminals."""
     return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
-
-
-def read_line() -> str:
-    """A line of stdin, "" at its end. Invalid UTF-8 becomes U+FFFD, which every output can encode."""
-    if sys.stdin is None:  # closed by the parent process
-        return ""
-    return valid(sys.stdin.readline())
 
 
 # -- tables and numbers --------------------------------------------------------------------------------------------
@@ -173,19 +150,16 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
             table.add_row(*map(visible, row))
         return table
 
-    def width(table: Table) -> int:
-        return console.measure(table, options=console.options.update(width=10_000)).maximum
-
     console = make_console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 120
     table = make_table(header, *rows)
-    if texts == 1 and width(table) > console.width:
-        transposed = make_table(*zip(header, *rows, strict=True))
-        table = min(table, transposed, key=width)
-    with console.capture() as captured:
-        console.print(table)
-    sys.stdout.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+    if texts == 1:
+        unlimited = console.options.update(width=10_000)
+        both = (table, make_table(*zip(header, *rows, strict=True)))
+        width, transposed = (console.measure(each, options=unlimited).maximum for each in both)
+        table = both[console.width < width > transposed]
+    console.print(table)
 
 
 def format_duration(seconds: float) -> str:

@@ -27,15 +27,15 @@ def estimate_cost(context: Context, part: str = "templates", fresh: bool = False
         if part == "corrections":
             hint = "run without --dry-run: it samples the attempts first, then shows what the rest will cost"
             attempts = deduplicate(run.require("attempts.jsonl", Attempt, hint))
-            wrong = split_usable(attempts)[0] if count_pending_corrections(config, run) else []
             known = {problem.id for problem in run.rows("problems.jsonl", Problem)}
-            wrong = [attempt for attempt in wrong if attempt.id in known]
+            wrong = [attempt for attempt in split_usable(attempts)[0] if attempt.id in known]
+            if not count_pending_corrections(config, run):
+                wrong = []
             # a correction is half as long again as the attempt
             tokens = 1.5 * sum(len(row.trace) for row in wrong) / max(1, len(wrong)) / CHARACTERS_PER_TOKEN
             return teacher.preview(correction_jobs(config, run, grader, wrong), tokens, part)
         split = pipeline.divided_problems(context, reread=True)
-        rows = () if fresh else run.rows("templates.jsonl", Template, whole=False)
-        existing = {row.id for row in rows}
+        existing = () if fresh else {row.id for row in run.rows("templates.jsonl", Template, whole=False)}
         missing = [problem for problem in (*split.sft, *split.stage2) if problem.id not in existing]
         solutions = sum(len(problem.solution or problem.answer) for problem in missing)
         # a template is half as long again as the solution, and its tags and rule are about 120 tokens
@@ -50,19 +50,19 @@ def plan_run(context: Context) -> dict[str, Any]:
     """
     from sclite.inspect.plan import plan_training
 
+    attempts, dry = context.config.attempts, replace(context, dry=True, display=ProgressDisplay(quiet=True))
     with context.display.wait("planning the run"):
         plan = plan_training(context)
-    found: dict[str, Any] = {"requests": 0, "cost_usd": 0.0}
-    if not context.run.is_imported("templates", "templates.jsonl"):
-        dry = replace(context, dry=True, display=ProgressDisplay(quiet=True))
-        with context.display.wait("estimating the cost of the teacher"):
-            found = estimate_cost(dry)
-        teacher = plan["teacher"]
-        if teacher["cost_usd"] is None:  # a correction is about as long as a template
-            if (teacher["requests"] is None or teacher["at_most"]) and not context.config.attempts.source:
-                most = len(pipeline.unseen(dry)) * context.config.attempts.samples
-                teacher |= {"requests": most, "at_most": True}
-            if None not in (teacher["requests"], found["cost_usd"]) and found["requests"]:
-                teacher["cost_usd"] = round(teacher["requests"] * found["cost_usd"] / found["requests"], 4)
-    plan["templates"] = {name: found[name] for name in ("requests", "cost_usd")}
+        corrections, plan["templates"] = plan["teacher"], {"requests": 0, "cost_usd": 0.0}
+        if context.run.is_imported("templates", "templates.jsonl"):
+            return plan
+        found = estimate_cost(dry)
+        requests, cost_usd = found["requests"], found["cost_usd"]
+        plan["templates"] = {"requests": requests, "cost_usd": cost_usd}
+        if corrections["cost_usd"] is None:  # a correction is about as long as a template
+            if (corrections["requests"] is None or corrections["at_most"]) and not attempts.source:
+                most = len(pipeline.unseen(dry)) * attempts.samples
+                corrections |= {"requests": most, "at_most": True}
+            if corrections["requests"] is not None and cost_usd is not None and requests:
+                corrections["cost_usd"] = round(corrections["requests"] * cost_usd / requests, 4)
     return plan

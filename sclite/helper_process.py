@@ -3,12 +3,14 @@
 import importlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.connection import wait
 from typing import Any
 
 from sclite.errors import ScliteError
@@ -31,21 +33,21 @@ class HelperProcess:
         self.ready = False
         self.lock = threading.RLock()
 
-    def start(self) -> None:
+    def start(self) -> subprocess.Popen[bytes]:
         """Start the process if it is not running, without waiting for it to load its libraries."""
         with self.lock:
-            if self.process is not None and self.process.poll() is None:
-                return
-            self.end()
-            path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", COMMAND, *self.arguments],
-                env={**os.environ, "PYTHONPATH": path},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                process_group=0,  # Ctrl-C in a terminal is not for it
-            )
+            if self.process is None or self.process.poll() is not None:
+                self.end()
+                path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", COMMAND, *self.arguments],
+                    env={**os.environ, "PYTHONPATH": path},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    process_group=0,  # Ctrl-C in a terminal is not for it
+                )
+            return self.process
 
     def ask(self, request: Any, seconds: float) -> Any:
         """The reply to a JSON value. Raises ScliteError if the process cannot start.
@@ -53,49 +55,20 @@ class HelperProcess:
         Raises TimeoutError if the reply takes longer, and EOFError if the process ends without one.
         """
         with self.lock:
-            self.start()
+            process = self.start()
             try:
                 if not self.ready:
                     try:
-                        why = self._exchange("", STARTUP_SECONDS)
+                        why = _exchange(process, "", STARTUP_SECONDS)
                     except (TimeoutError, EOFError) as error:
                         why = str(error)
                     if why:
                         raise ScliteError(f"the {self.name} failed to start: {why}", self.hint)
                     self.ready = True
-                return self._exchange(json.dumps([seconds, request]) + "\n", seconds)
+                return _exchange(process, json.dumps([seconds, request]) + "\n", seconds)
             except BaseException:  # the reply to an interrupted request would be read as that to the next one
                 self.end()
                 raise
-
-    def _exchange(self, line: str, seconds: float) -> Any:
-        """Send a line and read one; the process is killed if it takes longer."""
-        process, late = self.process, threading.Event()
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
-
-        def kill() -> None:
-            late.set()
-            process.kill()
-
-        timer = threading.Timer(seconds, kill)
-        timer.daemon = True
-        timer.start()
-        reply = b""
-        try:
-            with suppress(BrokenPipeError):
-                process.stdin.write(line.encode())
-                process.stdin.flush()
-                reply = process.stdout.readline()
-        finally:
-            timer.cancel()
-            timer.join()
-        if late.is_set():
-            raise TimeoutError(f"it took more than {seconds:g} seconds")
-        if not reply.endswith(b"\n"):
-            raise EOFError(f"its process ended with code {process.wait()}")
-        return json.loads(reply)
 
     def end(self) -> None:
         """Kill the process; the next request starts another."""
@@ -107,6 +80,21 @@ class HelperProcess:
                     process.kill()
 
 
+def _exchange(process: subprocess.Popen[bytes], line: str, seconds: float) -> Any:
+    """Send a line and read one."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with suppress(BrokenPipeError):
+        process.stdin.write(line.encode())
+        process.stdin.flush()
+    if not wait([process.stdout.fileno()], seconds):
+        raise TimeoutError(f"it took more than {seconds:g} seconds")
+    reply = process.stdout.readline()
+    if not reply.endswith(b"\n"):
+        raise EOFError(f"its process ended with code {process.wait()}")
+    return json.loads(reply)
+
+
 def serve(module: str, function: str, memory: str) -> None:
     """The helper's side: load the function, report "" or why that failed, then answer line by line until stdin closes."""
     replies = os.fdopen(os.dup(1), "w")
@@ -116,11 +104,9 @@ def serve(module: str, function: str, memory: str) -> None:
     except ImportError as error:
         print(json.dumps(str(error)), file=replies, flush=True)
         return
-    with suppress(ImportError, OSError, ValueError):  # not on Linux
-        import resource
-
-        with open("/proc/self/statm", encoding="ascii") as file:
-            limit = int(file.read().split()[0]) * resource.getpagesize() + int(memory)
+    with open("/proc/self/statm", encoding="ascii") as file:
+        limit = int(file.read().split()[0]) * resource.getpagesize() + int(memory)
+    with suppress(ValueError):  # the system's own limit is lower
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     print(json.dumps(""), file=replies, flush=True)
     for line in sys.stdin:

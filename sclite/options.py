@@ -13,26 +13,35 @@ if TYPE_CHECKING:
     from sclite.config import Config
     from sclite.context import Context
 
-ConfigOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Use this file instead of ./sclite.toml.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
-FreshOption = Annotated[
-    bool, typer.Option("--fresh", help="Redo stages whose inputs have changed, and pay again.")
-]
+
+def argument(metavar: str, help: str) -> Any:
+    return typer.Argument(metavar=metavar, help=help)
+
+
+def option(metavar: str, help: str, *names: str, **limits: Any) -> Any:
+    """An option with a value; `names` only if it is not called like its parameter."""
+    return typer.Option(*names, metavar=metavar, help=help, **limits)
+
+
+def flag(name: str, help: str) -> Any:
+    """An option without a value: --name, or --name/--no-name."""
+    return typer.Option(name, help=help)
+
+
+ConfigOption = Annotated[Path | None, option("FILE", "Use this file instead of ./sclite.toml.")]
+JsonOption = Annotated[bool, flag("--json", "Print one JSON object to stdout.")]
+FreshOption = Annotated[bool, flag("--fresh", "Redo stages whose inputs have changed, and pay again.")]
 
 
 @dataclass(frozen=True)
 class Common:
     """The values of --run, --config, --set and --json."""
 
-    run: Annotated[Path | None, typer.Option(metavar="DIR", help="Use this run folder.")] = None
+    run: Annotated[Path | None, option("DIR", "Use this run folder.")] = None
     config: ConfigOption = None
     settings: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Override a setting; an empty VALUE restores its default."
-        ),
+        option("KEY=VALUE", "Override a setting; an empty VALUE restores its default.", "--set"),
     ] = None
     json: JsonOption = False
 
@@ -45,14 +54,10 @@ class Common:
         """
         from sclite.settings import load  # pydantic takes longer to import than --help takes
 
-        settings = []
-        for key, value in {**(chosen or {}), "run": self.run}.items():
-            if value is not None:
-                settings.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
-        # --set comes last, so that a hint to add one works with any command
-        return load(
-            self.config, [*settings, *(self.settings or [])], defaults=defaults, own_file=defaults is None
-        )
+        given = {**(chosen or {}), "run": self.run}.items()
+        settings = [f"{key}={value}" for key, value in given if value is not None]
+        settings += self.settings or []  # last, so that a hint to add one works with any command
+        return load(self.config, settings, defaults=defaults, own_file=defaults is None)
 
     def of_existing_run(self) -> "Common":
         """These options, with the quickstart's run if the default run does not exist but the quickstart's does."""
@@ -75,7 +80,7 @@ class Common:
         config = self.load(chosen)
         context = Context(config, Run(config.run), ProgressDisplay(), isolated=has_driver())
         if config.teacher.embedded:
-            from sclite.quickstart.tutor_provider import register
+            from sclite.quickstart.tutor import register
 
             context.prepare = register
         return context

@@ -5,51 +5,62 @@ On a CUDA GPU each stage that needs the GPU runs in its own process (`context.is
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from shlex import quote
+from typing import Any
 
-from sclite import exports
+from sclite import evaluation, exports
 from sclite.config import Config
 from sclite.context import Context
+from sclite.data import attempts, corrections, feedback, pairs, templates
+from sclite.data.imported import read_labelled
+from sclite.data.problems import Split, gather_problems, split_problems
 from sclite.doctor import llama_offloads
 from sclite.errors import DataError, DeviceError, GpuMemoryError, UsageError
+from sclite.evaluate.answers import (
+    FIRST_PASS_PROBLEMS,
+    first_pass,
+    first_pass_text,
+    harm_warning,
+    measure_first_pass,
+)
+from sclite.evaluate.evaluate import summaries
+from sclite.evaluate.metrics import Outcome, compare_outcomes
+from sclite.grading.grader import Grader
+from sclite.inspect.plan import corrections_cost
 from sclite.progress import Progress, ProgressDisplay
-from sclite.records import FEEDBACK, Problem, Review
+from sclite.quickstart.tutor import first_wrong_step
+from sclite.records import FEEDBACK, Attempt, Problem, Review, from_feedback
 from sclite.run import Report, Run
 from sclite.signature import digest
 from sclite.student.adapters import STUDENTS, adapter_weights
+from sclite.student.cuda_memory import free_memory
 from sclite.student.recorder import recorded
-
-if TYPE_CHECKING:
-    from sclite.data.problems import Split
-
+from sclite.train.dpo import train_dpo
+from sclite.train.memory import choose_on_gpu, largest_divisor
+from sclite.train.sft import read_templates, train_sft
+from sclite.train.warmup import train_warmup
 
 # -- problems ------------------------------------------------------------------------------------------------------
 
 
-def divided_problems(context: Context, reread: bool = False, fresh: bool = False) -> "Split":
+def divided_problems(context: Context, reread: bool = False, fresh: bool = False) -> Split:
     """The run's problems, split by use. Their source is read if the run has none of its rows yet, or with `reread`.
 
     With `reread` and `fresh`, problems that were trained on are dropped too if they now overlap eval.source.
     """
     if context.problems is None:
-        from sclite.data.problems import gather_problems, split_problems
-
         report, settings = Report("problems"), context.config.problems
         with context.display.wait("reading the problems"):
             how = {"reread": reread, "fresh": fresh, "keep": not context.dry}
             found = gather_problems(context.config, context.run, report, **how)
-        if report.figures.get("gone"):
-            origin = f" in the run ({settings.source} no longer exists)"
-        elif not settings.source or report.skipped:
-            origin = " in the run"
-        elif settings.limit is not None and report.counts["problems"] == settings.limit:
-            origin = f" (the first of {settings.source}, with --limit {settings.limit})"
-        else:
-            origin = f" (all rows of {settings.source})"
-        context.add(report, f"problems: {len(found)}{origin}{drops(report)}")
+        origin = f"(all rows of {settings.source})"
+        if not settings.source or report.skipped:
+            origin = "in the run"
+        elif settings.limit == len(found):
+            origin = f"(the first of {settings.source}, with --limit {settings.limit})"
+        context.add(report, f"problems: {counted(report, problems=origin)}")
         context.problems = split_problems(context.config, found)
     return context.problems
 
@@ -69,12 +80,7 @@ def has_problems(context: Context) -> bool:
 
 
 def check_sources(context: Context, student: bool = True) -> None:
-    """Raise if the problems are not the run's or `attempts.source` is missing, before anything is paid for.
-
-    With `student`, also if `attempts.student` is an unusable GGUF.
-    """
-    if context.problems is None:  # else they are the quickstart's, or already checked
-        context.run.check_problems(context.config.problems.source)
+    """Raise if `attempts.source` or, for a `student`, `attempts.student` is missing, before anything is paid for."""
     settings = context.config.attempts
     if context.run.manifest("attempts") is not None:
         return
@@ -97,16 +103,16 @@ def problems_to_attempt(context: Context) -> tuple[list[Problem], bool]:
     return kept, imported
 
 
-def drops(report: Report) -> str:
-    """The dropped rows for a stage's line: `, 3 longer than max length`."""
-    return "".join(f", {n} {reason.replace('_', ' ')}" for reason, n in sorted(report.dropped.items()))
+def counted(report: Report, **labels: str) -> str:
+    """The counts with these labels, and the drops, for a stage's line: `9 right, 3 longer than max length`."""
+    counts = [(report.counts.get(name, 0), label) for name, label in labels.items()]
+    dropped = [(count, reason.replace("_", " ")) for reason, count in sorted(report.dropped.items())]
+    return ", ".join(f"{count} {label}" for count, label in (*counts, *dropped))
 
 
 @contextmanager
 def paid_stage(context: Context, name: str, text: str) -> Iterator[dict[str, Any]]:
     """Show a stage that calls the teacher; yields its arguments: teacher, grader and progress."""
-    from sclite.grading.grader import Grader
-
     with context.display.stage(name, text) as progress, Grader() as grader, context.teacher() as teacher:
         yield {"teacher": teacher, "grader": grader, "progress": progress}
 
@@ -116,17 +122,14 @@ def paid_stage(context: Context, name: str, text: str) -> Iterator[dict[str, Any
 
 def build_templates(context: Context, fresh: bool = False) -> Report:
     """Templates for all problems but those for the threshold: SFT trains on its share, stage 2 replays the others."""
-    from sclite.data import templates
-
     config, run = context.config, context.run
     imported = run.is_imported("templates", "templates.jsonl") and not has_problems(context)
     split = None if imported else divided_problems(context)
     problems = [] if split is None else [*split.sft, *split.stage2]
-    with paid_stage(
-        context, "templates", f"templates: {config.teacher.model} writes thought templates"
-    ) as given:
+    text = f"templates: {config.teacher.model} writes thought templates"
+    with paid_stage(context, "templates", text) as given:
         report = templates.write_templates(config, run, problems=problems, fresh=fresh, **given)
-    return context.add(report, f"templates: {report.counts.get('templates', 0)} kept{drops(report)}")
+    return context.add(report, f"templates: {counted(report, templates='kept')}")
 
 
 # -- attempts, corrections and pairs -------------------------------------------------------------------------------
@@ -138,40 +141,42 @@ def build_corrections(context: Context, fresh: bool = False, alone: bool = False
     Imported attempts may be at any problem of the run, and need no student. With `alone` (not as part of `train`), also
     adds the answers judged in the chat since the last time, and builds the pairs if no warm-up comes first.
     """
-    from sclite.data import attempts, corrections, feedback
-    from sclite.evaluate.first_pass import first_pass_text
-
     config, run = context.config, context.run
     kept, imported = problems_to_attempt(context)
+    own_student = config.attempts.kind == "trained"
     judged = run.path(FEEDBACK).is_file() or run.manifest("feedback")
     if not run.is_imported("corrections", "reviews.jsonl"):
         text = "imported" if imported else f"the student tries {len(kept)} unseen problems"
         with context.display.stage("attempts", f"attempts: {text}") as progress:
             inputs = attempts.attempts_inputs(config, run, kept)
             ready = imported or run.done("attempts", inputs, "attempts.jsonl")
-            if not ready and config.attempts.kind == "trained":
+            if not ready and own_student:
                 require_sft(context)
-            held_out = first_pass_problems(context)
+            held_out = untrained_problems(context)[:FIRST_PASS_PROBLEMS] if own_student else []
             report = context.on_gpu(sample_student, "attempts", kept, held_out, not ready, progress=progress)
-        right, wrong, unknown = (report.counts.get(name, 0) for name in ("right", "wrong", "unknown"))
-        text = f"{right} right, {wrong} wrong{f', {unknown} unknown' if unknown else ''}{drops(report)}"
+        text = counted(report, right="right", wrong="wrong", unknown="unknown")
         context.add(report, f"attempts: {text}{first_pass_text(run, 'sft')}")
         if alone and judged:
             text = "feedback: the teacher solves questions without a gold answer"
             with paid_stage(context, "feedback", text) as given:
                 report = feedback.write_feedback(config, run, fit=divided_problems(context).fit, **given)
-            good, bad = report.counts["good"], report.counts["bad"]
-            context.add(report, f"feedback: {good} good, {bad} bad{drops(report)}")
+            context.add(report, f"feedback: {counted(report, good='good', bad='bad')}")
         else:
-            feedback.remove_orphans(run)
+            # remove judged attempts whose problem is gone, for example after the user replaced problems.jsonl
+            known = {row.id for row in run.rows("problems.jsonl", Problem)}
+            tried = run.read("attempts.jsonl", Attempt)
+            rows = [row for row in tried if row.id in known or not from_feedback(row)]
+            if len(rows) < len(tried):
+                again = "`sclite build-data --only corrections` adds them again"
+                run.warn(f"problems.jsonl lacks problems of the chat feedback, which is now unused; {again}")
+                feedback.replace_attempts(run, rows)
     text = "corrections: the teacher corrects the first wrong step"
     with paid_stage(context, "corrections", text) as given:
         report = corrections.write_corrections(config, run, fresh=fresh, **given)
-    corrected, confirmed = (report.counts.get(name, 0) for name in ("corrected", "confirmed"))
-    context.add(report, f"corrections: {corrected} corrected, {confirmed} confirmed{drops(report)}")
+    context.add(report, f"corrections: {counted(report, corrected='corrected', confirmed='confirmed')}")
     # imported attempts without a trained student give decision pairs only
     untrained = bool(config.attempts.source) and context.students() == ["base"]
-    if alone and (config.attempts.kind != "trained" or untrained):
+    if alone and (not own_student or untrained):
         build_pairs(context)
     return report
 
@@ -190,10 +195,6 @@ def sample_student(
 
     A student that was sampled also solves the `held_out` problems, to see whether the warm-up harms solving.
     """
-    from sclite.data import attempts, pairs
-    from sclite.evaluate.first_pass import measure_first_pass
-    from sclite.grading.grader import Grader
-
     context = context or Context(config, run, ProgressDisplay(quiet=True))
     adapter = "sft/adapter" if stage == "attempts" else "warmup/adapter"
     made = context.student(adapter, stage, progress) if with_student else nullcontext()
@@ -211,32 +212,24 @@ def sample_student(
             return pairs.write_pairs(config, run, student=recorder, **tools)
 
 
-def first_pass_problems(context: Context) -> list[Problem]:
-    """The problems that the student solves before and after the warm-up."""
-    from sclite.evaluate.first_pass import PROBLEMS
-
-    return untrained_problems(context)[:PROBLEMS] if context.config.attempts.kind == "trained" else []
-
-
 def build_pairs(context: Context) -> Report:
     """Pairs of chosen and rejected continuations, with the student's own corrections."""
-    from sclite.data import pairs
-    from sclite.evaluate.first_pass import first_pass_text, first_pass_warning
-
     config, run = context.config, context.run
-    untrained = config.attempts.kind == "trained" and not run.path(adapter_weights("warmup")).is_file()
+    own_student = config.attempts.kind == "trained"
+    untrained = own_student and not run.path(adapter_weights("warmup")).is_file()
     imported = run.is_imported("pairs", "pairs.jsonl")
     ready = imported or run.done("pairs", pairs.pairs_inputs(config, run), "pairs.jsonl")
     text = "pairs: the student's own corrections against right ones"
     with context.display.stage("pairs", text) as progress:
-        held_out = first_pass_problems(context)
+        held_out = untrained_problems(context)[:FIRST_PASS_PROBLEMS] if own_student else []
         sampled = not (untrained or ready)
         report = context.on_gpu(sample_student, "pairs", (), held_out, sampled, progress=progress)
-    decisions, contents = (report.counts.get(name, 0) for name in ("decision", "content"))
-    text = f"{decisions} decisions, {contents} contents{drops(report)}{first_pass_text(run, 'warmup')}"
-    context.add(report, f"pairs: {text}")
-    if sampled and (warning := first_pass_warning(run)):
-        context.display.print(f"warning: {warning}")
+    text = counted(report, decision="decisions", content="contents")
+    context.add(report, f"pairs: {text}{first_pass_text(run, 'warmup')}")
+    if sampled:
+        before, after = first_pass(run, "sft"), first_pass(run, "warmup")
+        if before and after and (warning := harm_warning("the warm-up", before, after)):
+            context.display.print(f"warning: {warning}")
     return report
 
 
@@ -245,47 +238,43 @@ def build_pairs(context: Context) -> Report:
 
 def train(context: Context, only: str | None = None, fresh: bool = False) -> list[Report]:
     """Run SFT, stage 2, export and the threshold fit; `only`: "sft" or "dpo"; `fresh` retrains if inputs changed."""
-    from sclite.data.attempts import refuse_other_attempts
-    from sclite.inspect.plan import correction_cost_text
-    from sclite.train.sft import read_templates
-
+    config, run = context.config, context.run
     if only == "dpo":
         require_sft(context)
-    if only != "sft" or not context.run.is_imported("sft", adapter_weights("sft")):
-        read_templates(context.run)
-    data = {name: context.run.path(f"{name}.jsonl").is_file() for name in ("templates", "reviews", "pairs")}
-    corrects = data["reviews"] or not context.run.is_imported("pairs", "pairs.jsonl")
-    if only != "sft":  # report what stage 2 lacks before hours of SFT, not after
-        ready = data["templates"] and not (data["reviews"] or data["pairs"])
-        if ready and not context.config.teacher.model:
+    if only != "sft" or not run.is_imported("sft", adapter_weights("sft")):
+        read_templates(run)
+    corrected = run.path("reviews.jsonl").is_file()
+    corrects = corrected or not run.is_imported("pairs", "pairs.jsonl")
+    if only != "sft" and not has_problems(context):
+        why = f"{run.path('problems.jsonl')} is missing, and stage 2 needs problems"
+        hint = "set problems.source, for example --set problems.source=train.jsonl, or use --only sft"
+        raise DataError(why, hint)
+    if only != "sft" and corrects:  # report what stage 2 lacks before hours of SFT, not after
+        if not (config.teacher.model or corrected):
             why = "teacher.model is not set, and stage 2 needs a teacher for its corrections"
             hint = "set a model, for example --set teacher.model=openai/gpt-5.4-mini, or use --only sft"
             raise UsageError(why, hint)
-        if not has_problems(context):
-            why = f"{context.run.path('problems.jsonl')} is missing, and stage 2 needs problems"
-            hint = "set problems.source, for example --set problems.source=train.jsonl, or use --only sft"
-            raise DataError(why, hint)
-        if corrects:
-            check_sources(context)
-            problems, _ = problems_to_attempt(context)
-            if not fresh:
-                refuse_other_attempts(context.config, context.run, problems)
-        elif context.config.warmup.num_train_epochs:
-            why = f"{context.run.path('reviews.jsonl')} is missing, and the warm-up trains on reviews"
-            raise DataError(why, "add it, or skip the warm-up: --set warmup.num_train_epochs=0")
-    if context.config.student.model == "embedded" and not context.config.teacher.embedded:
-        only_stories = "is a toy that can only learn the quickstart's word problems; set student.model"
-        context.display.print(f"warning: the bundled student {only_stories}")
+        check_sources(context)
+        problems, _ = problems_to_attempt(context)
+        if not fresh:
+            attempts.refuse_other_attempts(config, run, problems)
+    elif only != "sft" and config.warmup.num_train_epochs:
+        why = f"{run.path('reviews.jsonl')} is missing, and the warm-up trains on reviews"
+        raise DataError(why, "add it, or skip the warm-up: --set warmup.num_train_epochs=0")
     if only != "sft" and context.isolated and llama_offloads() is False:
         slow = "sampling and fitting the review threshold take much longer; `sclite doctor` shows how to install a CUDA build"
         context.display.print(f"warning: this build of llama-cpp-python runs on the CPU: {slow}")
     exports.check_chat_template(context)
     if only is None:
-        hidden = unseen(context)
         with context.display.wait("estimating the cost of corrections"):
-            cost = correction_cost_text(context, hidden)
-        if cost:
-            context.display.print(cost)
+            found = corrections_cost(config, run, unseen(context))
+        if cost := found["cost_usd"]:
+            most = "at most " if found["at_most"] else ""
+            text = f"corrections: {most}{found['requests']:,} by {config.teacher.model}, about ${cost:.2f}"
+            limit, spent = config.teacher.max_cost, found["spent_usd"] or 0.0
+            if limit is not None and spent + cost > limit:
+                text += f"; teacher.max_cost is ${limit:g}, of which ${spent:.2f} is spent"
+            context.display.print(text)
     if only != "dpo":
         train_stage(context, "sft", fresh)
     if only != "sft":
@@ -301,12 +290,6 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
 
 def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
     """Train "sft", "warmup" or "dpo"; if out of memory, resume from the checkpoint at half the micro-batch size."""
-    from sclite.student.cuda_memory import free_memory
-    from sclite.train.dpo import train_dpo
-    from sclite.train.micro_batch import choose_on_gpu, largest_divisor
-    from sclite.train.sft import train_sft
-    from sclite.train.warmup import train_warmup
-
     work, text = {
         "sft": (train_sft, "sft: the student learns the templates"),
         "warmup": (train_warmup, "warm-up: the student learns what a review looks like"),
@@ -336,8 +319,8 @@ def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
                 free_memory()  # here, because no traceback references the model any more
     if "imported" in report.counts:
         return context.add(report, f"{name}: imported adapter")
-    rows, steps = "pairs" if name == "dpo" else "rows", report.counts.get("steps", 0)
-    counts = f"{report.counts.get(rows, 0)} {rows}, {steps} steps{drops(report)}"
+    rows = "pairs" if name == "dpo" else "rows"
+    counts = counted(report, **{rows: rows, "steps": "steps"})
     layers = report.figures.get("lora")
     adapted = f"; LoRA on {', '.join(layers)}" if layers else ""
     return context.add(report, f"{text.partition(':')[0]}: {counts}{adapted}")
@@ -362,34 +345,39 @@ def untrained_problems(context: Context) -> list[Problem]:
     return [problem for problem in divided_problems(context).fit if problem.id not in corrected]
 
 
-def create_in_ollama(context: Context, gguf: Path) -> dict[str, Any]:
-    """Create the model `export.ollama`, and compare its reply to an untrained problem with the engine's."""
-    from sclite.export.ollama import compare_replies, create_model
-    from sclite.export.samples import QUESTION
-
-    create_model(context.config.export.ollama, context.run.path("export/Modelfile"))
-    problems: list[Problem] = []
-    if context.run.path("problems.jsonl").is_file():
-        problems = untrained_problems(replace(context, dry=True, display=ProgressDisplay(quiet=True)))
-    return compare_replies(context.config, gguf, problems[0].question if problems else QUESTION)
-
-
 def evaluate_students(context: Context, names: Sequence[str], other: Run | None = None) -> dict[str, Any]:
     """Evaluate the named students (or ollama/NAME) on eval.source, before and after review; returns the summary.
 
-    With another run, "compared" holds the difference to its results on the same problems.
+    With another run, "compared" holds the differences to its newest results on some of these problems, for the first
+    answers and the answers after review of each student in both; raises DataError if it has none.
     """
-    from sclite import evaluation
-    from sclite.quickstart.tutor import first_wrong_step
-
-    held_out = evaluation.held_out(context, untrained_problems(context))
-    works = evaluation.labelled_works(context.config)
-    theirs = evaluation.stored_results(other, held_out, names) if other else {}
+    config, held_out = context.config, evaluation.held_out(context, untrained_problems(context))
+    if config.eval.labelled and config.review.mode != "guided":
+        hint = "add --set review.mode=guided, or skip it with --set eval.labelled="
+        raise UsageError("eval.labelled needs the guided review", hint)
+    works = read_labelled(Path(config.eval.labelled)) if config.eval.labelled else []
+    theirs: dict[str, list[Outcome]] = {}
+    if other:
+        questions = {problem.question for problem in held_out.problems}
+        for stored in summaries(other):
+            models = {name: figures for name, figures in stored["models"].items() if name in names}
+            theirs = {name: other.read(each["rows"], Outcome, whole=False) for name, each in models.items()}
+            if any(row.question in questions for rows in theirs.values() for row in rows):
+                break
+        else:
+            hint = f"evaluate it first: sclite eval {quote(held_out.source)} --run {quote(str(other.folder))}"
+            lacking = f"{other.folder} has no results of {', '.join(names)} on {held_out.source}"
+            raise DataError(lacking, hint)
     if trained := [name for name in names if name in STUDENTS]:
         exports.export(context, trained)
     # the bundled teacher can check the steps of its own kind of problem
-    judge = first_wrong_step if context.config.teacher.embedded else None
+    judge = first_wrong_step if config.teacher.embedded else None
     summary = evaluation.evaluate(context, names, held_out, judge, works)
     if other:
-        summary["compared"] = evaluation.compare_results(context.run, summary, other, theirs)
+        compared: dict[str, Any] = {}
+        for name in [name for name in summary["models"] if name in theirs]:
+            ours = context.run.read(summary["models"][name]["rows"], Outcome, whole=False)
+            compared[f"{name}, first answer"] = compare_outcomes(ours, theirs[name], "correct1")
+            compared[f"{name}, after review"] = compare_outcomes(ours, theirs[name], "correct2")
+        summary["compared"] = compared
     return summary

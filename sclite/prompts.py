@@ -18,46 +18,40 @@ SHIPPED = _HERE / "_prompts" if (_HERE / "_prompts").is_dir() else _HERE.parent 
 
 
 @cache
-def _source(name: str, folder: str) -> str:
+def _environment(folder: str) -> ImmutableSandboxedEnvironment:
     if folder and not Path(folder).is_dir():
         hint = "check the path; --set prompts.folder= unsets it"
         raise DataError(f"prompts.folder: {folder} is not a folder", hint)
-    override = Path(folder) / f"{name}.txt"
-    path = override if folder and override.is_file() else SHIPPED / f"{name}.txt"
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        hint = "save it as UTF-8 text" if path == override else "reinstall sclite"
-        raise DataError(f"the prompt {path} cannot be read: {error}", hint) from error
-
-
-@cache
-def _template(name: str, folder: str) -> jinja2.Template:
     # prompts.folder may come from somebody else's run: its templates must not reach the system
+    loader = jinja2.FileSystemLoader([folder, SHIPPED] if folder else SHIPPED)
     options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    return ImmutableSandboxedEnvironment(**options).from_string(_source(name, folder))
+    return ImmutableSandboxedEnvironment(loader=loader, **options)
 
 
 def _render(name: str, folder: str, values: dict[str, str]) -> str:
-    hint = f"fix it in {folder}"
     try:
-        return _template(name, folder).render(**values).strip()
-    except jinja2.UndefinedError as error:
-        message = f"the prompt {name}.txt uses an undefined value: {error}"
-        raise DataError(message, f"the available values are: {', '.join(values) or 'none'}") from error
-    except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"the prompt {name}.txt, line {error.lineno}: {error.message}", hint) from error
+        return _environment(folder).get_template(f"{name}.txt").render(**values).strip()
     # a user's template may raise any of these: its expressions are Python in all but name
     except (
         *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
         *(RecursionError, MemoryError),
     ) as error:
-        raise DataError(f"the prompt {name}.txt cannot be rendered: {error}", hint) from error
+        line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        hint = f"fix it in {folder}; the available values are: {', '.join(values) or 'none'}"
+        raise DataError(f"the prompt {name}.txt{line}: {error}", hint) from error
 
 
 def digest_prompts(*names: str, folder: str = "") -> str:
     """A short hash of the sources of these prompts; it changes with every edit."""
-    return hashlib.sha256("\0".join(_source(name, folder) for name in names).encode()).hexdigest()[:16]
+    environment, sources = _environment(folder), []
+    assert environment.loader is not None
+    for name in names:
+        try:
+            sources.append(environment.loader.get_source(environment, f"{name}.txt")[0])
+        except UnicodeDecodeError as error:
+            message = f"the prompt {name}.txt in {folder} cannot be read: {error}"
+            raise DataError(message, "save it as UTF-8 text") from error
+    return hashlib.sha256("\0".join(sources).encode()).hexdigest()[:16]
 
 
 def _messages(name: str, folder: str, **values: str) -> Messages:

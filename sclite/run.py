@@ -2,8 +2,10 @@
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,22 +14,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from sclite import __version__, console
 from sclite.config import Config
-from sclite.errors import DataError, ScliteError, UsageError
+from sclite.errors import DataError, UsageError
 from sclite.files import file_digest, sync, write_text
-from sclite.manifest import Manifest, Report
-from sclite.manifest import timed as timed
-from sclite.records import FEEDBACK, ROWS, Drop, Problem, Row, Template
-from sclite.settings import NOT_SAVED, RUN_FILE, load
+from sclite.records import ROWS, Drop, Problem, Row, Template
+from sclite.settings import NOT_SAVED, RUN_FILE
 
 R = TypeVar("R", bound=Row)
 PACKAGES = ("torch", "transformers", "peft", "llama-cpp-python", "litellm")
 """Whose versions a manifest records."""
 LOCK = ".lock"
-LEDGER = frozenset(f"ledger.sqlite{end}" for end in ("", "-wal", "-shm", "-journal"))
-NOT_OUTPUTS = LEDGER | {
-    RUN_FILE, LOCK, "problems.jsonl", "problems.json", ".problems.json", "dropped.jsonl", "libraries.log",
-}  # fmt: skip
-"""Files that a command writes to a run before any stage has produced something."""
 MADE_BY = {
     "problems.jsonl": ("problems", "build-data"),
     "templates.jsonl": ("templates", "build-data"),
@@ -36,6 +31,59 @@ MADE_BY = {
     "pairs.jsonl": ("pairs", "train"),
 }
 """The stage that writes each file of rows, and the command that restores missing rows."""
+
+
+@dataclass
+class Report:
+    """The result of a stage: counts, drops by reason, seconds, cost (None: unknown); `figures` holds stage-specific values."""
+
+    stage: str
+    counts: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    cost_usd: float | None = 0.0
+    figures: dict[str, Any] = field(default_factory=dict)
+    skipped: bool = False
+
+    @classmethod
+    def of(cls, manifest: dict[str, Any]) -> "Report":
+        """The report of a stage that was already done, from its manifest."""
+        return cls(**{each.name: manifest[each.name] for each in fields(cls)} | {"skipped": True})
+
+    def warn(self, progress: Callable[..., None], text: str) -> None:
+        self.figures.setdefault("warnings", []).append(text)
+        progress(0, 0, warning=text)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {k: getattr(self, k) for k in ("counts", "dropped", "seconds", "cost_usd", "figures")}
+
+
+@contextmanager
+def timed(report: Report) -> Iterator[None]:
+    """Add the duration of the block to the report."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        report.seconds = round(report.seconds + time.monotonic() - began, 3)
+
+
+@dataclass
+class Output:
+    """A file listed in a manifest; `rows` is None for a file without rows."""
+
+    digest: str
+    rows: int | None
+
+
+@dataclass(kw_only=True)
+class Manifest(Report):
+    """done/<stage>.json: the report of a finished stage, its inputs and its outputs."""
+
+    sclite: str
+    versions: dict[str, str]
+    inputs: dict[str, Any]
+    outputs: dict[str, Output]
 
 
 class Run:
@@ -55,23 +103,20 @@ class Run:
         return self.folder / name
 
     def is_begun(self) -> bool:
-        """Whether this is a run: it has more than a chat's lock, ledger and feedback, and the drops of an `eval`."""
-        return any(
-            path.name not in (LOCK, FEEDBACK, "dropped.jsonl", *LEDGER) for path in self.folder.glob("*")
-        )
+        """Whether this is a run: a chat leaves only its ledger and feedback, an `eval` its drops."""
+        return any(self.path(name).exists() for name in (RUN_FILE, *MADE_BY, "sft", "export"))
 
     # -- lock and settings -----------------------------------------------------------------------------------------
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Lock the run against other sclite processes, or raise UsageError. A new folder that stays empty is removed."""
+        """Lock the run against other sclite processes, or raise UsageError."""
         from filelock import FileLock, Timeout
 
-        new = [folder for folder in (self.folder, self.folder.parent) if not folder.exists()]
-        lock = FileLock(self.path(LOCK), timeout=0.5)  # `is_locked` in another process takes it for a moment
         elsewhere = "choose another folder with --run"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path(LOCK), timeout=0)
             lock.acquire()
         except Timeout:
             message = f"another sclite process is using {self.folder}"
@@ -81,11 +126,6 @@ class Run:
         try:
             yield
         finally:
-            with suppress(OSError):  # another program may have put a file there, or removed the folder
-                if new and [path.name for path in self.folder.iterdir()] == [LOCK]:
-                    self.path(LOCK).unlink()
-                    for folder in new:
-                        folder.rmdir()
             lock.release()
 
     def has_own_problems(self) -> bool:
@@ -94,66 +134,42 @@ class Run:
         own = not signed["inputs"]["source"] if signed else self.is_imported("problems", path.name)
         return own and path.is_file() and path.stat().st_size > 0
 
-    def check_problems(self, source: str) -> None:
-        """Raise UsageError if the run has its own problems, and so cannot have those of `source`."""
-        if source and self.has_own_problems():
-            embedded = load(None, [f"run={self.folder}"], {}, own_file=False).teacher.embedded
-            keep = f"`sclite quickstart --run {self.folder}`" if embedded else "--set problems.source="
-            hint = f"choose another folder with --run, or keep them: {keep}"
-            raise UsageError(f"{self.folder} has other problems than {source}", hint)
-
-    def is_locked(self) -> bool:
-        """Whether a process is using this run. False if the folder is read-only."""
-        from filelock import FileLock, Timeout
-
-        try:
-            with suppress(PermissionError):
-                if self.path(LOCK).is_file():
-                    FileLock(self.path(LOCK), timeout=0).acquire().lock.release()
-        except Timeout:
-            return True
-        return False
-
     @contextmanager
     def recording(self, config: Config) -> Iterator[None]:
         """Lock the run, and save the configuration to run.toml: later commands on this run need not repeat it.
 
-        If the block fails before any stage has produced something, run.toml is restored: a mistyped value does not break
-        later commands, but whatever was paid for or trained keeps its settings.
+        Raises UsageError if the run has its own problems, and so cannot have those of problems.source. If a value is
+        rejected before a stage has finished, run.toml is restored: it does not break later commands.
         """
         import tomlkit
 
-        path = self.path(RUN_FILE)
-        self.check_problems(config.problems.source)
+        def signed() -> set[tuple[str, int]]:
+            done = (path for path in self.folder.glob("done/*.json") if path.stem != "problems")
+            return {(path.name, path.stat().st_mtime_ns) for path in done}
+
+        path, source = self.path(RUN_FILE), config.problems.source
+        if source and self.has_own_problems():
+            hint = "choose another folder with --run, or keep them: --set problems.source="
+            raise UsageError(f"{self.folder} has other problems than {source}", hint)
         with self.lock():
-            outputs, before = self._outputs(), path.read_text(encoding="utf-8") if path.is_file() else None
+            done, before = signed(), path.read_text(encoding="utf-8") if path.is_file() else None
             write_text(path, tomlkit.dumps(config.model_dump(exclude_none=True, exclude=NOT_SAVED)))
             try:
                 yield
-            except ScliteError:
-                if self._outputs() == outputs:
-                    if before is None:
-                        path.unlink(missing_ok=True)
-                    else:
-                        write_text(path, before)
+            except (UsageError, DataError):
+                if before is None and signed() == done:
+                    path.unlink()
+                elif signed() == done:
+                    write_text(path, before or "")
                 raise
-
-    def _outputs(self) -> dict[str, int]:
-        """{path: modification time} of all files that stages produced, from rows to manifests."""
-        found = (path for path in self.folder.rglob("*") if path.is_file() and path.name not in NOT_OUTPUTS)
-        return {str(path): path.stat().st_mtime_ns for path in found if not path.name.endswith(".begun.json")}
 
     # -- rows ------------------------------------------------------------------------------------------------------
 
     def append(self, name: str, rows: Iterable[Row]) -> None:
         """Append rows in one write: a kill leaves complete rows and at most one broken last line, which readers skip."""
-        if found := list(rows):
-            with self.appending(name) as add:
-                add(found)
-
-    @contextmanager
-    def appending(self, name: str) -> Iterator[Callable[[Iterable[Row]], None]]:
-        """`append` to a file that stays open: opening it takes most of the time of an append."""
+        data = "".join(row.model_dump_json() + "\n" for row in rows).encode()
+        if not data:
+            return
         path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+", buffering=0) as file:
@@ -167,18 +183,13 @@ class Run:
                     file.truncate(begin)
                 else:  # some editors remove the last newline
                     file.write(b"\n")
-
-            def add(rows: Iterable[Row]) -> None:
-                data = "".join(row.model_dump_json() + "\n" for row in rows).encode()
-                begin = file.seek(0, os.SEEK_END)
-                try:
-                    while data:
-                        data = data[file.write(data) :]
-                except OSError:  # a full disk: all of the rows or none
-                    file.truncate(begin)
-                    raise
-
-            yield add
+            begin = file.seek(0, os.SEEK_END)
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:  # a full disk: all of the rows or none
+                file.truncate(begin)
+                raise
 
     def rows(self, name: str, kind: type[R], whole: bool = True) -> Iterator[R]:
         """Read the rows of a file lazily; a missing file has none, and an incomplete last line is skipped.
@@ -273,50 +284,33 @@ class Run:
                 continue
             if rows is None:
                 found.append(f"{path} is damaged: it is not the file that {manifest['stage']} wrote")
-            elif (whole := self._count(name)) < rows:
+            elif (whole := len(self.read(name, ROWS[name], whole=False))) < rows:
                 found.append(f"{path} is damaged: {whole} of {rows} rows are intact")
         return found
 
-    def _count(self, name: str) -> int:
-        return sum(1 for _ in self.rows(name, ROWS[name], whole=False))
-
     def manifest(self, stage: str) -> dict[str, Any] | None:
-        """The manifest of a finished stage, whatever its inputs; its copy if it is damaged."""
+        """The manifest of a finished stage, whatever its inputs."""
         path = self.path(f"done/{stage}.json")
-        if not path.is_file():
-            return None
-        for place in (path, path.with_name(f".{path.name}")):
-            with suppress(ValidationError, FileNotFoundError):
-                return Manifest.model_validate_json(place.read_bytes()).model_dump()
-        raise DataError(f"{path} and its copy are damaged", f"remove {path} and re-run to repeat {stage}")
+        try:
+            return asdict(TypeAdapter(Manifest).validate_json(path.read_bytes())) if path.is_file() else None
+        except ValidationError:
+            raise DataError(f"{path} is damaged", f"remove it and re-run to repeat {stage}") from None
 
     def sign(
         self, stage: str, inputs: dict[str, Any], report: Report, outputs: Mapping[str, int | None] = {}
     ) -> None:
         """Sync a stage's outputs to disk, then write the manifest that marks the stage as done.
 
-        `outputs` maps each file to its number of rows, or None. Raises DataError if rows are missing.
+        `outputs` maps each file to its number of rows, or None.
         """
         signed: dict[str, dict[str, Any]] = {}
         for name, rows in outputs.items():
-            path = self.path(name)
-            if rows is not None and (there := self._count(name)) != rows:
-                hint = "re-run with one process at a time; paid replies come from the ledger"
-                message = f"{path} contains {there} of {rows} rows: another process has written to the run"
-                raise DataError(message, hint)
-            sync(path)
-            sync(path.parent)
+            sync(self.path(name))
+            sync(self.path(name).parent)
             signed[name] = {"digest": self.file_digest(name), "rows": rows}
         versions = {name: version(name) for name in PACKAGES}
-        manifest: dict[str, Any] = {
-            "stage": stage,
-            "sclite": __version__,
-            "versions": versions,
-            "inputs": inputs,
-        }
-        manifest |= {**report.as_dict(), "outputs": signed}
-        self.write_json(f"done/.{stage}.json", manifest)
-        self.write_json(f"done/{stage}.json", manifest)
+        about = {"stage": stage, "sclite": __version__, "versions": versions, "inputs": inputs}
+        self.write_json(f"done/{stage}.json", {**about, **report.as_dict(), "outputs": signed})
 
     def mark_started(self, stage: str) -> None:
         """Record that a stage is writing its files, so that they are not mistaken for imported ones."""

@@ -2,7 +2,6 @@
 
 import difflib
 import os
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sclite.config import Config, keys
+from sclite.config import SECRET_PARAMETER, Config, keys
 from sclite.errors import DataError, UsageError
 
 FILE = "sclite.toml"
@@ -23,8 +22,6 @@ NOT_SAVED: dict[str, Any] = {
     "export": {"ollama", "push"},
 }
 """What is not saved to run.toml (pydantic's `exclude`): the run's path, and options that apply to one command only."""
-OF_SOURCE = ("subset", "split", "question_column", "answer_column", "solution_column", "id_column")
-"""Settings of `problems` and `eval` that describe a source: those in run.toml do not apply to another source."""
 
 
 def load(
@@ -62,29 +59,15 @@ def load(
     saved = Path(os.path.expanduser(folder)) / RUN_FILE
     tree: dict[str, Any] = {}
     if saved.is_file():
-        advice = f"fix it, or remove {saved}: settings then come only from {FILE} and the command line"
         try:
             tree = _read_file(saved)
-            Config.model_validate(tree)
+            _validate(tree, str(saved))
         except UsageError as failure:
-            raise DataError(failure.message, advice) from failure
-        except ValidationError as error:
-            message, hint = _explain(error)
-            raise DataError(f"{saved}: {message}", f"{hint} {advice}") from None
-    for section in tree.keys() & {"problems", "eval"}:
-        sections = (layer.get(section) for layer in layers)
-        sources = [part["source"] for part in sections if isinstance(part, Mapping) and part.get("source")]
-        known = tree[section].get("source")
-        # absolute, since a file has several names; as text, since other types are rejected below
-        names = {os.path.abspath(os.path.expanduser(str(name))) for name in (*sources[-1:], known)}
-        if sources and known and len(names) > 1:
-            tree[section] = {k: v for k, v in tree[section].items() if k not in OF_SOURCE}
+            remove = f"or remove {saved}: settings then come only from {FILE} and the command line"
+            raise DataError(failure.message, f"{failure.hint}, {remove}") from failure
     for layer in layers:
         _merge(tree, layer)
-    try:
-        return Config.model_validate(_merge(_merge({}, defaults or {}), tree))
-    except ValidationError as error:
-        raise UsageError(*_explain(error)) from None
+    return _validate(_merge(_merge({}, defaults or {}), tree))
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -125,49 +108,40 @@ def _assign(tree: dict[str, Any], path: list[str], text: str) -> None:
     tree[path[-1]] = value
 
 
-PLAIN = {
-    "tuple_type": 'write a list, such as ["a", "b"] or [0.5, 1.5]',
-    "missing": "a value is missing",
-    "model_type": "this is a section: set one of its keys",
-}
-"""Messages instead of pydantic's, by its type of error."""
-
-
-def _explain(error: ValidationError) -> tuple[str, str]:
-    """(message, hint): all errors in one message, and a suggestion for each unknown key, which it names if there are several."""
-    known, lines, meanings = keys(), [], []
-    hints: dict[str, list[str]] = {}  # suggestion -> unknown keys
+def _validate(tree: dict[str, Any], place: str = "configuration") -> Config:
+    """The configuration; UsageError has all errors in one message, with a suggestion or an explanation for each key."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        failures = error.errors()
+    known, lines, hints = keys(), list[str](), list[str]()
     names = {key: key for key in known}  # also by part of the name: `sft.epochs` means sft.num_train_epochs
     for key in known:
         section, _, name = key.rpartition(".")
         for part in (name, *name.split("_")):
             names.setdefault(part, key)
             names.setdefault(f"{section}.{part}", key)
-    for failure in error.errors():
+    for failure in failures:
         key = ".".join(str(part) for part in failure["loc"])
         if failure["type"] == "extra_forbidden":
             inner = failure["input"] if isinstance(failure["input"], dict) else {}
             for unknown in [f"{key}.{name}" for name in inner] or [key]:
                 lines.append(f"unknown key {unknown}")
-                section = unknown.partition(".")[0]
-                valid = [key.removeprefix(f"{section}.") for key in known if key.startswith(f"{section}.")]
                 # part of a name easily resembles another: `sft.lr` and the `per` of sft.per_device_train_batch_size
                 like = difflib.get_close_matches
                 near = like(unknown, names, 1, 0.8) or like(unknown, known, 1, 0.75)
-                hint = f"{section} has {', '.join(valid)}." if valid else ""
-                hint = f"did you mean {names[near[0]]}?" if near else hint
-                if re.search(r"api_?key|secret|password|(?<!max)_token$|\btoken$", unknown):
-                    hint = "keys and tokens come from the environment, such as OPENAI_API_KEY"
-                hints.setdefault(hint, []).append(unknown)
+                if SECRET_PARAMETER.search(unknown.rpartition(".")[2]):
+                    hints.append("keys and tokens come from the environment, such as OPENAI_API_KEY")
+                elif near:
+                    hints.append(f"did you mean {names[near[0]]}?")
         else:
             # a rejected value in teacher.extra may be a secret
             shown = key if key == "teacher.extra" else f"{key} = {failure['input']!r}"
-            message = PLAIN.get(failure["type"]) or f"{failure['msg'][0].lower()}{failure['msg'][1:]}"
+            message = f"{failure['msg'][0].lower()}{failure['msg'][1:]}"
+            if failure["type"] == "tuple_type":
+                message = 'write a list, such as ["a", "b"] or [0.5, 1.5]'
             lines.append(f"{shown}: {message}")
-            if (field := known.get(key)) is not None and field.description:
-                meanings.append(f"{key}: {field.description}.")
-    hints.pop("", None)
-    several = len(lines) > 1
-    advice = [f"{', '.join(unknown)}: {hint}" if several else hint for hint, unknown in hints.items()]
-    advice = advice or ["`sclite init` writes a file that explains every key"]
-    return "configuration: " + "; ".join(lines), " ".join([*meanings, *advice])
+            if (field := known.get(key)) is not None:
+                hints.append(f"{key}: {field.description}.")
+    hints = hints or ["`sclite init` writes a file that explains every key"]
+    raise UsageError(f"{place}: {'; '.join(lines)}", " ".join(dict.fromkeys(hints)))

@@ -11,7 +11,7 @@ import pytest
 
 from sclite import config, console, doctor, settings
 from sclite.commands import start
-from sclite.errors import DataError
+from sclite.errors import DataError, UsageError
 from sclite.records import Drop, Problem, Template
 from sclite.run import Run
 from tests.toy import write_rows
@@ -149,6 +149,8 @@ def test_every_line_from_init_is_valid_when_uncommented(tmp_path, monkeypatch, m
     path, gpus = tmp_path / "sclite.toml", [{"name": "GPU", "total_gb": memory_gb}] if memory_gb else []
     monkeypatch.setattr(doctor, "probe_torch", lambda: {"gpus": gpus})
     start.init(path)
+    with pytest.raises(UsageError, match="already exists"):
+        start.init(path)
     lines = path.read_text(encoding="utf-8").splitlines()
     keys = [i for i, line in enumerate(lines) if line.startswith("# ")]
     assert len(keys) > len(config.keys()) - 3

@@ -15,7 +15,7 @@ import pytest
 import tomlkit
 
 from sclite.quickstart.flow import DEFAULTS
-from sclite.quickstart.problem_sets import problem_set
+from sclite.quickstart.stories import problem_set
 from tests.toy import write_rows
 
 MARKS = {

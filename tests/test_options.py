@@ -79,7 +79,7 @@ def test_data_settings_are_saved_and_can_be_unset(build, sclite):
         ("review.threshold", "2", None),
         ("sft.num_train_epochs", "7", 3.0),
         ("eval.split", "dev", "test"),
-        ("problems.avoid", "x.jsonl", ()),
+        ("problems.avoid", '["x.jsonl"]', ()),
         ("student.load_in_4bit", "false", True),
     ],
 )
@@ -109,7 +109,7 @@ def test_the_environment_sets_any_key_and_a_misspelled_one_is_refused(tmp_path):
         load(None, (), given, own_file=False)
     names = ("sft_num_train_epochs", "sft.epoch", "sede")
     assert all(f"unknown key {name}" in error.value.message for name in names)
-    assert "sft.epoch, sft_num_train_epochs: did you mean sft.num_train_epochs?" in error.value.hint
+    assert "did you mean sft.num_train_epochs?" in error.value.hint
     assert "did you mean seed?" in error.value.hint
 
 
@@ -124,20 +124,6 @@ def test_an_empty_run_is_the_default_with_its_own_settings(tmp_path, monkeypatch
         found = load(None, settings, environment, own)
         assert (found.run, found.seed) == (default, 3)
     assert load(None, [], {}, own).seed == 7
-
-
-def test_columns_in_run_toml_are_those_of_its_own_source(tmp_path):
-    saved = '[problems]\nsource = "a.csv"\nquestion_column = "query"\nsplit = "test"\n'
-    (tmp_path / "run.toml").write_text(f"{saved}correction_share = 0.3\n")
-
-    def problems(*given):
-        return load(None, [f"run={tmp_path}", *given], {}, own_file=False).problems
-
-    for given in ((), ("problems.source=a.csv",), ("problems.source=./a.csv",), ("problems.source=",)):
-        assert (problems(*given).question_column, problems(*given).split) == ("query", "test")
-    other = problems("problems.source=b.csv", "problems.answer_column=gold")
-    assert (other.question_column, other.answer_column, other.split) == ("", "gold", "train")
-    assert other.correction_share == 0.3
 
 
 @pytest.mark.parametrize("text", ["[sft\n", "sft = 3\n", "[sft]\nepoch = 1\n", "[sft]\nepochs = 'x'\n"])
@@ -158,7 +144,7 @@ def test_a_run_continues_without_its_problem_file(build, teacher_of_sums):
     for arguments in ((), ("mine.jsonl",), ("mine.jsonl", "--limit", "6")):
         ended = build(*arguments)
         assert ended.code == 0, ended.err
-        assert "6 in the run (mine.jsonl no longer exists)" in ended.err
+        assert "problems: 6 in the run" in ended.err
     assert len(teacher_of_sums.requests) == asked
     assert build("mine.jsonl", "--limit", "3").code == 2
     assert build("other.jsonl").code == 3

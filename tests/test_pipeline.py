@@ -19,7 +19,7 @@ from sclite.settings import load
 from sclite.student.tokenization import piece_ids, prompt_ids
 from sclite.trace import CAUSE, Step, Trace, render, step_pieces
 from tests.replay import TeacherServer, say
-from tests.toy import tiny_gguf, tiny_llama, write_rows
+from tests.toy import raises, tiny_gguf, tiny_llama, write_rows
 
 STEPS = ("I look at both numbers.", "It is 90.")
 OWN = "Hm.</Cause>\n<Correction>It is 80.</Correction>"
@@ -49,6 +49,13 @@ def model(body, nth):
     review = "Work to check" in text
     own = attempt("80", ("Hm.", "It is 80."))
     return say(own if review else attempt(gold if body["seed"] % 3 == 0 else "80"))
+
+
+def prepare(run):
+    """Eight problems and a template, ready to be trained on."""
+    problems(8)
+    template = {"id": "p", "question": "What is 1 + 1?", "answer": "2", "trace": attempt("2")}
+    write_rows(run.path("templates.jsonl"), [template])
 
 
 def settings(url, **more):
@@ -167,17 +174,6 @@ def plan_of(run, folder, capsys, url="http://127.0.0.1:9/v1", **more):
     return context, capsys.readouterr().out
 
 
-def test_plan_of_a_run_has_the_cost_of_templates_and_corrections(run, folder, capsys):
-    problems(300)
-    context, shown = plan_of(run, folder, capsys, **PRICED, **{"attempts.samples": 3})
-    templates = r"Templates from the teacher: (\d+), about \$(\S+)\n"
-    planned = re.search(rf"{templates}Corrections from the teacher: at most (\d+), about \$(\S+)\n", shown)
-    split = pipeline.divided_problems(context)
-    templates, corrections = len(split.sft) + len(split.stage2), 3 * len(split.stage2)
-    assert (int(planned[1]), int(planned[3])) == (templates, corrections)
-    assert float(planned[4]) / float(planned[2]) == pytest.approx(corrections / templates, abs=0.02)
-
-
 def test_the_plan_of_a_run_counts_the_wrong_attempts_at_any_price(run, folder, capsys):
     problems(20)
     _, shown = plan_of(run, folder, capsys, **PRICED, **{"attempts.source": "tries.jsonl"})
@@ -208,14 +204,6 @@ def test_run_with_plan_shows_it_and_starts_nothing(run, folder, sclite):
     assert not run.folder.exists()
 
 
-def test_a_missing_gguf_is_reported(run):
-    problems(4)
-    context = context_of(run, "http://127.0.0.1:9/v1", **{"attempts.student": "none.gguf"})
-    with pytest.raises(DataError, match=r"attempts\.student: none\.gguf does not exist"):
-        pipeline.build_corrections(context)
-    pipeline.check_sources(context, student=False)  # templates do not need it
-
-
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -230,35 +218,23 @@ def test_train_reports_what_stage_2_lacks_before_sft(run, tmp_path, monkeypatch,
     def start(*_):
         raise InterruptedError
 
+    (tmp_path / "torn.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(pipeline, "train_stage", start)
     monkeypatch.setattr(exports, "check_chat_template", lambda _: None)
-    problems(8)
-    (tmp_path / "torn.gguf").write_bytes(b"GGUF")
-    template = {"id": "p", "question": "What is 1 + 1?", "answer": "2", "trace": attempt("2")}
-    write_rows(run.path("templates.jsonl"), [template])
+    prepare(run)
     context = context_of(run, "http://127.0.0.1:9/v1", **more)
     with pytest.raises(DataError) as error:
         pipeline.train(context)
     assert said in error.value.message
     with pytest.raises(InterruptedError):
         pipeline.train(context, "sft")
-
-
-@pytest.mark.parametrize(
-    ("given", "missing"),
-    [
-        (["sft/adapter/adapter_model.safetensors"], "templates.jsonl"),
-        (["templates.jsonl", "pairs.jsonl"], "reviews.jsonl"),
-    ],
-)
-def test_train_names_what_is_missing_beside_imported_files(run, monkeypatch, given, missing):
-    monkeypatch.setattr(pipeline, "train_stage", None)
-    problems(8)
-    for name in given:
-        run.path(name).parent.mkdir(parents=True, exist_ok=True)
-        template = {"id": "p", "question": "What is 1 + 1?", "answer": "2", "trace": attempt("2")}
-        write_rows(run.path(name), [template])
-    with pytest.raises(DataError, match=rf"{missing} is missing"):
+    run.path("templates.jsonl").unlink()
+    write_rows(run.path("sft/adapter/adapter_model.safetensors"), [])
+    with pytest.raises(DataError, match=r"templates\.jsonl is missing"):  # stage 2 replays them
+        pipeline.train(context)
+    prepare(run)
+    write_rows(run.path("pairs.jsonl"), [{"id": "p"}])
+    with pytest.raises(DataError, match=r"reviews\.jsonl is missing, and the warm-up trains on reviews"):
         pipeline.train(context_of(run, "http://127.0.0.1:9/v1"))
 
 
@@ -266,9 +242,7 @@ def test_train_names_what_is_missing_beside_imported_files(run, monkeypatch, giv
 def test_train_warns_of_a_cpu_build_of_llama_cpp_on_a_gpu(run, monkeypatch, capsys, offloads, warned):
     monkeypatch.setattr(pipeline, "llama_offloads", lambda: offloads)
     monkeypatch.setattr(exports, "check_chat_template", None)
-    problems(8)
-    template = {"id": "p", "question": "What is 1 + 1?", "answer": "2", "trace": attempt("2")}
-    write_rows(run.path("templates.jsonl"), [template])
+    prepare(run)
     context = context_of(run, "http://127.0.0.1:9/v1")
     context.isolated, context.display = True, ProgressDisplay()
     with pytest.raises(TypeError):
@@ -277,11 +251,8 @@ def test_train_warns_of_a_cpu_build_of_llama_cpp_on_a_gpu(run, monkeypatch, caps
 
 
 def test_other_attempts_are_refused_before_they_are_paid_for(run, monkeypatch):
-    problems(8)
-    run.path("sft/adapter").mkdir(parents=True)
-    run.path("sft/adapter/adapter_model.safetensors").write_bytes(b"trained")
-    template = {"id": "p", "question": "What is 1 + 1?", "answer": "2", "trace": attempt("2")}
-    write_rows(run.path("templates.jsonl"), [template])
+    prepare(run)
+    write_rows(run.path("sft/adapter/adapter_model.safetensors"), [])
     context = context_of(run, "http://127.0.0.1:9/v1")
     kept, _ = pipeline.problems_to_attempt(context)
     run.sign("attempts", {**attempts_inputs(context.config, run, kept), "unanswered": 2}, Report("attempts"))
@@ -290,26 +261,21 @@ def test_other_attempts_are_refused_before_they_are_paid_for(run, monkeypatch):
     monkeypatch.setattr(pipeline, "build_corrections", lambda *given: started.append(given))
     monkeypatch.setattr(pipeline, "train_stage", None)
     other = context_of(run, "http://127.0.0.1:9/v1", **{"attempts.samples": 7})
-    for fresh, signed in ((False, False), (True, True)):
-        if signed:
-            run.sign("warmup", {}, Report("warmup"))
-        with pytest.raises(TypeError):  # what comes after the corrections
-            pipeline.train(other, "dpo", fresh)
-    with pytest.raises(
-        UsageError, match="stage 2 was trained on attempts with other settings: sampling changed"
-    ) as error:
+    with pytest.raises(TypeError):  # what comes after the corrections
         pipeline.train(other, "dpo")
-    assert "--fresh" in error.value.hint
-    with pytest.raises(TypeError):
-        pipeline.train(context, "dpo")
+    run.sign("warmup", {}, Report("warmup"))
+    with raises(UsageError, "trained on attempts with other settings: sampling changed", hint="--fresh"):
+        pipeline.train(other, "dpo")
+    for allowed, fresh in ((other, True), (context, False)):
+        with pytest.raises(TypeError):
+            pipeline.train(allowed, "dpo", fresh)
     assert len(started) == 3
 
 
 @pytest.mark.parametrize("more", [{}, {"attempts.source": "x"}])
 def test_the_pairs_of_a_trained_student_wait_for_its_warm_up(run, more):
     problems(4)
-    run.path("sft/adapter").mkdir(parents=True)
-    run.path("sft/adapter/adapter_model.safetensors").write_bytes(b"trained")
+    write_rows(run.path("sft/adapter/adapter_model.safetensors"), [])
     context = context_of(run, "http://x", **more)
     (problem, *_) = pipeline.divided_problems(context).stage2
     row = {"id": problem.id, "sample": 0, "trace": attempt("2")}

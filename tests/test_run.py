@@ -6,7 +6,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import tracemalloc
 from contextlib import suppress
 from pathlib import Path
 
@@ -62,8 +61,10 @@ def test_a_damaged_line_is_reported_with_file_and_line(run, line):
     with open(run.path("problems.jsonl"), "a") as file:
         file.write(line + "\n")
     run.append("problems.jsonl", [problem(3)])
+    rows = run.rows("problems.jsonl", Problem)
+    assert next(rows) == problem(1)  # rows are read lazily
     with raises(DataError, r"problems\.jsonl, line 2: "):
-        run.read("problems.jsonl", Problem)
+        next(rows)
 
 
 def test_drops_are_replaced_stage_by_stage_and_make_no_run(run):
@@ -75,28 +76,11 @@ def test_drops_are_replaced_stage_by_stage_and_make_no_run(run):
     assert run.is_begun()
 
 
-def test_rows_are_read_lazily(run):
-    run.append("problems.jsonl", [problem(1, "½"), problem(2)])
-    with open(run.path("problems.jsonl"), "a") as file:
-        file.write("\nno JSON\n")
-    rows = run.rows("problems.jsonl", Problem)
-    assert [next(rows), next(rows)] == [problem(1, "½"), problem(2)]
-    with pytest.raises(DataError, match="line 4"):
-        next(rows)
-
-
-def test_rows_are_reordered_with_one_in_memory(run):
-    long = "x" * 100_000
-    for number in (3, 1, 4, 2):
-        run.append("problems.jsonl", [problem(number, f"{number}{long}")] * 50)
-    run.append("problems.jsonl", [problem(1, "the last of its id")])
-    tracemalloc.start()
+def test_rows_are_reordered_by_their_ids(run):
+    rows = [problem(3), problem(1), problem(4), problem(2), problem(1, "the last of its id")]
+    run.append("problems.jsonl", rows)
     run.reorder("problems.jsonl", Problem, ["p2", "absent", "p1", "p3"])
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    rows = run.read("problems.jsonl", Problem)
-    assert rows == [problem(2, f"2{long}"), problem(1, "the last of its id"), problem(3, f"3{long}")]
-    assert peak < 20 * len(long)
+    assert run.read("problems.jsonl", Problem) == [rows[3], rows[4], rows[0]]
     run.reorder("none.jsonl", Problem, ["p1"])
     assert run.path("none.jsonl").read_text() == ""
 
@@ -134,42 +118,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_a_locked_run_is_refused_and_a_folder_that_cannot_be_created(run, tmp_path):
-    assert not run.is_locked()
     with run.lock():
-        assert run.is_locked()
-        refused = pytest.raises(UsageError, match="another sclite process is using")
-        with refused as error, Run(run.folder).lock():
+        refused = raises(UsageError, "another sclite process is using", hint="--run")
+        with refused, Run(run.folder).lock():
             pass
-    assert "--run" in error.value.hint
-    assert not run.is_locked()
-    with run.lock():
-        pass
     (tmp_path / "file").write_text("")
     for place in (Path("/proc/sclite"), tmp_path / "file/run"):
         with pytest.raises(UsageError, match="cannot be written"), Run(place).lock():
             pass
-
-
-def test_an_unused_new_folder_is_removed_and_may_be_gone_already(tmp_path, run):
-    with run.lock():
-        run.path(".lock").unlink()
-        run.folder.rmdir()
-    assert not run.folder.exists()
-    new = Run(tmp_path / "new")
-    with pytest.raises(DataError), new.recording(Config()):
-        raise DataError("no such file", "give another")
-    assert not new.folder.exists()
-    with Run(tmp_path / "runs/new").lock():
-        pass
-    assert not (tmp_path / "runs").exists()
-    with new.lock():
-        new.mark_started("templates")
-    assert new.folder.is_dir()
-    kept = Run(tmp_path / "kept")
-    kept.folder.mkdir()
-    with kept.lock():
-        pass
-    assert kept.folder.is_dir()
 
 
 def test_a_stage_is_done_only_for_the_same_inputs(run):
@@ -181,10 +137,9 @@ def test_a_stage_is_done_only_for_the_same_inputs(run):
     assert run.done("sft", {"seed": 1, "data": "abc"}) is None
     assert run.done("dpo", {"seed": 0, "data": "abc"}) is None
     assert run.manifest("sft") == manifest
-    with suppress(ValueError), timed(failed := Report("sft", seconds=1.0)):
+    with timed(report):
         time.sleep(0.02)
-        raise ValueError("x")  # whose time counts all the same
-    assert failed.seconds > 1.01
+    assert report.seconds > 1.51
 
 
 def test_digests_depend_on_content_not_on_order_and_name_the_embedded_student(run):

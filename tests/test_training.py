@@ -17,7 +17,7 @@ from sclite.run import Run
 from sclite.student.base import Request
 from sclite.student.hf_model import HFModel
 from sclite.student.loader import load_student, load_tokenizer
-from sclite.train import micro_batch, sft, stage
+from sclite.train import memory, sft, stage
 from sclite.train.metrics_logger import read_metrics
 from tests.toy import pay, raises, toy_config, write_toy
 
@@ -95,7 +95,7 @@ def test_out_of_memory_halves_the_micro_batch_and_resumes(folder, tmp_path, monk
     ],
 )
 def test_if_one_row_does_not_fit_it_says_what_to_lower(folder, tmp_path, monkeypatch, free, advice):
-    monkeypatch.setattr(micro_batch, "free_bytes", lambda: free)
+    monkeypatch.setattr(memory, "free_bytes", lambda: free)
     context = context_of(folder, tmp_path, sft={"per_device_train_batch_size": 2})
     limit_memory(monkeypatch, rows=0)
     with pytest.raises(DeviceError, match="sft: out of GPU memory at micro-batch size 1") as error:
@@ -176,7 +176,7 @@ def test_the_plan_has_the_steps_rows_and_micro_batch_of_the_training(folder, tmp
     assert list(found["stages"]) == ["sft", "warmup", "dpo"]
     assert (found["gpu"], found["stages"]["sft"]["hours"], found["teacher"]["requests"]) == (None, None, 0)
     sizes, real = [], stage.train_adapter
-    noting = lambda *a, **named: sizes.append(named["micro_batch"]) or real(*a, **named)  # noqa: E731
+    noting = lambda *a, **named: sizes.append(a[4]) or real(*a, **named)  # noqa: E731
     monkeypatch.setattr(stage, "train_adapter", noting)
     for report in (train_sft(context), pipeline.train_stage(context, "warmup")):
         planned = found["stages"][report.stage]
@@ -202,7 +202,6 @@ def test_a_plan_that_does_not_fit_ends_with_exit_5_as_json_too(capsys):
 
 
 SUMS = {"model": "openai/teacher", "api_base": "http://127.0.0.1:9/v1"}
-PRICED = {**SUMS, "price": (1000.0, 1000.0)}
 # five problems, two samples each
 MOST = "corrections: at most 10 by openai/teacher, about $"
 
@@ -212,10 +211,9 @@ MOST = "corrections: at most 10 by openai/teacher, about $"
     [
         ({**SUMS, "max_cost": 0.5}, 12, f"{MOST}0.20"),
         ({**SUMS, "max_cost": 0.4}, 12, f"{MOST}0.20; teacher.max_cost is $0.4, of which $0.24 is spent"),
-        (PRICED, 0, MOST),
         (SUMS, 0, ""),
     ],
-    ids=["from the templates", "beyond the limit", "from the price", "unknown"],
+    ids=["from the templates", "beyond the limit", "unknown"],
 )
 def test_train_names_the_cost_of_corrections(folder, tmp_path, monkeypatch, capsys, teacher, paid, line):
     def start(*_):
@@ -230,9 +228,4 @@ def test_train_names_the_cost_of_corrections(folder, tmp_path, monkeypatch, caps
         context.run.path(name).unlink()
     with pytest.raises(InterruptedError):
         pipeline.train(context)
-    shown = " ".join(capsys.readouterr().err.split())
-    if line.endswith("$"):
-        assert shown.startswith(line)
-        assert float(shown.rpartition("$")[2]) > 1
-    else:
-        assert shown == line
+    assert " ".join(capsys.readouterr().err.split()) == line

@@ -93,7 +93,7 @@ def merged_by_peft(model) -> dict:
 
 def tiny_gguf(folder: Path, out: Path, *, outtype: str = "f32") -> Path:
     """The model in `folder` as a GGUF; returns `out`."""
-    from sclite.export.gguf_writer import write_gguf
+    from sclite.export.gguf import write_gguf
 
     return write_gguf(folder, out, outtype=outtype)
 
@@ -321,7 +321,7 @@ class ScriptedStudent(Student):
 
     def score(self, requests):
         for i, request in enumerate(requests):
-            yield Scores(i, (self.odds,) * len(request.marks), 9)
+            yield Scores(i, (self.odds,) * len(request.marks))
 
 
 class SameVerdict:

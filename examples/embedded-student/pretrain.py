@@ -23,8 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sclite import prompts, trace
 from sclite.evaluate.metrics import auc
 from sclite.quickstart.grammar import solve
-from sclite.quickstart.problem_sets import HELD_OUT, problem_set
-from sclite.quickstart.stories import generate
+from sclite.quickstart.stories import HELD_OUT, generate, problem_set
 from sclite.quickstart.tutor import template
 
 LENGTH = 512  # tokens in a training sequence

@@ -49,8 +49,7 @@ def _edit(path: Path, **values: object) -> None:
 
 def write_problems(folder: Path) -> None:
     """train.jsonl and test.jsonl, which share no question."""
-    from sclite.quickstart.problem_sets import SEEDS
-    from sclite.quickstart.stories import TINY, generate
+    from sclite.quickstart.stories import SEEDS, TINY, generate
 
     test = generate(TEST, SEEDS["test"], ranges=[TINY])
     train = generate(TRAIN, SEEDS["train"], frozenset(problem.question for problem in test), ranges=[TINY])

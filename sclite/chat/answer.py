@@ -2,34 +2,25 @@
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sclite import console, prompts
 from sclite.config import Config
 from sclite.student.base import Reply, Request
-from sclite.student.llama_cpp.engine import Engine
-from sclite.student.llama_cpp.probe import check_gguf
+from sclite.student.llama_cpp.engine import Engine, check_gguf
 from sclite.student.self_correction import Reviewed, ReviewSettings, Script, Writing, review
 from sclite.student.step_scores import Cutoff
 from sclite.trace import Trace, parse, render
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to answer. `mode`: guided, free, or "" for no review."""
+class Settings(ReviewSettings):
+    """How to answer. `mode`: guided, free, or "" for no review. Temperature, seed and top_p are those of the solution."""
 
-    mode: str = "guided"
-    threshold: float = 0.0
-    confidence_weight: float = 0.0
-    rounds: int = 1
     max_tokens: int = 1024
-    temperature: float = 0.0
     top_p: float = 1.0
-    seed: int = 0
-    prompt_folder: str = ""
+    mode: str = "guided"
 
     def request(self, messages: prompts.Messages, stop: tuple[str, ...] = ()) -> Request:
         return Request(messages, (), self.max_tokens, self.temperature, self.top_p, self.seed, stop)
@@ -59,12 +50,8 @@ class Answer:
     review: Reviewed | None = None
     note: str = ""
     seconds: float = 0.0
-    review_seconds: float = 0.0
-    """The part of `seconds` that the review took."""
-    asked: str = ""
-    """The question as the student received it, with earlier ones before it."""
-    threshold: float = 0.0
-    """The threshold of its review."""
+    review_seconds: float = 0.0  # the part of `seconds` that the review took
+    asked: str = ""  # the question as the student received it, with earlier ones before it
 
     @property
     def complete(self) -> bool:
@@ -91,33 +78,19 @@ class Answer:
         """The tokens generated for the solution and the review."""
         return self.first.tokens + (self.review.tokens if self.review is not None else 0)
 
-    @property
-    def prefill(self) -> int:
-        """The prompt tokens that were computed, not found in the cache."""
-        return self.first.prefill_tokens + (self.review.prefill if self.review is not None else 0)
-
     def as_json(self) -> dict[str, object]:
         """The answer as `sclite chat --json` prints it."""
-        row: dict[str, object] = {
+        row = {
             "question": self.question,
             "first": self.first.text,
             "answer": self.final.answer,
-        }
-        if self.review is not None:
-            row |= {
-                "accused": self.review.accused,
-                "cause": self.review.cause,
-                "correction": self.review.correction,
-                "step_scores": [round(score, 4) for score in self.review.scores],
-                "final": self.text,
-            }
-        return row | {
-            "tokens": self.tokens,
-            "prefill_tokens": self.prefill,
-            "seconds": round(self.seconds, 3),
-            "review_seconds": round(self.review_seconds, 3),
             "note": self.note,
         }
+        reviewed: dict[str, object] = {}
+        if (review := self.review) is not None:
+            reviewed = {"accused": review.accused, "cause": review.cause, "correction": review.correction}
+            reviewed |= {"step_scores": [round(score, 4) for score in review.scores], "final": self.text}
+        return {**row, **reviewed, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
 
 
 def solve_and_review(question: str, settings: Settings) -> Script[Answer]:
@@ -132,34 +105,29 @@ def solve_and_review(question: str, settings: Settings) -> Script[Answer]:
         return Answer(question, reply, trace, None, note, time.monotonic() - began)
     solved, reviewed = time.monotonic(), None
     if settings.mode and reply.finish != "length":
-        limits = (settings.threshold, settings.rounds, settings.max_tokens, settings.prompt_folder)
-        chosen = ReviewSettings(*limits, confidence_weight=settings.confidence_weight)
-        reviewed = yield from review(question, trace, chosen, settings.mode)
+        greedy = replace(settings, temperature=0.0, seed=0)
+        reviewed = yield from review(question, trace, greedy, settings.mode)
     note = "" if reviewed is None else reviewed.note
     if reply.finish == "length":
-        full = 0 < reply.tokens < settings.max_tokens
-        shorten = "shorten the question, or use a longer context (eval.context for a GGUF)"
-        longer = "raise max_tokens (/set max_tokens, or eval.max_tokens)"
-        remedy = f"the context is full: {shorten}" if full else longer
+        remedy = "raise max_tokens (/set max_tokens, or eval.max_tokens)"
+        if reply.tokens < settings.max_tokens:
+            remedy = (
+                "the context is full: shorten the question, or use a longer context (eval.context for a GGUF)"
+            )
         note = f"the answer was cut off at {reply.tokens} tokens; {remedy}"
     elif trace.answer is None:
         note = note or "the steps do not lead to an answer"
     ended = time.monotonic()
-    times = (ended - began, ended - solved)
-    return Answer(question, reply, trace, reviewed, note, *times, threshold=settings.threshold)
+    return Answer(question, reply, trace, reviewed, note, ended - began, ended - solved)
 
 
-@contextmanager
-def open_gguf(path: Path, config: Config, parallel: int | None) -> Iterator[Engine]:
-    """A GGUF in llama.cpp with the system prompt of a solution in its cache. Raises DataError if it cannot be loaded."""
-    with ExitStack() as stack:
-        with console.spinner(f"loading {path.name}"):
-            check_gguf(path)
-            engine = stack.enter_context(Engine(path, parallel=parallel, context=config.eval.context))
-            list(engine.generate([Request(prompts.solve_messages("1", config.prompts.folder), max_tokens=1)]))
-        yield engine
+def open_gguf(path: Path, context: int, parallel: int | None) -> Engine:
+    """A GGUF in llama.cpp. Raises DataError if it cannot be loaded."""
+    with console.spinner(f"loading {path.name}"):
+        check_gguf(path)
+        return Engine(path, parallel=parallel, context=context)
 
 
 def probability(log_odds: float) -> float:
     """The probability of an error from its log-odds in nats."""
-    return 1 / (1 + math.exp(min(-log_odds, 700.0)))
+    return 1 / (1 + math.exp(min(-log_odds, 700.0)))  # more would overflow

@@ -1,6 +1,6 @@
 """A conversation with a student: questions, answers, and the commands of the chat."""
 
-import difflib
+import os
 import shlex
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -10,14 +10,13 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from sclite import console
-from sclite.chat.answer import Answer, Settings, probability, solve_and_review
-from sclite.chat.view import AnswerView, readable, showing
+from sclite.chat.answer import Answer, Settings, open_gguf, probability, solve_and_review
+from sclite.chat.view import AnswerView, showing
 from sclite.console import escape
 from sclite.errors import DataError, ScliteError, TeacherError, UsageError
 from sclite.records import FEEDBACK, Feedback
 from sclite.run import Run
 from sclite.student.base import Reply, Student
-from sclite.student.llama_cpp.engine import Engine
 from sclite.student.self_correction import stream
 from sclite.trace import corrected, parse
 
@@ -37,8 +36,9 @@ class Chat:
     """A conversation with a student. Methods named `do_..` are the commands; their docstrings are shown by /help."""
 
     student: Student
-    context: int
+    context: int  # of a GGUF; 0: a model behind an API
     path: Path
+    name: str
     run: Run
     settings: Settings
     review_mode: str = "guided"
@@ -46,49 +46,34 @@ class Chat:
     left: bool = False
     answers: list[Answer] = field(default_factory=list)
 
-    @property
-    def name(self) -> str:
-        """The file name, or the full name of a model behind an API."""
-        return self.path.name if self.context else str(self.path)
-
     def ask(self, question: str, quiet: bool = False, temperature: float | None = None) -> Answer:
         """Answer a question and show it. Raises DataError if the student cannot: the question is too long."""
-        question = console.valid(question)
+        # bytes that are not UTF-8, which Python reads as lone surrogates, become U+FFFD
+        question = question.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         earlier = [each for each in self.answers if self.history and each.complete]
         settings = self.settings if temperature is None else replace(self.settings, temperature=temperature)
-        view = AnswerView()
-        with nullcontext(lambda: None) if quiet else showing(view) as draw:
-            while True:
-                solution = ""
-                # one text, as students are trained on single problems
-                texts = [*(f"{each.question}\nAnswer: {each.result}" for each in earlier), question]
-                asked = "\n\n".join(texts)
-                try:
-                    for event in stream(self.student, solve_and_review(asked, settings), pieces=not quiet):
-                        view.feed(event)
-                        draw()
-                        solution += event if isinstance(event, str) and view.part == "solution" else ""
-                except (KeyboardInterrupt, ScliteError) as error:  # what was written becomes the answer
-                    finish = "error" if isinstance(error, ScliteError) else "cancelled"
-                    reply = Reply(0, solution, 0, 0, finish)
-                    self.answers.append(Answer(question, reply, parse(solution).trace, asked=asked))
-                    raise
-                answer = view.answer
-                assert answer is not None  # the last event
-                failed = answer.first.finish == "error"
-                cut_off = answer.first.finish == "length" and answer.first.tokens < settings.max_tokens
-                # too long: drop the oldest question; an endpoint fails for other reasons
-                if not (failed or cut_off) or not earlier or not self.context:
-                    break
-                earlier = earlier[1:]
-        answer = replace(answer, question=question, asked=asked)
+        # one text, as students are trained on single problems
+        texts = [*(f"{each.question}\nAnswer: {each.result}" for each in earlier), question]
+        asked, view = "\n\n".join(texts), AnswerView()
+        try:
+            with nullcontext() if quiet else showing(view):
+                for event in stream(self.student, solve_and_review(asked, settings), pieces=not quiet):
+                    view.feed(event)
+        except (KeyboardInterrupt, ScliteError) as error:  # what was written becomes the answer
+            finish = "error" if isinstance(error, ScliteError) else "cancelled"
+            reply = Reply(0, view.solution, 0, 0, finish)
+            self.answers.append(Answer(question, reply, parse(view.solution).trace, asked=asked))
+            raise
+        assert view.answer is not None  # the last event
+        answer = replace(view.answer, question=question, asked=asked)
         self.answers.append(answer)
-        if failed:
+        if answer.first.finish == "error":
             message = f"cannot answer the question: {answer.first.error}"
             if not self.context:
                 raise TeacherError(message, "ask again, or choose another model")
-            larger = f"--set eval.context={2 * self.context}"
-            raise DataError(message, f"shorten the question, or use {larger}, if the model allows it")
+            shorten = "/clear the history" if earlier else "shorten the question"
+            hint = f"{shorten}, or --set eval.context={2 * self.context} if the model allows it"
+            raise DataError(message, hint)
         if answer.note and not quiet:
             console.note(f"[yellow]note:[/] {escape(answer.note)}")
         if not quiet and console.is_interactive():
@@ -102,18 +87,14 @@ class Chat:
         return answer
 
     def command(self, typed: str) -> None:
-        """Run a command such as `/set seed 3`. Raises UsageError for an unknown one, with a suggestion."""
+        """Run a command such as `/set seed 3`. Raises UsageError for an unknown one."""
         name, _, rest = typed[1:].partition(" ")
         method = getattr(self, f"do_{name.lower()}", None)
         if method is None:
-            close = difflib.get_close_matches(name, self.commands(), 1, 0.6)
-            hint = f"/{close[0]}" if close else "/help lists the commands"
-            raise UsageError(f"unknown command: /{name}", hint)
+            raise UsageError(f"unknown command: /{name}", "/help lists the commands")
+        if (method.__doc__ or "").startswith("FILE: ") and not rest.strip():
+            raise UsageError(f"/{name} needs a file name", f"/{name} chat.json")
         method(rest.strip())
-
-    @classmethod
-    def commands(cls) -> list[str]:
-        return [name.removeprefix("do_") for name in vars(cls) if name.startswith("do_")]
 
     def last(self, complete: bool = False) -> Answer:
         """The last answer. Raises UsageError if there is none, or if it must be `complete` but was stopped or failed."""
@@ -129,17 +110,16 @@ class Chat:
 
     def do_help(self, _: str) -> None:
         """show this list"""
-        for name in self.commands():
-            usage, _, about = f": {getattr(self, f'do_{name}').__doc__}".rpartition(": ")
-            console.print(f"  [cyan]{escape(f'/{name} {usage[2:]}'):18}[/] {escape(about)}")
+        for name, method in vars(Chat).items():
+            if name.startswith("do_"):
+                usage, _, about = f": {method.__doc__}".rpartition(": ")
+                command = f"/{name.removeprefix('do_')} {usage[2:]}"
+                console.print(f"  [cyan]{escape(command):18}[/] {escape(about)}")
         console.print("\nThe settings of /set:")
         self.command("/set")
         console.print(
             "Enter sends, Alt-Enter inserts a new line, Ctrl-C stops an answer, Ctrl-D exits.\n"
-            "Each question is solved on its own, as in training. After /set history on, the prompt includes earlier "
-            "questions and answers.\n"
-            "The percentage is the probability that a step is wrong. ✗ flagged as wrong, → corrected, · not flagged, "
-            "which does not mean right."
+            "The percentage is the probability that a step is wrong. ✗ flagged as wrong, → corrected, · not flagged."
         )
 
     def do_clear(self, _: str) -> None:
@@ -207,28 +187,18 @@ class Chat:
         answer = self.last(complete=True)
         if not self.context:
             raise UsageError(f"{self.name} is an endpoint: it has no base model here", "chat with a GGUF")
-        folders = (self.path.parent, self.run.path("export"))
-        base = next((path for folder in folders for path in sorted(folder.glob("base-*.gguf"))), None)
+        base = next(iter(sorted(self.path.parent.glob("base-*.gguf"))), None)
         if base is None:
-            message = f"there is no base-*.gguf next to {self.path.name} or in the run"
+            message = f"there is no base-*.gguf next to {self.path.name}"
             raise UsageError(message, "run `sclite eval PROBLEMS --models base`")
-        with console.spinner(f"loading {base.name}"):
-            engine = Engine(base, parallel=1, context=self.context)
-        with engine as student:
-            script = solve_and_review(
-                answer.asked or answer.question, replace(self.settings, mode="", temperature=0.0)
-            )
-            trained = f"{self.path.name}, before its review"
-            parts = {base.name: stream(student, script), trained: iter([replace(answer, review=None)])}
-            for name, events in parts.items():
-                console.print(f"[bold]{escape(name)}[/]")
-                view = AnswerView()
-                with showing(view) as draw:
-                    for event in events:
-                        view.feed(event)
-                        draw()
-        if answer.review is not None and answer.review.trace is not None:
-            console.print(f"  after review [bold]{escape(readable(answer.result))}[/]")
+        view, greedy = AnswerView(), replace(self.settings, mode="", temperature=0.0)
+        console.print(f"[bold]{escape(base.name)}[/]")
+        with open_gguf(base, self.context, 1) as student, showing(view):
+            for event in stream(student, solve_and_review(answer.asked or answer.question, greedy)):
+                view.feed(event)
+        first = answer.trace.answer or answer.first.text
+        after = "" if answer.final is answer.trace else f", after review {answer.result}"
+        console.print(f"[bold]{escape(self.path.name)}[/]\n  answer {escape(first + after)}")
 
     def do_why(self, _: str) -> None:
         """show the probability of an error for each step"""
@@ -238,45 +208,29 @@ class Chat:
             hint = "/set mode guided, then /retry" if self.context else "only the steps of a GGUF have scores"
             hint = answer.note if answer.note and self.settings.mode == "guided" else hint
             raise UsageError("the last answer has no scores", hint)
-        rows, limit = [], answer.threshold
+        rows, limit = [], self.settings.threshold
         steps = corrected(answer.trace).steps
         for number, (step, odds) in enumerate(zip(steps, review.scores, strict=False), 1):
             flag = "flagged" if number == review.accused else "above" if odds > limit else ""
             score = f"{100 * probability(odds):.1f} %", f"{odds:+.2f}"
-            rows.append([str(number), escape(readable(step.text)), *score, flag])
-        title = f"steps above log-odds {limit:+.2f} ({100 * probability(limit):.0f} %) are corrected"
+            rows.append([str(number), escape(step.text), *score, flag])
+        title = f"now, steps above log-odds {limit:+.2f} ({100 * probability(limit):.0f} %) are corrected"
         console.print_table(title, ["step", "text", "error", "log-odds", ""], rows, texts=2)
-        if review.cause:
-            console.print(f"  why: {escape(review.cause)}\n  corrected: {escape(review.correction or '')}")
-        if answer.note:
-            console.print(f"  {escape(answer.note)}")
 
     def do_save(self, rest: str) -> None:
         """FILE: write the conversation as JSON"""
-        path = file_argument(rest, "/save chat.json")
-        try:
-            path.write_bytes(TypeAdapter(list[Answer]).dump_json(self.answers, indent=1))
-        except OSError as error:
-            raise DataError(f"{path} cannot be written: {error.strerror}", "choose another file") from error
-        console.note(
-            f"[dim]saved {len(self.answers)} answer{'s' * (len(self.answers) != 1)} to {escape(str(path))}[/]"
-        )
+        path = Path(os.path.expanduser(rest))
+        path.write_bytes(TypeAdapter(list[Answer]).dump_json(self.answers, indent=1))
+        console.note(f"[dim]saved to {escape(str(path))}[/]")
 
     def do_load(self, rest: str) -> None:
         """FILE: continue a saved conversation"""
-        path = file_argument(rest, "/load chat.json")
+        path = Path(os.path.expanduser(rest))
         try:
             self.answers = TypeAdapter(list[Answer]).validate_json(path.read_bytes())
-        except OSError as error:
-            raise DataError(
-                f"{path} cannot be read: {error.strerror}", "choose a file written by /save: /load chat.json"
-            ) from error
         except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            raise DataError(
-                f"{path} is not a saved conversation: {reason}",
-                "choose a file written by /save: /load chat.json",
-            ) from None
+            message = f"{path} is not a saved conversation: {error.errors()[0]['msg']}"
+            raise DataError(message, "choose a file written by /save") from None
         console.note(f"[dim]loaded {len(self.answers)} answer{'s' * (len(self.answers) != 1)}[/]")
 
     def do_good(self, _: str) -> None:
@@ -298,24 +252,10 @@ class Chat:
             good=good,
             model=self.name,
         )
-        path = self.run.path(FEEDBACK)
-        try:
-            self.run.append(FEEDBACK, [row])
-        except OSError as error:
-            raise DataError(f"{path} cannot be written: {error.strerror}", "check its permissions") from error
+        self.run.append(FEEDBACK, [row])
         command = f"sclite build-data --run {shlex.quote(str(self.run.folder))}"
-        console.note(f"[dim]saved to {escape(str(path))}; `{escape(command)}` uses it[/]")
+        console.note(f"[dim]saved to {escape(str(self.run.path(FEEDBACK)))}; `{escape(command)}` uses it[/]")
 
     def do_bye(self, _: str) -> None:
         """leave the chat, like exit, quit and Ctrl-D"""
         self.left = True
-
-
-def file_argument(rest: str, example: str) -> Path:
-    """The file name after a command. Raises UsageError if there is none."""
-    try:
-        (word,) = shlex.split(rest)
-        return Path(word).expanduser()
-    except (ValueError, RuntimeError):  # such as ~nobody
-        message = f"{rest} is not a file name" if rest else "the command needs a file name"
-        raise UsageError(message, example) from None

@@ -1,7 +1,6 @@
 """An OpenAI-compatible server (extra `serve`): the first attempt and its review are the reasoning of an answer."""
 
 import asyncio
-import errno
 import hmac
 import json
 import os
@@ -46,7 +45,6 @@ class Api:
         routes = [
             Route("/v1/chat/completions", self.complete, methods=["POST"]),
             Route("/v1/models", self.models),
-            Route("/v1/models/{name}", self.models),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
             Route("/", self.page),
@@ -106,19 +104,14 @@ class Api:
                 message = choice["message"]
                 message[item.field] = message.get(item.field, "") + item.text
             else:
-                choice |= {"finish_reason": item.finish} | reviewed(item)
+                choice |= item.fields
         return JSONResponse(head | {"object": "chat.completion", "choices": choices, "usage": usage(found)})
 
     async def models(self, request: HttpRequest) -> Response:
-        """GET /v1/models and /v1/models/NAME."""
+        """GET /v1/models."""
         self.authorize(request)
         made = {"object": "model", "created": self.service.began, "owned_by": "sclite"}
-        rows = {name: {"id": name} | made for name in self.service.names}
-        if (name := request.path_params.get("name")) is None:
-            return JSONResponse({"object": "list", "data": list(rows.values())})
-        if name not in rows:
-            raise ApiError(404, f"the model {name!r} does not exist", "model_not_found", "model")
-        return JSONResponse(rows[name])
+        return JSONResponse({"object": "list", "data": [{"id": name} | made for name in self.service.names]})
 
     async def health(self, request: HttpRequest) -> Response:
         """GET /health."""
@@ -135,22 +128,19 @@ class Api:
         """GET /, the chat page."""
         self.authorize(request, public=True)
         text = files("sclite.chat").joinpath("page.html").read_text(encoding="utf-8")
-        inline = "script-src 'unsafe-inline'; style-src 'unsafe-inline'"
-        policy = f"default-src 'none'; {inline}; connect-src 'self'"
+        policy = (
+            "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
+        )
         return HTMLResponse(text, headers={"content-security-policy": policy})
 
     async def fail(self, _: HttpRequest, error: Exception) -> Response:
         """The response to an error. An unexpected one is logged, too."""
-        headers: dict[str, str] = {}
         if isinstance(error, HTTPException):
-            headers |= error.headers or {}
             error = ApiError(error.status_code, str(error.detail))
         elif not isinstance(error, ApiError):
             error = ApiError(500, f"internal error: {type(error).__name__}")
-        if error.status == 429:
-            headers["retry-after"] = "1"
         self.service.counts[f'errors_total{{status="{error.status}"}}'] += 1
-        return JSONResponse(error.body, error.status, headers)
+        return JSONResponse(error.body, error.status)
 
 
 async def unless_disconnected(request: HttpRequest, wanted: Awaitable[T]) -> T:
@@ -186,7 +176,7 @@ async def stream_events(
                 said["delta"] = {item.field: item.text}
             else:
                 ends.append(item)
-                said |= {"finish_reason": item.finish} | reviewed(item)
+                said |= item.fields
             yield chunk(choices=[said])
             item = await anext(items, None)
     except ApiError as error:
@@ -194,47 +184,31 @@ async def stream_events(
         return
     finally:
         await items.aclose()
-    if query.stream_options is not None and query.stream_options.include_usage:
+    if query.stream_options.include_usage:
         yield chunk(choices=[], usage=usage(ends))
     yield "data: [DONE]\n\n"
 
 
-def reviewed(end: End) -> dict[str, Any]:
-    """The steps and their review as data, in addition to OpenAI's fields."""
-    return {} if end.answer is None else {"sclite": end.answer.as_json()}
-
-
-def usage(items: Sequence[Piece | End]) -> dict[str, Any]:
-    """The token counts of a response: the prompt once, and all generated tokens; `sclite` has prefill tokens and seconds."""
+def usage(items: Sequence[Piece | End]) -> dict[str, int]:
+    """The token counts of a response: the prompt once, and all generated tokens."""
     ends = [item for item in items if isinstance(item, End)]
     prompt, written = max(end.prompt_tokens for end in ends), sum(end.tokens for end in ends)
-    answers = [end.answer for end in ends if end.answer is not None]
-    cost = {
-        "prefill_tokens": sum(end.prefill_tokens for end in ends),
-        "review_tokens": sum(each.tokens - each.first.tokens for each in answers),
-        "review_prefill_tokens": sum(each.prefill - each.first.prefill_tokens for each in answers),
-        "seconds": round(max(end.seconds for end in ends), 3),
-        "review_seconds": round(max((each.review_seconds for each in answers), default=0.0), 3),
-    }
-    counts = {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
-    return {**counts, "sclite": cost}
+    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
 class Server(uvicorn.Server):
-    """Finishes requests in flight at the first signal, stops them at the second, and drops connections at the third."""
+    """Finishes requests in flight at the first signal, and stops them at the second."""
 
     def __init__(self, service: Service, key: str = "", port: int = 0):
         options: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off"}
         super().__init__(uvicorn.Config(Api(service, key).app, port=port, **options))
-        self.service, self.stopped = service, False
+        self.service = service
 
     def handle_exit(self, sig: int, frame: object) -> None:
         """A handler of SIGTERM and SIGINT. uvicorn's own would print a traceback per connection."""
         if self.should_exit:
-            for connection in self.server_state.connections if self.stopped else ():
-                connection.transport.abort()  # its client has stalled
-            self.service.stop()
-            self.stopped = True
+            for cancel in self.service.cancels:
+                cancel.set()
         elif count := self.service.active:
             console.note(f"finishing {count} answer{'s' * (count != 1)}; press Ctrl-C again to stop")
         self.should_exit = True
@@ -259,11 +233,10 @@ def run_server(
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        wrong = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
         message = f"cannot listen on {host}:{port}: {error.strerror}"
-        raise UsageError(message, f"choose another {wrong}") from None
+        raise UsageError(message, "choose another --port or --host") from None
     settings = Settings.of(config, cutoff, "" if off else config.review.mode)
-    with listener, open_gguf(path, config, parallel) as engine:
+    with listener, open_gguf(path, config.eval.context, parallel) as engine:
         service = Service(engine, name, settings, engine.parallel)
         shown = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         served = f"{console.escape(f'{path.name} at {shown}')}/v1 as [bold]{console.escape(name)}[/]"

@@ -5,14 +5,13 @@ import random
 import re
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from threading import Event
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from sclite.chat.answer import Answer, Settings, probability, solve_and_review
 from sclite.errors import DataError, ScliteError
@@ -27,29 +26,21 @@ QUEUE = 16
 """Choices that may wait per choice that the engine decodes in parallel."""
 
 
-class TextPart(BaseModel):
-    """A part of a message; only text parts are supported."""
-
-    type: str
-    text: str = ""
-
-
-# text becomes a list of one part: an error in a union would list each of its types
-Parts = Annotated[
-    list[TextPart], BeforeValidator(lambda v: [TextPart(type="text", text=v)] if isinstance(v, str) else v)
-]
-Stops = Annotated[list[str], Field(max_length=4), BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
-
-
 class Message(BaseModel):
     """One message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Parts | None = None
+    content: str = ""
 
-    @property
-    def text(self) -> str:
-        return "".join(part.text for part in self.content or ())
+    @field_validator("content", mode="before")
+    @classmethod
+    def join_parts(cls, given: object) -> object:
+        """One text from the text parts of a message."""
+        if not isinstance(given, list):
+            return "" if given is None else given
+        if not all(isinstance(part, dict) and part.get("type") == "text" for part in given):
+            raise ValueError("only parts of type text are supported")
+        return "".join(str(part.get("text", "")) for part in given)
 
 
 class StreamOptions(BaseModel):
@@ -63,27 +54,31 @@ class Completion(BaseModel):
 
     model: str
     messages: list[Message] = Field(min_length=1)
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), BeforeValidator(lambda v: 1 if v is None else v)] = 1
+    n: int = Field(1, ge=1, le=MOST_CHOICES)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    temperature: float = Field(0.0, ge=0, le=2, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = None
-    stop: Stops | None = None
-    stream: Annotated[bool, BeforeValidator(lambda v: False if v is None else v)] = False
-    stream_options: StreamOptions | None = None
+    stop: list[str] = Field([], max_length=4)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_defaults(cls, body: object) -> object:
+        """null is the default of a field, and one stop string a list."""
+        if not isinstance(body, dict):
+            return body
+        given = {name: value for name, value in body.items() if value is not None}
+        stop = given.get("stop", [])
+        return given | {"stop": list(filter(None, [stop])) if isinstance(stop, str) else stop}
 
     @property
-    def question(self) -> Message | None:
-        """The last user message with any content."""
-        users = (m for m in reversed(self.messages) if m.role == "user")
-        return next(
-            (m for m in users if any(p.type != "text" or p.text.strip() for p in m.content or ())), None
-        )
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        return tuple(filter(None, self.stop or ()))
+    def question(self) -> str:
+        """The last user message with any text."""
+        users = (m.content for m in reversed(self.messages) if m.role == "user" and m.content.strip())
+        return next(users, "")
 
 
 @dataclass(frozen=True)
@@ -103,9 +98,13 @@ class End:
     finish: str
     prompt_tokens: int
     tokens: int
-    prefill_tokens: int
-    seconds: float
     answer: Answer | None = None
+
+    @property
+    def fields(self) -> dict[str, object]:
+        """The fields of the choice: OpenAI's, and the steps and their review as data."""
+        reviewed = {} if self.answer is None else {"sclite": self.answer.as_json()}
+        return {"finish_reason": self.finish, **reviewed}
 
 
 class ApiError(Exception):
@@ -146,8 +145,8 @@ class Service:
         self.pool = ThreadPoolExecutor(parallel, "answer")
         self.names = name, name + RAW
         self.active = 0
-        self.put_into: set[Callable[[Exception], None]] = set()
-        """One function for each request, which ends it with an error."""
+        self.cancels: set[Event] = set()
+        """One for each request in flight, which stops its choices; the request ends with an error."""
         self.counts: defaultdict[str, float] = defaultdict(float)
         self.began = int(time.time())
 
@@ -155,85 +154,66 @@ class Service:
         """Yield what the choices write, as it arrives. Closing it frees the engine. Raises ApiError."""
         if query.model not in self.names:
             raise ApiError(404, f"the model {query.model!r} does not exist", "model_not_found", "model")
-        if query.question is None:
+        if not query.question:
             raise ApiError(400, "there is no user message", None, "messages")
-        for message in [query.question] if query.model == self.name else query.messages:
-            if other := next((part.type for part in message.content or () if part.type != "text"), ""):
-                why = f"a message has a part of type {other!r}; only text is supported"
-                raise ApiError(400, why, None, "messages")
         tokens = query.max_completion_tokens or query.max_tokens or self.settings.max_tokens
-        temperature = query.temperature or 0.0
         settings = replace(
             self.settings,
             max_tokens=min(tokens, self.settings.max_tokens),
-            temperature=temperature if temperature > 0.001 else 0.0,
-            top_p=query.top_p or 1.0,
+            temperature=query.temperature if query.temperature > 0.001 else 0.0,
+            top_p=query.top_p,
             seed=random.randrange(2**31) if query.seed is None else abs(query.seed),
         )
         answer = self._reviewed if query.model == self.name else self._raw
         if self.active + query.n > self.most:
             raise ApiError(429, "too many requests are waiting; try again later", "rate_limit_exceeded")
-        loop, cancel = asyncio.get_running_loop(), Event()
-        found: asyncio.Queue[Piece | End | Exception] = asyncio.Queue()
-        began, left = time.monotonic(), query.n
-
-        def put(item: Piece | End | Exception) -> None:
-            with suppress(RuntimeError):  # the loop is closed: the server has stopped
-                loop.call_soon_threadsafe(found.put_nowait, item)
+        loop, cancel, began = asyncio.get_running_loop(), Event(), time.monotonic()
+        found: asyncio.Queue[Piece | End | asyncio.Future[None]] = asyncio.Queue()
 
         def work(index: int) -> None:
-            for piece in answer(query, replace(settings, seed=settings.seed + index), index, cancel):
-                put(piece)
+            for item in answer(query, replace(settings, seed=settings.seed + index), index, cancel):
+                loop.call_soon_threadsafe(found.put_nowait, item)
 
-        def check(done: Future[None]) -> None:
-            if not done.cancelled() and isinstance(error := done.exception(), Exception):
-                # the chat template may reject the messages
-                status = 400 if isinstance(error, DataError) else 500
-                put(ApiError(status, error.message) if isinstance(error, ScliteError) else error)
-
-        late = ApiError(504, f"no answer within {self.seconds:.0f} seconds", "timeout")
-        deadline = loop.call_later(self.seconds, found.put_nowait, late)
         self.active += query.n
-        self.put_into.add(put)
-        choices = [self.pool.submit(work, index) for index in range(query.n)]
-        for each in choices:
-            each.add_done_callback(check)
+        self.cancels.add(cancel)
+        choices = [loop.run_in_executor(self.pool, work, index) for index in range(query.n)]
+        for choice in choices:
+            choice.add_done_callback(found.put_nowait)
+        left = query.n
         try:
             while left:
-                item = await found.get()
-                if isinstance(item, Exception):
-                    raise item
-                if isinstance(item, End):
+                item = await asyncio.wait_for(found.get(), began + self.seconds - time.monotonic())
+                if isinstance(item, asyncio.Future):
+                    item.result()  # raises what its thread has raised
+                    if cancel.is_set():
+                        raise ApiError(503, "the server is shutting down", "shutting_down")
                     left -= 1
+                    continue
+                if isinstance(item, End):
                     self.counts['tokens_total{kind="prompt"}'] += item.prompt_tokens
-                    self.counts['tokens_total{kind="prefill"}'] += item.prefill_tokens
                     self.counts['tokens_total{kind="generated"}'] += item.tokens
-                    if item.answer is not None and item.answer.review is not None:
-                        self.counts["reviewed_total"] += 1
-                        self.counts["corrected_total"] += item.answer.review.trace is not None
+                    if item.answer is not None and item.answer.final is not item.answer.trace:
+                        self.counts["corrected_total"] += 1
                 yield item
+        except TimeoutError:
+            raise ApiError(504, f"no answer within {self.seconds:.0f} seconds", "timeout") from None
+        except ScliteError as error:  # the chat template may reject the messages
+            raise ApiError(400 if isinstance(error, DataError) else 500, error.message) from error
         finally:
             self.counts["request_seconds_count"] += 1
             self.counts["request_seconds_sum"] += time.monotonic() - began
-            deadline.cancel()
             cancel.set()
-            for each in choices:
-                each.cancel()
+            for choice in choices:
+                choice.cancel()
             self.active -= query.n
-            self.put_into.remove(put)
-
-    def stop(self) -> None:
-        """End all requests with an error."""
-        for put in list(self.put_into):
-            put(ApiError(503, "the server is shutting down", "shutting_down"))
+            self.cancels.remove(cancel)
 
     def _raw(self, query: Completion, settings: Settings, index: int, cancel: Event) -> Iterator[Piece | End]:
         """The model's reply to the unchanged messages."""
         roles = {"developer": "system"}
-        messages = tuple({"role": roles.get(m.role, m.role), "content": m.text} for m in query.messages)
-        request = settings.request(messages, query.stops)
-        began = time.monotonic()
-        held, hold = "", max(map(len, query.stops), default=0)  # a stop string is not part of the reply
+        messages = tuple({"role": roles.get(m.role, m.role), "content": m.content} for m in query.messages)
+        request = settings.request(messages, tuple(query.stop))
+        held, hold = "", max(map(len, query.stop), default=0)  # a stop string is not part of the reply
         for found in self.student.stream(request, cancel, query.stream):
             if isinstance(found, str):
                 held += found
@@ -241,22 +221,21 @@ class Service:
                     yield Piece(index, "content", held[: len(held) - hold])
                     held = held[len(held) - hold :]
             elif isinstance(found, Reply):
-                check_reply(found)
-                stop = next((stop for stop in query.stops if held.endswith(stop)), "")
+                if found.finish == "error":  # the prompt is too long
+                    raise ApiError(400, found.error or "no reply", "context_length_exceeded", "messages")
+                stop = next((stop for stop in query.stop if held.endswith(stop)), "")
                 yield Piece(index, "content", held.removesuffix(stop))
                 finish = "length" if found.finish == "length" else "stop"
-                counts = found.prompt_tokens, found.tokens, found.prefill_tokens
-                yield End(index, finish, *counts, time.monotonic() - began)
+                yield End(index, finish, found.prompt_tokens, found.tokens)
 
     def _reviewed(
         self, query: Completion, settings: Settings, index: int, cancel: Event
     ) -> Iterator[Piece | End]:
         """The last question solved and reviewed: students are trained on single problems."""
-        assert query.question is not None  # `run` has checked it
-        question, accused, written, sent = query.question.text, None, "", ""
+        accused, written, sent = None, "", ""
         # without a review, the text is streamed as content, unless a stop string may end it
-        field, shown = "reasoning_content" if settings.mode else "content", settings.mode or not query.stops
-        for event in stream(self.student, solve_and_review(question, settings), cancel, query.stream):
+        field, shown = "reasoning_content" if settings.mode else "content", settings.mode or not query.stop
+        for event in stream(self.student, solve_and_review(query.question, settings), cancel, query.stream):
             written += event if isinstance(event, str) else ""
             whole = plain_text(written, complete=not isinstance(event, str))
             text, sent = whole[len(sent) :], whole
@@ -273,20 +252,15 @@ class Service:
             if text and shown:
                 yield Piece(index, field, text)
             if isinstance(event, Answer):
-                check_reply(event.first)
+                if event.first.finish == "error":  # the prompt is too long
+                    reason = event.first.error or "no reply"
+                    raise ApiError(400, reason, "context_length_exceeded", "messages")
                 final, content = corrected(event.final), plain_text(event.text, complete=True)
                 if final.steps and settings.mode:
                     content = "\n".join(f"{n}. {step.text}" for n, step in enumerate(final.steps, 1))
                     content += "" if final.answer is None else f"\n\nAnswer: {final.answer}"
-                ends = [at for stop in query.stops if (at := content.find(stop)) >= 0]
-                if settings.mode or query.stops:
+                ends = [at for stop in query.stop if (at := content.find(stop)) >= 0]
+                if settings.mode or query.stop:
                     yield Piece(index, "content", content[: min(ends, default=len(content))])
                 finish = "length" if event.first.finish == "length" and not ends else "stop"
-                counts = event.first.prompt_tokens, event.tokens, event.prefill
-                yield End(index, finish, *counts, event.seconds, event)
-
-
-def check_reply(reply: Reply) -> None:
-    """Raises ApiError if the student could not reply because the prompt is too long."""
-    if reply.finish == "error":
-        raise ApiError(400, reply.error or "no reply", "context_length_exceeded", "messages")
+                yield End(index, finish, event.first.prompt_tokens, event.tokens, event)

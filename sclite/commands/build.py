@@ -1,26 +1,17 @@
 """The commands that build data and train: build-data, train and run."""
 
-from typing import Annotated
-
-import typer
+from typing import Annotated, Literal
 
 from sclite import console
-from sclite.errors import UsageError
-from sclite.options import Common, FreshOption, common_options
+from sclite.options import Common, FreshOption, argument, common_options, flag, option
 
-GpuOption = Annotated[
-    int | None, typer.Option(metavar="N", min=0, help="The CUDA GPU (default: the first, or the CPU).")
-]
+GpuOption = Annotated[int | None, option("N", "The CUDA GPU (default: the first, or the CPU).", min=0)]
 ProblemsArgument = Annotated[
-    str | None, typer.Argument(metavar="PROBLEMS", help="A file or a Hub ID (default: problems.source).")
+    str | None, argument("PROBLEMS", "A file or a Hub ID (default: problems.source).")
 ]
-LimitOption = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="Only the first N problems (default: all).")
-]
-MaxCostOption = Annotated[
-    float | None, typer.Option(metavar="USD", min=0, help="Spending limit for the whole run.")
-]
-YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask to confirm the cost.")]
+LimitOption = Annotated[int | None, option("N", "Only the first N problems (default: all).", min=1)]
+MaxCostOption = Annotated[float | None, option("USD", "Spending limit for the whole run.", min=0)]
+YesOption = Annotated[bool, flag("--yes", "Do not ask to confirm the cost.")]
 
 
 @common_options
@@ -28,16 +19,14 @@ def build_data(
     problems: ProblemsArgument = None,
     limit: LimitOption = None,
     only: Annotated[
-        str | None, typer.Option(metavar="PART", help="Build only templates or corrections.")
+        Literal["templates", "corrections"] | None, option("PART", "Build only this part.")
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Discard replies from another teacher or prompt; pay again.")
+        bool, flag("--fresh", "Discard replies from another teacher or prompt; pay again.")
     ] = False,
     max_cost: MaxCostOption = None,
     yes: YesOption = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the first request and the cost; send nothing.")
-    ] = False,
+    dry_run: Annotated[bool, flag("--dry-run", "Show the first request and the cost; send nothing.")] = False,
     *,
     common: Common,
 ) -> None:
@@ -47,49 +36,38 @@ def build_data(
     """
     from sclite import forecast, pipeline
     from sclite.inspect import summaries
-    from sclite.inspect.plan import correction_cost_text
     from sclite.inspect.status import STALE, read_status
 
-    if only not in (None, "templates", "corrections"):
-        raise UsageError(f"invalid value for --only: {only}", "use --only templates or --only corrections")
     chosen = {"problems.source": problems, "problems.limit": limit, "teacher.max_cost": max_cost}
     context = common.context(chosen)
     pipeline.check_sources(context, student=only != "templates")
-    # corrections need a student to make attempts
-    both = only is None and bool("sft" in context.students() or context.config.attempts.student)
     if dry_run:
         context.dry = True
         with console.spinner("estimating"):
-            found, later = forecast.estimate_cost(context, only or "templates", fresh), ""
-            if both and not common.json:
-                later = correction_cost_text(context, pipeline.unseen(context))
-        request = found["first_request"]
+            found = forecast.estimate_cost(context, only or "templates", fresh)
         if common.json:
             console.print_json(found)
-        elif request is None:
-            console.print(f"No requests for {only or 'templates'} left to send.")
-        else:
-            settings = [f"{name} {value}" for name, value in request.items() if name != "messages"]
+        elif request := found["first_request"]:
+            settings = (f"{name} {value}" for name, value in request.items() if name != "messages")
             console.print(console.escape(", ".join(settings)))
             for message in request["messages"]:
-                role, content = console.escape(message["role"]), console.escape(message["content"])
-                console.print(f"\n[bold]{role}[/]\n{content}")
+                console.print(f"\n[bold]{message['role']}[/]\n{console.escape(message['content'])}")
             cost = "unknown cost" if found["cost_usd"] is None else f"about ${found['cost_usd']:.4f}"
-            tokens = (
-                f"{found['prompt_tokens']:,} prompt tokens, {found['completion_tokens']:,} completion tokens"
+            console.print(
+                f"\n{found['requests']} requests plus repairs: about {found['prompt_tokens']:,} prompt tokens, "
+                f"{found['completion_tokens']:,} completion tokens, {cost}. Nothing was sent."
             )
-            requests = f"{found['requests']} requests plus repairs"
-            console.print(f"\n{requests}: about {tokens}, {cost}. Nothing was sent.")
-        if later:
-            console.print(console.escape(later))
+        else:
+            console.print(f"No requests for {only or 'templates'} left to send.")
         return
     context.ask_before_paying = not yes
     with context.run.recording(context.config):
         if pipeline.has_problems(context):
-            named = problems is not None or limit is not None
-            pipeline.divided_problems(context, reread=only != "corrections" or named)
+            pipeline.divided_problems(context, reread=only != "corrections")
         if only != "corrections":
             pipeline.build_templates(context, fresh)
+        # corrections need a student to make attempts
+        both = only is None and bool("sft" in context.students() or context.config.attempts.student)
         sft = both and read_status(context.config, context.run)["stages"]["sft"]
         if sft and sft["state"] == STALE and context.config.attempts.kind == "trained":
             # retraining it would discard its attempts and their corrections
@@ -103,11 +81,9 @@ def build_data(
 @common_options
 def train(
     gpu: GpuOption = None,
-    only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run only sft or dpo.")] = None,
+    only: Annotated[Literal["sft", "dpo"] | None, option("STAGE", "Run only sft or dpo.")] = None,
     fresh: FreshOption = False,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Show memory, disk, cost and known times; train nothing.")
-    ] = False,
+    plan: Annotated[bool, flag("--plan", "Show memory, disk, cost and known times; train nothing.")] = False,
     *,
     common: Common,
 ) -> None:
@@ -116,8 +92,6 @@ def train(
     from sclite.inspect import summaries
     from sclite.student.loader import model_name, select_gpu
 
-    if only not in (None, "sft", "dpo"):
-        raise UsageError(f"--only {only}: no such stage", "use --only sft or --only dpo")
     context = common.context()
     model_name(context.config.student)
     with console.spinner("loading torch"):
@@ -131,7 +105,7 @@ def train(
         return
     with context.run.recording(context.config):
         pipeline.train(context, only, fresh)
-    summaries.print_train(context, only, common.json)
+    summaries.print_train(context, common.json)
 
 
 @common_options
@@ -142,9 +116,7 @@ def run(
     fresh: FreshOption = False,
     max_cost: MaxCostOption = None,
     yes: YesOption = False,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Show memory, disk, cost and known times; start nothing.")
-    ] = False,
+    plan: Annotated[bool, flag("--plan", "Show memory, disk, cost and known times; start nothing.")] = False,
     *,
     common: Common,
 ) -> None:
@@ -180,4 +152,4 @@ def run(
         summary = None
         if context.config.eval.source:
             summary = pipeline.evaluate_students(context, context.students())
-    summaries.print_train(context, None, common.json, summary)
+    summaries.print_train(context, common.json, summary)

@@ -1,18 +1,16 @@
 """The commands that inspect a run: status, show, report and runs."""
 
 import os
-import sys
 import webbrowser
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from sclite import console
 from sclite.console import escape, format_percent
-from sclite.errors import DataError, ScliteError, UsageError
-from sclite.options import Common, JsonOption, common_options
+from sclite.errors import DataError, ScliteError
+from sclite.options import Common, JsonOption, argument, common_options, flag, option
 
 STATES = {
     "done": "[green]done[/]",
@@ -43,9 +41,8 @@ def status(*, common: Common) -> None:
         seconds = "" if stage["seconds"] is None else f"{stage['seconds']:,.1f}"
         cost = "" if stage["cost_usd"] is None else f"{stage['cost_usd']:.4f}"
         lines.append((name, STATES[stage["state"]], escape(details), dropped, seconds, cost))
-    title = f"{found['run']}{' (in use by another sclite process)' if found['busy'] else ''}"
     header = ("stage", "state", "details", "dropped", "seconds", "cost $")
-    console.print_table(title, header, lines, texts=3)
+    console.print_table(found["run"], header, lines, texts=3)
     if found["dropped"]:
         console.print(escape(f"Dropped: {_format_counts(found['dropped'])} (`sclite show drops`)"))
     if paid := found["ledger"]:
@@ -53,29 +50,21 @@ def status(*, common: Common) -> None:
         tokens = f"{paid['prompt_tokens']:,} tokens in, {paid['completion_tokens']:,} out"
         lost = f", at most ${paid['lost_usd']:.4f} for lost replies" if paid["lost_usd"] else ""
         console.print(f"Requests: {paid['requests']:,}, {tokens}, ${paid['cost_usd']:.4f}{lost}{unknown}")
-    when = ", once that process has finished" if found["busy"] else ""
-    console.print(f"Next{when}: [bold cyan]{escape(found['next'])}[/]", wrap=False)
+    console.print(f"Next: [bold cyan]{escape(found['next'])}[/]", wrap=False)
 
 
 @common_options
 def show(
     what: Annotated[
-        str | None,
-        typer.Argument(metavar="WHAT", help="problems, templates, attempts, reviews, pairs or drops."),
+        str | None, argument("WHAT", "problems, templates, attempts, reviews, pairs or drops.")
     ] = None,
-    reason: Annotated[str | None, typer.Option(metavar="REASON", help="Only drops with this reason.")] = None,
-    kind: Annotated[
-        str | None, typer.Option(metavar="KIND", help="Only rows of this kind, such as wrong.")
-    ] = None,
-    id: Annotated[
-        str | None, typer.Option(metavar="PREFIX", help="Only rows whose ID starts with PREFIX.")
-    ] = None,
-    first: Annotated[int, typer.Option("--from", metavar="N", min=1, help="Start at row N.")] = 1,
+    reason: Annotated[str | None, option("REASON", "Only drops with this reason.")] = None,
+    kind: Annotated[str | None, option("KIND", "Only rows of this kind, such as wrong.")] = None,
+    id: Annotated[str | None, option("PREFIX", "Only rows whose ID starts with PREFIX.")] = None,
     limit: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Show at most N rows (default: all; 1 with --labels)."),
+        int | None, option("N", "Show at most N rows (default: all; 1 with --labels).", min=1)
     ] = None,
-    labels: Annotated[bool, typer.Option("--labels", help="Show the tokens and their loss mask.")] = False,
+    labels: Annotated[bool, flag("--labels", "Show the tokens and their loss mask.")] = False,
     *,
     common: Common,
 ) -> None:
@@ -90,19 +79,25 @@ def show(
     config = common.of_existing_run().load()
     run = Run(config.run)
     if what is None and not labels:
-        counted = rows.count_rows(run)
+        rows.require_run(run)
+        overview, lines = list[dict[str, Any]](), []
+        for name, (file, row_type) in rows.FILES.items():
+            found: list[Any] = run.read(file, row_type)
+            counts: dict[str, dict[str, int]] = {"kinds": {}, "reasons": {}}
+            for key, of in rows.VALUES.items():
+                if name in of:
+                    counts[key] = dict(Counter(map(of[name], found)).most_common())
+            overview.append({"what": name, "rows": len(found), **counts})
+            shown = escape(_format_counts(counts["reasons"] or counts["kinds"]))
+            lines.append((f"sclite show {name}", shown, f"{len(found):,}"))
         if common.json:
-            console.print_json({"what": None, "total": len(counted), "rows": counted})
-            return
-        lines = []
-        for each in counted:
-            kinds = escape(_format_counts(each["reasons"] or each["kinds"]))
-            lines.append((f"sclite show {each['what']}", kinds, f"{each['rows']:,}"))
-        console.print_table(str(run.folder), ("command", "kinds", "rows"), lines, texts=2)
+            console.print_json({"what": None, "total": len(overview), "rows": overview})
+        else:
+            console.print_table(str(run.folder), ("command", "kinds", "rows"), lines, texts=2)
         return
     what = what or "templates"
     limit = 1 if labels and limit is None and id is None else limit  # the tokens of one row fill a page
-    total, chosen = rows.choose_rows(run, what, reason, kind, id, first, limit)
+    total, chosen = rows.choose_rows(run, what, reason, kind, id, limit=limit)
     tokens = None
     if labels:
         from sclite.inspect.labels import Labels
@@ -113,8 +108,6 @@ def show(
         console.print_json({"what": what, "total": total, "rows": values})
     elif not total:
         console.print(f"No matching {what} in {escape(str(run.folder))}.")
-    elif first > total:
-        raise UsageError(f"--from {first}: only {total} {what} match", f"use --from 1 to {total}")
     elif tokens:
         console.page(tokens.format_row(row, number, total) for number, row in chosen)
     else:
@@ -128,7 +121,7 @@ def report(*, common: Common) -> None:
 
     Without a display, prints its path.
     """
-    from sclite.evaluate.results import REPORT
+    from sclite.evaluate.evaluate import REPORT
     from sclite.run import Run
 
     run = Run(common.of_existing_run().load().run)
@@ -138,58 +131,52 @@ def report(*, common: Common) -> None:
     display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if common.json:
         console.print_json({"report": str(path)})
-    elif (display or not sys.platform.startswith("linux")) and webbrowser.open(path.resolve().as_uri()):
+    elif display and webbrowser.open(path.resolve().as_uri()):
         console.note(f"opened {escape(str(path))}")
     else:
         console.print(escape(str(path)), wrap=False)
 
 
 def runs(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder with the runs.")] = Path(
-        "runs"
-    ),
+    folder: Annotated[Path, argument("FOLDER", "The folder with the runs.")] = Path("runs"),
     json: JsonOption = False,
 ) -> None:
     """List the runs with student, stage, accuracy and size.
 
     Shows the last stage that has started, and the accuracy of the last trained student.
     """
-    from sclite.evaluate.results import summaries
-    from sclite.inspect.status import DONE, NOT_BEGUN, read_status
+    from sclite.evaluate.evaluate import summaries
+    from sclite.inspect.status import NOT_BEGUN, read_status
     from sclite.run import Run
     from sclite.settings import RUN_FILE, load
     from sclite.student.adapters import STUDENTS
 
-    found: list[dict[str, Any]] = []
+    found, lines = list[dict[str, Any]](), []
     for path in sorted(each.parent for each in folder.glob(f"*/{RUN_FILE}")):
-        unknown = dict.fromkeys(("stage", "state", "acc_t1", "acc_t2", "n"))
-        row: dict[str, Any] = {"run": str(path), "student": "", **unknown, "error": ""}
-        row["bytes"] = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        run, size = Run(path), sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        row: dict[str, Any] = {"run": str(path), "student": "", "stage": None, "state": "", "error": ""}
         try:
             config = load(None, [f"run={path}"], {}, own_file=False)
             row["student"] = config.student.model
-            stages = read_status(config, Run(path))["stages"]
-            begun = [name for name in stages if stages[name]["state"] != NOT_BEGUN]
-            row |= {"stage": begun[-1], "state": stages[begun[-1]]["state"]} if begun else {}
+            for name, stage in read_status(config, run)["stages"].items():
+                if stage["state"] != NOT_BEGUN:
+                    row |= {"stage": name, "state": stage["state"]}
         except ScliteError as error:  # one damaged run must not hide the others
             row["error"] = error.message
-        if evaluated := summaries(Run(path)):
-            models = evaluated[0]["models"]
-            last = max(models, key=lambda name: STUDENTS.index(name) if name in STUDENTS else -1, default="")
-            row |= {name: models.get(last, {}).get(name) for name in ("acc_t1", "acc_t2", "n")}
+        evaluated = summaries(run)
+        models = evaluated[0]["models"] if evaluated else {}
+        last = models.get(next((name for name in reversed(STUDENTS) if name in models), ""), {})
+        row |= {name: last.get(name) for name in ("acc_t1", "acc_t2", "n")} | {"bytes": size}
         found.append(row)
+        shown = escape(row["error"]) or f"{row['stage'] or 'not started'} {STATES.get(row['state'], '')}"
+        figures = (format_percent(row["acc_t1"]), format_percent(row["acc_t2"]), f"{size / 1e9:.2f}")
+        lines.append((escape(path.name), escape(row["student"]), shown, *figures))
     if not found:
         hint = "pass the folder that contains your runs: `sclite runs FOLDER`"
         raise DataError(f"{folder} contains no run", hint)
     if json:
         console.print_json({"runs": found})
         return
-    lines = []
-    for row in found:
-        state = "" if row["state"] in (DONE, None) else f" {STATES[row['state']]}"
-        stage = escape(row["error"]) or f"{row['stage'] or 'not started'}{state}"
-        figures = (format_percent(row["acc_t1"]), format_percent(row["acc_t2"]), f"{row['bytes'] / 1e9:.2f}")
-        lines.append((escape(Path(row["run"]).name), escape(row["student"]), stage, *figures))
     header = ("run", "student", "last stage", "first answer %", "after review %", "GB")
     console.print_table(str(folder), header, lines, texts=3)
 

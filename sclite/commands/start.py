@@ -1,21 +1,22 @@
 """The commands to start with: quickstart, init and doctor."""
 
 import os
+from itertools import groupby
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from sclite import console
 from sclite.errors import FAILED, ScliteError, UsageError
-from sclite.options import Common, ConfigOption, FreshOption, JsonOption, common_options
+from sclite.options import Common, ConfigOption, FreshOption, JsonOption, common_options, option
 
 
 @common_options
 def quickstart(
     problems: Annotated[
-        int | None, typer.Option(metavar="N", min=200, help="Training problems (default: the run's, or 640).")
+        int | None, option("N", "Training problems (default: the run's, or 640).", min=200)
     ] = None,
     fresh: FreshOption = False,
     *,
@@ -30,43 +31,42 @@ def quickstart(
 
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same run on every machine
     loaded = common.load({"problems.limit": problems}, flow.DEFAULTS)
-    if source := loaded.problems.source:
-        raise UsageError(
-            f"the run {loaded.run} has problems from {source}", "choose another folder with --run"
-        )
     run = Run(loaded.run)
     with run.recording(loaded):
         summary = flow.quickstart(loaded, fresh=fresh)
     if common.json:
         console.print_json(summary)
         return
+    from sclite.chat.answer import Answer
+    from sclite.chat.view import AnswerView, showing
     from sclite.evaluate.metrics import Outcome
     from sclite.inspect import summaries
+    from sclite.student.base import Reply
+    from sclite.student.self_correction import Reviewed
+    from sclite.trace import parse
 
     summaries.print_results(run, summary)
-    summaries.print_example(run.rows(summary["models"]["dpo"]["rows"], Outcome, whole=False))
+    # one corrected answer as chat shows it: the shortest, preferably with its true wrong step flagged
+    outcomes = run.rows(summary["models"]["dpo"]["rows"], Outcome, whole=False)
+    corrected = [o for o in outcomes if o.accused and o.correct1 is False and o.correct2 is True]
+    located = [o for o in corrected if o.accused == o.true_step] or corrected
+    shown = min(located, key=lambda o: len(o.question) + len(o.correction or ""), default=None)
+    if shown is None:
+        console.print("No answer was corrected in this evaluation.")
+    else:
+        review = Reviewed(shown.revised, shown.step_scores, shown.accused, shown.cause, shown.correction)
+        reply = Reply(0, shown.first, 0, 0, "stop")
+        heading = f"[bold]One self-corrected answer[/] (right: {console.escape(shown.gold)})"
+        console.print(f"\n{heading}\n\n  {console.escape(shown.question)}\n")
+        view = AnswerView()
+        with showing(view):
+            view.feed(Answer(shown.question, reply, parse(shown.first).trace, review))
     console.print("\nNext steps:")
     chat = console.escape(f"sclite chat --self-correct --run {quote(str(loaded.run))}")
     console.print(f"  [bold cyan]{chat}[/]  chat with the student", wrap=False)
     console.print("  [bold cyan]sclite init[/]  write a configuration for your own problems", wrap=False)
 
 
-EXAMPLES: dict[str, Any] = {
-    "problems.limit": 1000,
-    "attempts.price": (0.5, 1.5),
-    "teacher.inspector_price": (0.5, 1.5),
-    "teacher.temperature": 0.7,
-    "teacher.requests_per_minute": 500.0,
-    "teacher.tokens_per_minute": 200_000.0,
-    "teacher.max_cost": 5.0,
-    "teacher.price": (0.5, 1.5),
-    **{f"{stage}.per_device_train_batch_size": 4 for stage in ("sft", "warmup", "dpo")},
-    **{f"{stage}.padding_free": True for stage in ("sft", "warmup", "dpo")},
-    "export.imatrix": True,
-    "review.threshold": 0.0,
-    "review.confidence_weight": 0.5,
-}
-"""Example values for keys without a default: every line of sclite.toml is valid when uncommented."""
 FIRST = (
     "problems.source", "teacher.model", "teacher.api_base", "teacher.max_cost", "student.model", "eval.source",
     "sft.num_train_epochs", "attempts.samples", "export.quant", "run",
@@ -85,27 +85,26 @@ def init(config: ConfigOption = None, json: JsonOption = False) -> None:
     if path.exists():
         raise UsageError(f"{path} already exists", "edit it, or remove it first")
     # every key is commented out, except the student, which depends on the memory of the largest GPU
-    gpus, chosen = doctor.probe_torch()["gpus"], {"student.model": "embedded"}
+    gpus, student = doctor.probe_torch()["gpus"], "embedded"
     if gpus:
         large = max(gpu["total_gb"] for gpu in gpus) >= 15
-        name = "Qwen2.5-Math-7B-Instruct" if large else "Qwen3-4B-Instruct-2507"
-        chosen = {"student.model": f"unsloth/{name}-bnb-4bit"}
+        student = f"unsloth/{'Qwen2.5-Math-7B-Instruct' if large else 'Qwen3-4B-Instruct-2507'}-bnb-4bit"
     known = keys()
-    lines, section = ["## Settings that matter most. Uncomment a line to change it."], "most"
-    for key in (*FIRST, *(key for key in known if key not in FIRST)):
-        field, named = known[key], key.rpartition(".")[0]
-        if key not in FIRST and named != section:
-            lines += ["", f"## {'All other settings, with their defaults' if section == 'most' else named}"]
-            section = named
-        value, comment = chosen.get(key, field.default), field.description
-        if value is None:
-            value, comment = EXAMPLES[key], f"{comment}; example, not set by default"
-        if isinstance(value, dict):
-            table = tomlkit.inline_table()
-            table.update(value)
-            value = table
-        prefix = "" if key in chosen else "# "
-        lines.append(f"{prefix}{key} = {tomlkit.item(value).as_string()}  # {comment}")
+
+    def line(key: str) -> str:
+        if key == "student.model":
+            return f'{key} = "{student}"  # {known[key].description}'
+        default = known[key].default
+        value = tomlkit.item("" if default is None else default)  # an empty value is no value
+        if isinstance(default, dict):
+            value = tomlkit.inline_table()
+            value.update(default)
+        return f"# {key} = {value.as_string()}  # {known[key].description}"
+
+    lines = ["## Settings that matter most. Uncomment a line to change it.", *map(line, FIRST)]
+    others = (key for key in known if key not in FIRST)
+    for section, group in groupby(others, key=lambda key: key.rpartition(".")[0]):
+        lines += ["", f"## {section or 'All other settings, with their defaults'}", *map(line, group)]
     try:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
@@ -114,15 +113,11 @@ def init(config: ConfigOption = None, json: JsonOption = False) -> None:
     if json:
         console.print_json({"config": str(path), "gpus": [gpu["name"] for gpu in gpus]})
         return
-    gpu = "no CUDA GPU, bundled student on the CPU"
-    if gpus:
-        gpu = f"{gpus[0]['name']}, {gpus[0]['total_gb']:.0f} GB"
+    gpu = f"{gpus[0]['name']}, {gpus[0]['total_gb']:.0f} GB" if gpus else "no CUDA GPU"
     console.print(f"Created {console.escape(str(path))} for this machine ({console.escape(gpu)}).")
     option = "" if config is None else f" --config {console.escape(str(path))}"
-    following = (
-        f"set teacher.model and problems.source in it, then run [bold cyan]sclite build-data{option}[/]"
-    )
-    console.print(f"Next: {following}", wrap=False)
+    command = f"[bold cyan]sclite build-data{option}[/]"
+    console.print(f"Next: set teacher.model and problems.source in it, then run {command}", wrap=False)
     if not gpus:
         limits = "can only learn the quickstart's word problems; set student.model for others"
         console.note(f"[yellow]note:[/] the bundled student {limits}")

@@ -5,31 +5,23 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from sclite import console
 from sclite.errors import UsageError
-from sclite.options import Common, common_options
+from sclite.options import Common, argument, common_options, flag, option
 
 
 @common_options
 def evaluate(
-    problems: Annotated[
-        str | None, typer.Argument(metavar="PROBLEMS", help="Held-out problems (default: eval.source).")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", min=10, help="Only the first N problems (default: 500).")
-    ] = None,
+    problems: Annotated[str | None, argument("PROBLEMS", "Held-out problems (default: eval.source).")] = None,
+    limit: Annotated[int | None, option("N", "Only the first N problems (default: 500).", min=10)] = None,
     models: Annotated[
-        str | None,
-        typer.Option(metavar="LIST", help="Comma-separated: base, sft, dpo, ollama/NAME (default: all)."),
+        str | None, option("LIST", "Some of base, sft, dpo and ollama/NAME, with commas (default: all).")
     ] = None,
-    compare: Annotated[
-        Path | None,
-        typer.Option(metavar="RUN", help="Also compare with another run's results."),
-    ] = None,
+    compare: Annotated[Path | None, option("RUN", "Also compare with another run's results.")] = None,
     *,
     common: Common,
 ) -> None:
@@ -52,86 +44,69 @@ def evaluate(
     if common.json:
         console.print_json(summary)
         return
-    summaries.print_results(context.run, summary)
-    if compare:
-        summaries.print_comparison(compare, summary["compared"])
+    summaries.print_results(context.run, summary, compare)
 
 
 @common_options
 def export(
     quant: Annotated[
-        str | None,
-        typer.Option(metavar="TYPES", help="One or several types: q8_0, or q4_k_m,q8_0 (default: q4_k_m)."),
+        str | None, option("TYPES", "One or several: q8_0, or q4_k_m,q8_0 (default: q4_k_m).")
     ] = None,
-    ollama: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Also create this model in Ollama (gguf only).")
-    ] = None,
+    ollama: Annotated[str | None, option("NAME", "Also create this model in Ollama (gguf only).")] = None,
     push: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Upload the files and a card to OWNER/NAME on the Hub.")
+        str | None, option("REPO", "Upload the files and a card to OWNER/NAME on the Hub.")
     ] = None,
     format: Annotated[
-        str,
-        typer.Option(
-            metavar="FORMAT",
-            help="gguf, lora (adapter only), merged (a Hugging Face folder) or data (rows for other trainers).",
-        ),
+        Literal["gguf", "lora", "merged", "data"],
+        option("FORMAT", "gguf, lora (adapter only), merged (a folder) or data."),
     ] = "gguf",
     imatrix: Annotated[
-        bool | None,
-        typer.Option("--imatrix/--no-imatrix", help="Use an importance matrix (default: below 5 bits)."),
+        bool | None, flag("--imatrix/--no-imatrix", "Use an importance matrix (default: below 5 bits).")
     ] = None,
     keep_template: Annotated[
-        bool | None, typer.Option("--keep-template", help="Export the model's own chat template unchanged.")
+        bool | None, flag("--keep-template", "Export the model's own chat template unchanged.")
     ] = None,
     *,
     common: Common,
 ) -> None:
     """Export a GGUF and a Modelfile for llama.cpp and Ollama."""
-    from sclite import exports, pipeline
-    from sclite.evaluate.threshold import load_threshold
+    from sclite import exports
     from sclite.export import hub
-    from sclite.export.ollama import find_ollama
+    from sclite.export import ollama as ollama_model
+    from sclite.export.datasets import export_data
+    from sclite.export.model import export_lora, export_merged
+    from sclite.export.reference import QUESTION
     from sclite.inspect import summaries
     from sclite.run import Report
 
-    if format not in ("gguf", "lora", "merged", "data"):
-        raise UsageError(f"invalid value for --format: {format}", "use --format gguf, lora, merged or data")
     if format != "gguf" and (quant or ollama or imatrix is not None):
-        raise UsageError(
-            f"--format {format} takes no --quant, --imatrix or --ollama", "omit them, or use --format gguf"
-        )
+        wrong = f"--format {format} takes no --quant, --imatrix or --ollama"
+        raise UsageError(wrong, "omit them, or use --format gguf")
     chosen = dict(quant=quant, ollama=ollama, push=push, imatrix=imatrix, keep_template=keep_template)
     context = common.of_existing_run().context({f"export.{name}": value for name, value in chosen.items()})
     settings, kind = context.config.export, "dataset" if format == "data" else "model"
     compared, url = None, ""
     if settings.ollama and format == "gguf":
-        find_ollama(settings.ollama)
+        ollama_model.check_ollama(settings.ollama)
     with context.run.lock():
         if settings.push:
             url = hub.open_repository(settings, kind)
         if format == "gguf":
-            report, folder = exports.export(context)[0], context.run.path("export")
+            report, others = exports.export(context)[0], ("Modelfile", "README.md", "threshold.json")
             if settings.ollama:
-                compared = pipeline.create_in_ollama(context, Path(report.figures["gguf"]))
-            files = hub.files_of(
-                folder, [*report.figures["files"], "Modelfile", "README.md", "threshold.json"]
-            )
-        elif format == "lora":
-            from sclite.export.model import export_lora
-
-            with context.display.wait("converting the adapter"):
-                figures = export_lora(context.config, context.run, context.students()[-1])
-            report, path = Report("lora", figures=figures), Path(figures["lora"])
+                ollama_model.create_model(settings.ollama, context.run.path("export/Modelfile"))
+                compared = ollama_model.compare_replies(
+                    context.config, Path(report.figures["gguf"]), QUESTION
+                )
+            files = hub.files_of(context.run.path("export"), [*report.figures["files"], *others])
+        elif format in ("lora", "merged"):
+            write = export_lora if format == "lora" else export_merged
+            with context.display.wait(f"exporting the {'adapter' if format == 'lora' else 'merged model'}"):
+                figures = write(context.config, context.run, context.students()[-1])
+            report, path = Report(format, figures=figures), Path(figures[format])
             files = {path.name: path, "README.md": path.with_suffix(".md")}
-        elif format == "merged":
-            from sclite.export.model import export_merged
-
-            with context.display.wait("merging the adapter and comparing"):
-                figures = export_merged(context.config, context.run, context.students()[-1])
-            report, files = Report("merged", figures=figures), hub.files_of(Path(figures["merged"]))
+            files = hub.files_of(path) if path.is_dir() else files
         else:
-            from sclite.export.datasets import export_data
-
             report = export_data(context.config, context.run)
             files = hub.files_of(Path(report.figures["folder"]))
         if url:
@@ -144,37 +119,20 @@ def export(
     if format != "gguf":
         summaries.print_files(format, report, settings.license, common.json)
     else:
-        gguf = Path(report.figures["gguf"])
-        fitted = common.json or bool(compared) or not context.config.review.needs_fit
-        # reads the whole GGUF
-        fitted = fitted or load_threshold(context.config, context.run, gguf) is not None
-        same = [setting for setting in common.settings or [] if setting.startswith("export.")]
-        options = [key for key in ("quant", "imatrix", "keep_template") if chosen[key] is not None]
-        same += [f"export.{key}={str(chosen[key]).lower()}" for key in options]
-        summaries.print_export(context, report, same, compared, fitted, common.json)
+        summaries.print_export(context, report, compared, common.json)
 
 
 @common_options
 def chat(
     question: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="QUESTION", help="Answer this question and exit; or a model, such as ollama/qwen3:8b."
-        ),
+        str | None, argument("QUESTION", "Answer this and exit; or a model such as ollama/NAME.")
     ] = None,
     self_correct: Annotated[
         bool | None,
-        typer.Option(
-            "--self-correct/--no-self-correct",
-            help="Review each answer and correct its wrong step (default: on if a threshold is known).",
-        ),
+        flag("--self-correct/--no-self-correct", "Review answers (default: if a threshold is known)."),
     ] = None,
     model: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="MODEL",
-            help="A GGUF file, ollama/NAME, or another LiteLLM model (default: the run's).",
-        ),
+        Path | None, option("MODEL", "A GGUF, ollama/NAME or LiteLLM model (default: the run's).")
     ] = None,
     *,
     common: Common,
@@ -195,20 +153,17 @@ def chat(
     if common.json and question is None and console.is_interactive():
         raise UsageError("--json needs a question", "sclite chat --json 'What is 17 + 25?'")
     context = common.of_existing_run().context()
-    # a model behind an API, such as ollama/qwen3:8b, even if a folder is called ollama; not a path, existing or not
-    remote = model is not None and not (
-        str(model).startswith(("/", ".", "~"))
-        or model.suffix == ".gguf"
-        or model.exists()
-        or (model.parent.is_dir() and not str(model.parent).startswith("ollama"))
+    # a model behind an API, such as ollama/qwen3:8b, and not a path
+    local = (
+        model is None or model.suffix == ".gguf" or model.exists() or str(model).startswith(("/", ".", "~"))
     )
     example, endpoint = "", None
     if context.config.teacher.embedded and model is None:
-        from sclite.quickstart.problem_sets import problem_set
+        from sclite.quickstart.stories import problem_set
 
         example = problem_set("test", 1)[0].question
     with ExitStack() as stack:
-        if model is not None and remote:
+        if model is not None and not local:
             path, cutoff, off = model, None, exports.REVIEW_OFF if self_correct is False else ""
             payer = context
             if not context.run.is_begun():  # write nothing if there is no run
@@ -226,17 +181,11 @@ def chat(
 
 @common_options
 def serve(
-    model: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A GGUF file (default: the run's).")
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The model's name (default: the file's).")
-    ] = None,
-    host: Annotated[str, typer.Option(metavar="HOST", help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="PORT", min=0, max=65535, help="0: any free port.")] = 8000,
-    parallel: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Concurrent answers (default: up to 32).")
-    ] = None,
+    model: Annotated[Path | None, option("FILE", "A GGUF file (default: the run's).")] = None,
+    name: Annotated[str | None, option("NAME", "The model's name (default: the file's).")] = None,
+    host: Annotated[str, option("HOST", "The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, option("PORT", "0: any free port.", min=0, max=65535)] = 8000,
+    parallel: Annotated[int | None, option("N", "Concurrent answers (default: up to 32).", min=1)] = None,
     *,
     common: Common,
 ) -> None:

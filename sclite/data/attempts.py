@@ -16,7 +16,7 @@ from sclite.records import Attempt, Drop, Problem, from_feedback
 from sclite.run import Report, Run, timed
 from sclite.signature import differences, digest, digest_rows, with_unanswered
 from sclite.student.adapters import adapter_weights
-from sclite.student.base import Reply, Request, Student
+from sclite.student.base import Request, Student
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
 from sclite.trace import ParsedTrace, parse, render
@@ -84,62 +84,41 @@ def write_attempts(
     """
     settings = config.attempts
     if run.is_imported("attempts", "attempts.jsonl") and not settings.source:
-        return _validate_imported(run, problems)
+        known, seen = {problem.id for problem in problems}, set()
+        given = [row for row in run.rows("attempts.jsonl", Attempt) if not from_feedback(row)]
+        for number, row in enumerate(given, 1):
+            steps, label, why = len(row.parsed.trace.steps), row.first_error, ""
+            if row.id not in known:
+                why = "no problem has this id"
+            elif (row.id, row.sample) in seen:
+                why = f"sample {row.sample} occurs twice"
+            elif label is not None and (not -1 <= label <= steps or row.correct is not (label < 1)):
+                why = f"first_error is {label}, but it has {steps} steps, and correct is {row.correct}"
+            if why:
+                hint = "fix or remove it; an attempt with a labelled step is wrong, and 0 or -1 means that it is right"
+                reject_row(run, "attempts.jsonl", number, row, why, hint)
+            seen.add((row.id, row.sample))
+        return Report("attempts", _count_outcomes(given) | {"imported": len(given)}, skipped=True)
     inputs, report = attempts_inputs(config, run, problems), Report("attempts")
     if manifest := run.done("attempts", inputs, "attempts.jsonl"):
         return Report.of(manifest)
     drops: list[Drop] = []
     with timed(report):
-        try:
-            if settings.source:
-                rows = import_attempts(Path(settings.source), problems, grader, drops)
-            else:
-                assert student is not None
-                rows = _sample(config, run, inputs, problems, student, grader, progress)
-        finally:
-            run.replace_drops("attempts", drops)
+        if settings.source:
+            rows = import_attempts(Path(settings.source), problems, grader, drops)
+        else:
+            assert student is not None
+            rows = _sample(config, run, inputs, problems, student, grader, progress)
+        run.replace_drops("attempts", drops)
         judged = list(filter(from_feedback, run.rows("attempts.jsonl", Attempt, whole=False)))
         run.replace("attempts.jsonl", [*judged, *rows])
     report.counts |= _count_outcomes(rows)
     report.dropped = dict(Counter(drop.reason for drop in drops))
     report.cost_usd = endpoint_cost_usd(run, "attempts")
-    replies = [row for row in rows if not _call_failed(row)]
-    issues = filter(None, (find_fatal_issue(row.parsed) for row in replies))
-    reasons = Counter(issue.partition(" at ")[0] for issue in issues)
-    if 2 * reasons.total() > len(replies):
-        remedy = (
-            "train SFT for longer (sft.num_train_epochs), or raise attempts.max_tokens if they are cut off"
-        )
-        if settings.student or settings.source:
-            remedy = "they must follow prompts/student_system.txt: <Step1> .. </Step1> <Answer> .. </Answer>"
-        unreadable = f"{reasons.total()} of {len(replies)} attempts have no readable steps"
-        report.warn(progress, f"{unreadable}, most often: {reasons.most_common(1)[0][0]}; {remedy}")
-    unanswered = len(rows) - len(replies) if settings.kind == "endpoint" else 0
+    unanswered = sum(map(_call_failed, rows)) if settings.kind == "endpoint" else 0
     outputs = {"attempts.jsonl": len(judged) + len(rows)}
     run.sign("attempts", with_unanswered(inputs, unanswered), report, outputs)
     return report
-
-
-def _validate_imported(run: Run, problems: Sequence[Problem]) -> Report:
-    """The report of an imported attempts.jsonl, each row checked against the problems."""
-    known = {problem.id for problem in problems}
-    rows, seen = [row for row in run.rows("attempts.jsonl", Attempt) if not from_feedback(row)], set()
-    for number, row in enumerate(rows, 1):
-        steps, label = len(row.parsed.trace.steps), row.first_error
-        why, hint = "", "fix or remove it"
-        if row.id not in known:
-            why, hint = "no problem has this id", "use the ids of problems.jsonl"
-        elif (row.id, row.sample) in seen:
-            why, hint = f"sample {row.sample} occurs twice", "number the samples"
-        elif label is not None and not -1 <= label <= steps:
-            why = f"first_error is {label}, but it has {steps} steps"
-        elif label is not None and row.correct is not (label < 1):
-            why = f"first_error is {label}, but correct is {row.correct}"
-            hint = "an attempt with a labelled step is wrong; 0 and -1 mean that it is right"
-        if why:
-            reject_row(run, "attempts.jsonl", number, row, why, hint)
-        seen.add((row.id, row.sample))
-    return Report("attempts", _count_outcomes(rows) | {"imported": len(rows)}, skipped=True)
 
 
 def find_fatal_issue(parsed: ParsedTrace) -> str:
@@ -168,7 +147,10 @@ def _sample(
     progress: Progress,
 ) -> list[Attempt]:
     """Sample, grade and append block by block, after the complete blocks of an interrupted run with the same inputs."""
-    settings, size, endpoint = config.attempts, config.student.batch, config.attempts.kind == "endpoint"
+    settings, endpoint = config.attempts, config.attempts.kind == "endpoint"
+    size = (
+        4 * settings.concurrency if endpoint else config.student.batch
+    )  # few waits for an endpoint's last replies
     jobs = [(problem, sample) for problem in problems for sample in range(settings.samples)]
     rows: list[Attempt] = []
     written = run.read("attempts.jsonl", Attempt, whole=False)
@@ -182,9 +164,8 @@ def _sample(
     del rows[len(rows) // size * size :]
     run.replace("attempts.jsonl", [*filter(from_feedback, written), *rows])
     run.write_json("attempts.begun.json", inputs)
-    batch = max(1, len(jobs) - len(rows)) if endpoint else size  # an endpoint gets all requests at once
-    for start in range(len(rows), len(jobs), batch):
-        pending = jobs[start : start + batch]
+    for start in range(len(rows), len(jobs), size):
+        pending = jobs[start : start + size]
         requests = [
             Request(
                 prompts.solve_messages(problem.question, config.prompts.folder),
@@ -195,23 +176,18 @@ def _sample(
             )
             for problem, sample in pending
         ]
-        waiting: dict[int, Reply] = {}
-        begin = 0
-        for reply in student.generate(requests):  # in any order; blocks are written in request order
-            waiting[reply.index] = reply
-            while (block := range(begin, min(begin + size, len(pending)))) and waiting.keys() >= {*block}:
-                begin = block.stop
-                replies = [waiting.pop(index) for index in block]
-                answers = [answer_of(parse(reply.text)) for reply in replies]
-                golds = [pending[index][0].answer for index in block]
-                verdicts = grader.equal_many(zip(answers, golds, strict=True))
-                for index, reply, answer, verdict in zip(block, replies, answers, verdicts, strict=True):
-                    problem, sample = pending[index]
-                    correct = None if reply.finish == "error" else verdict
-                    of = {"id": problem.id, "sample": sample}
-                    rows.append(Attempt(**of, trace=reply.text, answer=answer, correct=correct))
-                run.append("attempts.jsonl", rows[-len(block) :])
-                progress(len(rows), len(jobs))
+        replies = sorted(student.generate(requests), key=lambda reply: reply.index)
+        answers = [answer_of(parse(reply.text)) for reply in replies]
+        golds = [problem.answer for problem, _ in pending]
+        verdicts = grader.equal_many(zip(answers, golds, strict=True))
+        for (problem, sample), reply, answer, verdict in zip(
+            pending, replies, answers, verdicts, strict=True
+        ):
+            correct = None if reply.finish == "error" else verdict
+            of = {"id": problem.id, "sample": sample}
+            rows.append(Attempt(**of, trace=reply.text, answer=answer, correct=correct))
+        run.append("attempts.jsonl", rows[start:])
+        progress(len(rows), len(jobs))
     return rows
 
 

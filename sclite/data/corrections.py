@@ -1,11 +1,10 @@
 """The teacher's reviews of wrong attempts, checked, plus confirmations of right ones."""
 
-import html
 import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +12,7 @@ from sclite import prompts
 from sclite.config import Config
 from sclite.data.attempts import deduplicate, find_fatal_issue
 from sclite.data.imported import reject_row
-from sclite.data.templates import find_leak, parse_reply
+from sclite.data.templates import LEAK, parse_reply
 from sclite.errors import DataError
 from sclite.grading.grader import Grader
 from sclite.progress import Progress, no_progress
@@ -30,8 +29,6 @@ from sclite.teacher.client import (
     refuse_other_basis,
 )
 from sclite.trace import Step, Trace, first_corrected, render
-
-_SAME_SIGNS = str.maketrans("−–—‐’‘“”″×·⋅", '----\'\'"""***')
 
 
 def corrections_inputs(config: Config, run: Run) -> dict[str, object]:
@@ -77,11 +74,11 @@ def write_corrections(
         if same := len(everything) - len(attempts):
             report.counts["duplicates"] = same
         wrong, drops = split_usable(attempts)
-        jobs = correction_jobs(config, run, grader, wrong)
+        by_job = {f"{attempt.id}/{attempt.sample}": attempt for attempt in wrong}
         reviews: list[Review] = []
         paid = False
+        jobs = correction_jobs(config, run, grader, wrong)
         results = teacher.ask_after_pilot(jobs, len(wrong), "corrections")
-        by_job = {f"{attempt.id}/{attempt.sample}": attempt for attempt in wrong}
         for done, result in enumerate(results, 1):
             attempt = by_job[result.id]
             if not paid and result.entry is not None:
@@ -100,10 +97,8 @@ def write_corrections(
         report.dropped = dict(Counter(drop.reason for drop in drops))
         if not reviews:
             reasons = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in report.dropped.items())
-            other = "use an attempts.student that writes <Step1> ..., <Step2> ..."
-            if not reasons:
-                other = "use harder problems"
-            elif config.attempts.kind == "trained":
+            other = "use another attempts.student"
+            if config.attempts.kind == "trained":
                 other = "raise sft.num_train_epochs or sft.learning_rate and train with --fresh"
             hint = f"see {run.path('dropped.jsonl')}; add problems or samples (attempts.samples), or {other}"
             raise DataError(f"no wrong attempt could be corrected: {reasons or 'there are none'}", hint)
@@ -147,17 +142,16 @@ def check_review(text: str, attempt: Attempt, problem: Problem, grader: Grader) 
     review = parsed.trace
     if parsed.issues:
         return Rejection("not_readable", str(parsed.issues[0]))
-    if rejection := step_rejection(work, review, attempt.first_error, _without_style):
-        return rejection
-    step = first_corrected(review)
-    assert step is not None  # else `step_rejection` would have rejected it
+    step = find_flagged_step(work, review, attempt.first_error, exact=False)
+    if isinstance(step, Rejection):
+        return step
     notes = review.steps[step - 1]
     # the rest is the student's text
     added = (Step("", None, notes.cause, notes.correction), *review.steps[step:])
     written = render(replace(review, steps=added))
     if "\ufffd" in written:
         return Rejection("broken_text", "it contains broken characters")
-    if find_leak(written):
+    if LEAK.search(written):
         return Rejection("leak", "the text mentions a given solution or answer")
     right = grader.equal(review.answer, problem.answer)
     if right is None:
@@ -168,12 +162,10 @@ def check_review(text: str, attempt: Attempt, problem: Problem, grader: Grader) 
     return replace(review, steps=(*work.steps[: step - 1], noted, *review.steps[step:]))
 
 
-def step_rejection(
-    work: Trace, review: Trace, label: int | None, key: Callable[[str], object] = str.split
-) -> Rejection | None:
-    """Why a review does not flag exactly one step, with cause and correction, and keep the text up to it; else None.
+def find_flagged_step(work: Trace, review: Trace, label: int | None, exact: bool = True) -> int | Rejection:
+    """The one step that a review flags, with cause and correction, keeping the text up to it; or why there is none.
 
-    Two texts are equal if their keys are equal.
+    Unless `exact`, a teacher's copy may differ in blanks, case, dollar signs, bold and the final period.
     """
     step = first_corrected(review)
     if step is None:
@@ -189,16 +181,14 @@ def step_rejection(
     if any(s.cause or s.correction for s in review.steps[step:]):
         why = "only the first wrong step carries <Cause> and <Correction>"
         return Rejection("several_steps_corrected", why)
-    for number, (new, old) in enumerate(zip(review.steps[:step], work.steps, strict=False), 1):
-        if key(new.text) != key(old.text):
+    for number, pair in enumerate(zip(review.steps[:step], work.steps, strict=False), 1):
+        new, old = (" ".join(each.text.split()) for each in pair)
+        if not exact:
+            plain = (unicodedata.normalize("NFKC", text).casefold() for text in (new, old))
+            new, old = (re.sub(r"\\[()\[\]]|[\s$*`\\]", "", text).rstrip(".") for text in plain)
+        if new != old:
             return Rejection("steps_changed", f"step {number} must be exactly as the student wrote it")
-    return None
-
-
-def _without_style(text: str) -> str:
-    """A step without blanks, dollar signs, bold and final period, in which a teacher's copy may differ from the student's text."""
-    plain = unicodedata.normalize("NFKC", html.unescape(text)).translate(_SAME_SIGNS).casefold()
-    return re.sub(r"\\[()\[\]]|[\s$*`\\]", "", plain).rstrip(".")
+    return step
 
 
 def _validate_imported(run: Run) -> Report:
@@ -207,22 +197,23 @@ def _validate_imported(run: Run) -> Report:
     reviews, problems = run.read("reviews.jsonl", Review), {p.id for p in run.rows("problems.jsonl", Problem)}
     for number, row in enumerate(reviews, 1):
         parsed, attempt = row.parsed, attempts.get((row.id, row.sample))
-        step, why, hint = first_corrected(parsed.trace), "", "fix or remove it"
+        step, why = first_corrected(parsed.trace), ""
         if attempt is None:
             why = f"attempts.jsonl has no attempt with this id and sample {row.sample}"
-            hint = "add the attempt to attempts.jsonl, or remove the review"
         elif row.id not in problems:
-            why, hint = "no problem has this id", "use the ids of problems.jsonl"
+            why = "no problem has this id"
         elif parsed.issues:
             why = str(parsed.issues[0])
         elif row.step != step:
             why = f"step is {row.step}, but its trace corrects {step or 'none'}"
-        elif step and (rejection := step_rejection(attempt.parsed.work, parsed.trace, None)):
-            why = rejection.text
+        elif step and isinstance(
+            found := find_flagged_step(attempt.parsed.work, parsed.trace, None), Rejection
+        ):
+            why = found.text
         elif step and (row.cause is None or row.correction is None):
             why = "cause or correction is missing"
         if why:
-            reject_row(run, "reviews.jsonl", number, row, why, hint)
+            reject_row(run, "reviews.jsonl", number, row, why, "fix or remove it")
     corrected = sum(row.step is not None for row in reviews)
     counts = {"corrected": corrected, "confirmed": len(reviews) - corrected, "imported": len(reviews)}
     return Report("corrections", counts, skipped=True)

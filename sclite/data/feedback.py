@@ -6,8 +6,14 @@ from collections.abc import Mapping, Sequence
 from sclite import prompts
 from sclite.config import Config
 from sclite.data.attempts import find_fatal_issue
-from sclite.data.contamination import SHARES, build_index, find_overlap
-from sclite.data.problems import OVERLAPS, normalize_question, questions_to_avoid
+from sclite.data.problems import (
+    OVERLAPS,
+    SHARES,
+    build_index,
+    find_overlap,
+    normalize_question,
+    questions_to_avoid,
+)
 from sclite.grading.extract import answer_of
 from sclite.grading.grader import Grader
 from sclite.progress import Progress, no_progress
@@ -48,12 +54,12 @@ def write_feedback(
     report, drops, verdicts = Report("feedback"), list[Drop](), Counter[bool]()
     used, added = list[Problem](), list[Attempt]()
     with timed(report):
-        for rows, gold in _find_golds(config, run, teacher, grader, fit, by_question, drops, progress):
+        for answers, gold in _find_golds(config, run, teacher, grader, fit, by_question, drops, progress):
             if isinstance(gold, Rejection):
-                drops += [_drop(row, gold.reason, gold.text) for row in rows]
+                drops += [_drop(row, gold.reason, gold.text) for row in answers]
                 continue
             texts = list[str]()
-            for row in rows:
+            for row in answers:
                 if (right := grader.equal(answer_of(row.parsed), gold.answer)) is None:
                     drops.append(_drop(row, "grader_unknown", f"cannot be compared with {gold.answer}"))
                 elif right is not row.good:
@@ -71,7 +77,7 @@ def write_feedback(
             used += [gold] if texts else []
         # first, because a resumed run of the attempts appends to them
         run.replace("problems.jsonl", [*used, *(row for row in problems if not from_feedback(row))])
-        _replace_attempts(run, [*added, *(row for row in attempts if not from_feedback(row))])
+        replace_attempts(run, [*added, *(row for row in attempts if not from_feedback(row))])
         run.replace_drops("feedback", drops)
         if signed := run.manifest("problems"):
             now = signed["inputs"] | {"problems": run.file_digest("problems.jsonl")}
@@ -84,18 +90,8 @@ def write_feedback(
     return report
 
 
-def remove_orphans(run: Run) -> None:
-    """Remove judged attempts whose problem is gone, for example after the user replaced problems.jsonl in the run."""
-    known = {row.id for row in run.rows("problems.jsonl", Problem)}
-    judged = filter(from_feedback, run.rows("attempts.jsonl", Attempt, whole=False))
-    if any(row.id not in known for row in judged):
-        again = "`sclite build-data --only corrections` adds them again"
-        run.warn(f"problems.jsonl lacks problems of the chat feedback, which is now unused; {again}")
-        attempts = run.read("attempts.jsonl", Attempt)
-        _replace_attempts(run, [row for row in attempts if row.id in known or not from_feedback(row)])
-
-
-def _replace_attempts(run: Run, attempts: Sequence[Attempt]) -> None:
+def replace_attempts(run: Run, attempts: Sequence[Attempt]) -> None:
+    """Replace attempts.jsonl, and keep its stage done."""
     run.replace("attempts.jsonl", attempts)
     if signed := run.manifest("attempts"):
         run.sign("attempts", signed["inputs"], Report.of(signed), {"attempts.jsonl": len(attempts)})
@@ -143,25 +139,22 @@ def _find_golds(
         return Job(question, lambda _: messages, parse, sample)
 
     jobs = [ask(question, sample) for question in unknown for sample in range(2)]
-    solutions: dict[str, dict[int, ParsedTrace]] = {question: {} for question in unknown}  # by sample
+    solutions: dict[tuple[str, int], ParsedTrace] = {}
     for done, result in enumerate(teacher.ask_after_pilot(jobs, len(jobs), "feedback"), 1):
         if result.rejection is not None:
             golds[result.id] = result.rejection
         elif result.made is not None:
-            solutions[result.id][result.sample] = result.made
+            solutions[result.id, result.sample] = result.made
         progress(done, len(jobs), teacher.ledger.spent_usd)
-    for question, by_sample in solutions.items():
-        if question in golds:  # the rejection of a reply
-            continue
-        found = [by_sample[sample] for sample in sorted(by_sample)]
-        first, *others = (parsed.trace.answer for parsed in found)
-        if first is None or any(parsed.issues for parsed in found):
+    for question in unknown.keys() - golds.keys():  # without the rejection of a reply
+        first, second = (solutions[question, sample] for sample in range(2))
+        gold, other = first.trace.answer, second.trace.answer
+        if gold is None or first.issues or second.issues:
             golds[question] = Rejection("no_gold_answer", "the teacher's solution cannot be read")
-        elif not all(grader.equal(other, first) for other in others):
-            why = f"the teacher answers {', '.join(map(str, (first, *others)))}"
-            golds[question] = Rejection("no_gold_answer", why)
+        elif not grader.equal(other, gold):
+            golds[question] = Rejection("no_gold_answer", f"the teacher answers {gold} and {other}")
         else:
-            problem = {"question": unknown[question], "answer": first, "solution": found[0].text}
+            problem = {"question": unknown[question], "answer": gold, "solution": first.text}
             golds[question] = Problem(id=_id(question), **problem)
     return [(rows, golds[question]) for question, rows in judged.items()]
 

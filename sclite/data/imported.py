@@ -32,7 +32,6 @@ class LabelledWork(BaseModel):
     steps: Annotated[list[str | int | float], Field(min_length=1)]
     answer: str | int | float | None = None
     first_error_step: int | None = None
-    label: object = None  # from another benchmark, may count from 0
 
     @property
     def final_answer(self) -> str | None:
@@ -47,35 +46,29 @@ class LabelledWork(BaseModel):
 
     @model_validator(mode="after")
     def _check_steps_and_label(self) -> "LabelledWork":
-        why, label = "", self.first_error_step
-        if label is None and isinstance(self.label, int):
-            why = "it has `label` but no `first_error_step`: rename it and count from 1 (in ProcessBench, add 1)"
-        elif empty := [i for i, step in enumerate(self.steps, 1) if not clean(str(step))]:
-            why = f"step {empty[0]} is empty"
-        elif not -1 <= (label or 0) <= len(self.steps):
-            why = f"first_error_step is {label}, but there are {len(self.steps)} steps"
-        if why:
-            raise ValueError(why)
+        label = self.first_error_step
+        if empty := [i for i, step in enumerate(self.steps, 1) if not clean(str(step))]:
+            raise ValueError(f"step {empty[0]} is empty")
+        if not -1 <= (label or 0) <= len(self.steps):
+            raise ValueError(f"first_error_step is {label}, but there are {len(self.steps)} steps")
         return self
 
 
 def _read_work(path: Path, key: str, stage: str) -> Iterator[tuple[LabelledWork | None, Drop]]:
     """Each row of the file that the setting `key` names, None if it cannot be read, with what it becomes if it is skipped."""
     for place, row in read_rows(Source(source=str(path)), key):
-        raw = row.raw if isinstance(row, BadRow) else json.dumps(row, default=str)
-        work = None
+        raw, work, why = row.raw if isinstance(row, BadRow) else json.dumps(row, default=str), None, ""
         try:
             if isinstance(row, BadRow):
                 raise row
-            work, why = LabelledWork.model_validate_json(raw), ""
+            work = LabelledWork.model_validate_json(raw)
         except BadRow as error:
-            why = error.message
+            why = f"{path}, {place}: {error.message}"
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"][:2])
-            why = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
-        detail = f"{path}, {place}: {why}" if why else ""
-        yield work, Drop(stage=stage, id=place, reason="row_not_readable", raw=raw, detail=detail)
+            where = "".join(f"{part}: " for part in first["loc"][:2])
+            why = f"{path}, {place}: {where}{first['msg'].removeprefix('Value error, ')}"
+        yield work, Drop(stage=stage, id=place, reason="row_not_readable", raw=raw, detail=why)
 
 
 def read_labelled(path: Path) -> list[tuple[str, Trace, int]]:
@@ -90,10 +83,8 @@ def read_labelled(path: Path) -> list[tuple[str, Trace, int]]:
         if work.first_error_step is not None:
             found.append((work.question, work.trace, max(0, work.first_error_step)))
     if not found:
-        raise DataError(
-            f"eval.labelled: {path} has no labels",
-            "each row needs `question`, `steps` and `first_error_step`",
-        )
+        hint = "each row needs `question`, `steps` and `first_error_step`"
+        raise DataError(f"eval.labelled: {path} has no labels", hint)
     return found
 
 
@@ -105,7 +96,7 @@ def import_attempts(
     Skipped rows go to `drops`. Raises DataError if no row is usable.
     """
     by_question = {normalize_question(problem.question): problem for problem in problems}
-    found: list[tuple[Problem, LabelledWork, Drop]] = []  # with the drop that a row becomes if it is skipped
+    found: list[tuple[Problem, LabelledWork, Drop]] = []
     for work, drop in _read_work(path, "attempts.source", "attempts"):
         if work is None:
             drops.append(drop)
@@ -119,26 +110,23 @@ def import_attempts(
     samples: Counter[str] = Counter()
     for (problem, work, drop), verdict in zip(found, verdicts, strict=True):
         answer, label = work.final_answer, work.first_error_step
-        if label is not None and label < 1:
-            if answer is not None and verdict is False:
-                detail = f"labelled right, but its answer is {answer}, not {problem.answer}"
-                drops.append(drop.model_copy(update={"reason": "label_contradicts_answer", "detail": detail}))
-                continue
-            answer, verdict = answer or problem.answer, True  # right work ends in the right answer
-        wrong = label if label is not None and label > 0 else None
+        wrong = label if label and label > 0 else None
+        if label is not None and not wrong and answer is not None and verdict is False:
+            detail = f"labelled right, but its answer is {answer}, not {problem.answer}"
+            drops.append(drop.model_copy(update={"reason": "label_contradicts_answer", "detail": detail}))
+            continue
+        if label is not None:
+            verdict = wrong is None
+            answer = answer or (problem.answer if verdict else None)  # right work ends in the right answer
         trace = render(replace(work.trace, answer=answer))
         of = {"id": problem.id, "sample": samples[problem.id]}
-        correct = False if wrong else verdict
-        rows.append(Attempt(**of, trace=trace, answer=answer, correct=correct, first_error=wrong))
+        rows.append(Attempt(**of, trace=trace, answer=answer, correct=verdict, first_error=wrong))
         samples[problem.id] += 1
     if not rows:
         reasons = Counter(drop.reason for drop in drops)
-        if set(reasons) == {"question_unknown"}:
-            why = f"{path}: none of its questions is among the run's problems"
-            raise DataError(why, "check problems.source")
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         why = f"no usable row: {counts}; the first: {drops[0].detail}" if drops else "the file is empty"
-        hint = "fix them, see dropped.jsonl" if drops else "each row needs `question` and `steps`"
+        hint = "each row needs `question` (that of one of the run's problems) and `steps`"
         raise DataError(f"{path}: {why}", hint)
     order = {problem.id: number for number, problem in enumerate(problems)}
     return sorted(rows, key=lambda row: order[row.id])

@@ -6,6 +6,7 @@ teacher's (self-written text is worth more). The run's adapter after the warm-up
 flags the same step and keeps those before it. Without a student there are decision pairs only.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,12 +30,12 @@ from sclite.student.self_correction import (
     free,
     run_together,
 )
-from sclite.trace import CAUSE, Trace, close_piece, open_piece, parse, render, step_pieces
+from sclite.trace import CAUSE, Trace, close_piece, open_piece, render, step_pieces
 
 Own = tuple[str, bool | None]
 """A student's own cause and correction, as a continuation of `<Cause>`, and whether it leads to the gold answer."""
+_CONTENT = re.compile(r".+</Cause>\n<Correction>.+</Correction>\n", re.DOTALL)
 _UNREADABLE, _UNANSWERED = "student_review_not_readable", "student_did_not_reply"
-_ALREADY_RIGHT = "student_review_already_right"  # needs no content pair
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,6 @@ def write_pairs(
     report.counts |= Counter(pair.kind for pair in pairs)
     report.counts["own_corrections_chosen"] = sum(pair.origin == "student" for pair in pairs)
     report.dropped = dict(Counter(drop.reason for drop in drops))
-    lost = report.dropped | {_ALREADY_RIGHT: 0}
-    if student is not None and 2 * sum(lost.values()) > len(cases):
-        reason = max(lost, key=lost.__getitem__).replace("_", " ")
-        why = f"{sum(lost.values())} of {len(cases)} content pairs were dropped, most often: {reason}"
-        remedy = "raise attempts.reviews, or inspect them with `sclite show drops --kind pairs`"
-        report.warn(progress, f"{why}; {remedy}")
     unanswered = 0
     if config.attempts.kind == "endpoint":
         reasons = Counter(reason for case in cases for reason in case.reasons)
@@ -114,33 +109,27 @@ def _validate_imported(run: Run) -> Report:
     decided = {(pair.id, pair.sample) for pair in pairs if pair.kind == "decision"}
     for number, pair in enumerate(pairs, 1):
         work, step, content = pair.work, pair.step, pair.kind == "content"
-        first = contents.get((pair.id, pair.sample), pair)
-        why, hint = "", "fix or remove it"
+        first, why = contents.get((pair.id, pair.sample), pair), ""
         if pair.id not in known:
-            why, hint = "no problem has this id", "use the ids of problems.jsonl"
+            why = "no problem has this id"
         elif not 1 <= step <= len(work.steps):
             why = f"step is {step}, but the attempt has {len(work.steps)} steps"
         elif pair.prefix != (*_prefix(work, step), *([CAUSE] if content else [])):
             why = f"prefix is not the attempt up to step {step}, in pieces"
         elif (pair.id, pair.sample) not in decided:
-            why, hint = "its attempt has no decision pair", "add one at its step"
+            why = "its attempt has no decision pair"
         elif not content and {pair.chosen, pair.rejected} != {CAUSE, close_piece(step)}:
             why = f"chosen and rejected must be {CAUSE} and the step's closing tag"
         elif not content and step > first.step:
             why = f"step is {step}, after its attempt's content pair at step {first.step}"
         elif pair.chosen == pair.rejected:
             why = "chosen and rejected are identical"
-        elif content:
-            written = parse("".join(pair.prefix) + pair.chosen + close_piece(step)).trace.steps[step - 1]
-            if not (written.cause and written.correction and pair.chosen.endswith("</Correction>\n")):
-                why = "chosen must be a cause, </Cause>, <Correction>, a correction, </Correction> and a newline"
-            elif pair is not first:
-                why = f"a second content pair for sample {pair.sample}"
+        elif content and not _CONTENT.fullmatch(pair.chosen):
+            why = "chosen must be a cause, </Cause>, <Correction>, a correction, </Correction> and a newline"
         if why:
-            reject_row(run, "pairs.jsonl", number, pair, why, hint)
-    report = Report("pairs", dict(Counter(str(pair.kind) for pair in pairs)), skipped=True)
-    report.counts["imported"] = len(pairs)
-    return report
+            reject_row(run, "pairs.jsonl", number, pair, why, "fix or remove it")
+    counts = Counter(str(pair.kind) for pair in pairs) | Counter(imported=len(pairs))
+    return Report("pairs", dict(counts), skipped=True)
 
 
 def _sample_own(
@@ -177,16 +166,13 @@ def _sample_own(
         )
         for case, result, right in zip(block, written, verdicts, strict=True):
             before = [step.text.split() for step in (result.trace or case.work).steps[: case.step - 1]]
+            kept = before == [step.text.split() for step in case.work.steps[: case.step - 1]]
             if result.accused is None and result.note:
                 case.reasons.append(_UNANSWERED if result.note == NO_REPLY else _UNREADABLE)
-            elif result.accused is None:
-                case.reasons.append("student_review_accuses_nothing")
-            elif result.accused != case.step:
+            elif result.accused != case.step or not kept:
                 case.reasons.append("student_review_accuses_another_step")
             elif not result.cause or not result.correction:
                 case.reasons.append(_UNREADABLE)
-            elif before != [step.text.split() for step in case.work.steps[: case.step - 1]]:
-                case.reasons.append("student_review_changes_steps")
             else:
                 case.own.append((continuation(result), right))
 
@@ -234,7 +220,7 @@ def make_pairs(
     reason = Counter(reasons or [_UNREADABLE]).most_common(1)[0][0]
     if own:  # none of them could be graded
         reason = "grader_unknown"
-    reason = "chosen_equals_rejected" if wrong else _ALREADY_RIGHT if right else reason
+    reason = "chosen_equals_rejected" if wrong else "student_review_already_right" if right else reason
     raw = own[0][0] if own else ""
     return pairs, Drop(stage="pairs", id=review.id, sample=review.sample, reason=reason, raw=raw)
 

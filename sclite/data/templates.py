@@ -4,8 +4,8 @@ import html
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 
 from sclite import prompts
 from sclite.config import Config
@@ -28,18 +28,15 @@ from sclite.teacher.client import (
 from sclite.trace import ParsedTrace, Trace, first_corrected, parse, render
 
 _GIVEN = r"(?:given|provided|supplied|official|model|reference|gold(?:en)?|ground[- ]truth)"
-_NUMBER = r"\$?\d+(?:[.,/]\d+)*\$?\s*"
-_MIXTURE = rf"\s+set\b|\s+of\s+{_NUMBER}(?:\\?%|[a-z])|(?:\s+\w+){{1,4}}\s+{_NUMBER}(?:\\?%|percent)"
-"""What follows a `solution` that is a solution set or a liquid: `the given solution of 2 litres`, `contains 20%`."""
-_MENTIONS = re.compile(
-    rf"\b(?:the|this|that|your)\s+{_GIVEN}\s+(?:(?:written|worked|final)\s+)?(?:answers?\b(?! (?:choice|option))|solutions?\b(?!{_MIXTURE}))"
-    r"|\b(?:reference|gold(?:en)?|ground[- ]truth)[- ](?:solution|answer)s?\b"
-    r"|\b(?:the|this|your)\s+(?:solution|answer)\s+(?:that\s+)?(?:(?:was|is|has\s+been)\s+(?:given|provided|supplied)"
-    r"|(?:you|I\s+was|we\s+were)\s+(?:gave|given)|(?:given|provided|shown)?\s*above)\b(?!\s+(?:by|in|as)\b)"
-    rf"|\b(?:answer|solution)\s+key\b|\baccording\s+to\s+the\s+(?:answer\b(?! (?:choice|option))|solution\b(?!{_MIXTURE}))"
-    r"|\bthe\s+(?:expected|intended|target)\s+answer\b|\bthe\s+solution\s+(?:says|states)\b",
+LEAK = re.compile(
+    rf"\b(?:the|this|that|your)\s+{_GIVEN}\s+(?:answer\b(?! (?:choice|option))|solution\b(?! (?:set|of)\b))"
+    r"|\b(?:reference|gold(?:en)?|ground[- ]truth)[- ](?:solution|answer)s?\b|\b(?:answer|solution)\s+key\b"
+    r"|\b(?:solution|answer)\s+(?:that\s+)?(?:(?:was|is)\s+)?(?:given|provided|shown)?\s*above\b"
+    r"|\bthe\s+expected\s+answer\b|\bthe\s+solution\s+(?:says|states)\b|\baccording\s+to\s+the\s+solution\b(?! (?:set|of)\b)",
     re.I,
 )
+"""Words that reveal that the teacher saw a solution."""
+BEGUN = "templates.begun.json"
 
 
 def templates_inputs(config: Config, problems: Sequence[Problem]) -> dict[str, object]:
@@ -70,18 +67,18 @@ def write_templates(
     template passes.
     """
     report = Report("templates")
+    if run.is_imported("templates", "templates.jsonl"):
+        rows = run.read("templates.jsonl", Template)
+        for number, row in enumerate(rows, 1):
+            if issues := row.parsed.issues:
+                reject_row(run, "templates.jsonl", number, row, str(issues[0]), "fix or remove it")
+        report.counts, report.skipped = {"templates": len(rows), "imported": len(rows)}, True
+        return report
+    inputs = templates_inputs(config, problems)
+    manifest = run.done("templates", inputs, "templates.jsonl")
+    if manifest is not None and not fresh:
+        return Report.of(manifest)
     with timed(report):
-        if run.is_imported("templates", "templates.jsonl"):
-            rows = run.read("templates.jsonl", Template)
-            for number, row in enumerate(rows, 1):
-                if issues := row.parsed.issues:
-                    reject_row(run, "templates.jsonl", number, row, str(issues[0]), "fix or remove it")
-            report.counts, report.skipped = {"templates": len(rows), "imported": len(rows)}, True
-            return report
-        inputs = templates_inputs(config, problems)
-        manifest = run.done("templates", inputs, "templates.jsonl")
-        if manifest is not None and not fresh:
-            return Report.of(manifest)
         # a larger token budget adds rows and leaves the existing ones unchanged
         basis = basis_of(config.teacher, inputs["prompts"])
         drops = _request_missing(config, run, teacher, grader, problems, basis, fresh, progress)
@@ -98,8 +95,7 @@ def write_templates(
             why = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items()) or "no problems"
             first = next((drop.detail for drop in drops.values()), "")
             message = f"none of the {len(problems)} problems yielded a template: {why}; the first: {first}"
-            hint = f"see {run.path('dropped.jsonl')}"
-            raise DataError(message, hint)
+            raise DataError(message, f"see {run.path('dropped.jsonl')}")
     signed = with_unanswered(inputs, count_unanswered(report.dropped))
     run.sign("templates", signed, report, {"templates.jsonl": len(requests)})
     return report
@@ -119,8 +115,8 @@ def check_template(reply: str, problem: Problem, grader: Grader) -> Trace | Reje
         return Rejection("correction_in_template", why)
     if found.generalized is None:
         return Rejection("no_generalized", "<Generalized> is missing")
-    if leak := find_leak(text):
-        return Rejection("leak", f'it says "{leak}", as if a solution had been given')
+    if leak := LEAK.search(text):
+        return Rejection("leak", f'it says "{leak[0]}", as if a solution had been given')
     equal = grader.equal(found.answer, problem.answer)
     if equal is None:
         return Rejection("grader_unknown", f"its answer cannot be compared, write exactly: {problem.answer}")
@@ -132,12 +128,6 @@ def check_template(reply: str, problem: Problem, grader: Grader) -> Trace | Reje
 def parse_reply(text: str) -> ParsedTrace:
     """Like `parse`, for a teacher that escapes < and & between the tags as in XML."""
     return parse(re.sub("&(?:lt|gt|amp);", lambda entity: html.unescape(entity[0]), text))
-
-
-def find_leak(text: str) -> str | None:
-    """The words that reveal that the teacher saw a solution, or None."""
-    found = _MENTIONS.search(text)
-    return found[0] if found else None
 
 
 def _request_missing(
@@ -152,49 +142,38 @@ def _request_missing(
 ) -> dict[str, Drop]:
     """Request the templates that the run lacks, writing each row before the next result is handled; the drops by id.
 
-    Rows of other or changed problems are removed. Rows from another `basis` (prompts, teacher) are an error without `fresh`.
+    Rows of other or changed problems are removed, and with `fresh` all. Rows from another `basis` (prompts, teacher) are
+    an error without it.
     """
-    before = run.read_json("templates.begun.json", dict[str, object])
-    # also if the basis is damaged: paid replies are in the ledger
-    again = fresh or (before is None and run.path("templates.begun.json").is_file())
-    if not again and any(True for _ in run.rows("templates.jsonl", Template, whole=False)):
+    rows = [] if fresh else list(run.rows("templates.jsonl", Template, whole=False))
+    if rows:
         trained = run.path("sft/adapter").is_dir()
         keep = ". To keep them and continue with the corrections, add --only corrections" if trained else ""
-        refuse_other_basis(before, basis, run.path("templates.jsonl"), keep)
-    by_id = {problem.id: problem for problem in problems}
+        refuse_other_basis(run.read_json(BEGUN, dict[str, object]), basis, run.path("templates.jsonl"), keep)
     wanted = {problem.id: (problem.question, problem.answer) for problem in problems}
-    rows = run.rows("templates.jsonl", Template, whole=False)
     kept = {row.id: None for row in rows if wanted.get(row.id) == (row.question, row.answer)}  # in order
     # the manifest would list rows that are removed
     run.path("done/templates.json").unlink(missing_ok=True)
-    if again:
-        kept.clear()
-    else:
-        run.reorder("templates.jsonl", Template, kept)
-    run.replace_drops("templates", [])
-    missing = [problem for problem in problems if problem.id not in kept]
+    missing = {problem.id: problem for problem in problems if problem.id not in kept}
     drops: dict[str, Drop] = {}
-    add, total = None, len(problems)
-    progress(len(kept), total, teacher.ledger.spent_usd)
-    results = teacher.ask_after_pilot(template_jobs(config, missing, grader), len(missing), "templates")
-    with ExitStack() as open_files:
-        for done, result in enumerate(results, len(kept) + 1):
-            if result.rejection is not None:
-                why = {"reason": result.rejection.reason, "detail": result.rejection.text, "raw": result.raw}
-                drops[result.id] = Drop(stage="templates", id=result.id, **why)
-                run.append("dropped.jsonl", [drops[result.id]])
-            elif result.made is not None:
-                if add is None:
-                    if again:  # now the teacher has answered
-                        run.replace("templates.jsonl", [])
-                    run.write_json("templates.begun.json", basis)
-                    add = open_files.enter_context(run.appending("templates.jsonl"))
-                problem = by_id[result.id].model_dump(include={"id", "question", "answer"})
-                add([Template(**problem, trace=render(result.made), requests=result.requests)])
-            progress(done, total, teacher.ledger.spent_usd)
-    unanswered = count_unanswered(Counter(drop.reason for drop in drops.values()))
-    if again and add is None and unanswered < len(drops):  # no reply of the new teacher is usable
-        run.replace("templates.jsonl", [])
+    progress(len(kept), len(problems), teacher.ledger.spent_usd)
+    jobs = template_jobs(config, missing.values(), grader)
+    results = teacher.ask_after_pilot(jobs, len(missing), "templates")
+    first = next(results, None)  # an error if the teacher cannot be reached: the rows stay as they are
+    run.reorder("templates.jsonl", Template, kept)
+    if first is not None:
+        run.write_json(BEGUN, basis)
+        results = chain([first], results)
+    for done, result in enumerate(results, len(kept) + 1):
+        if result.rejection is not None:
+            why = {"reason": result.rejection.reason, "detail": result.rejection.text, "raw": result.raw}
+            drops[result.id] = Drop(stage="templates", id=result.id, **why)
+        elif result.made is not None:
+            problem = missing[result.id].model_dump(include={"id", "question", "answer"})
+            run.append(
+                "templates.jsonl", [Template(**problem, trace=render(result.made), requests=result.requests)]
+            )
+        progress(done, len(problems), teacher.ledger.spent_usd)
     return drops
 
 

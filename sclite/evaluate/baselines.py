@@ -6,7 +6,7 @@ from typing import Any
 
 from sclite import prompts
 from sclite.config import Config
-from sclite.evaluate.answers import grade
+from sclite.evaluate.answers import solve_problems
 from sclite.evaluate.evaluate import HeldOut, cutoff_of
 from sclite.evaluate.metrics import Outcome, compute_metrics
 from sclite.grading.extract import answer_of
@@ -16,7 +16,7 @@ from sclite.run import Run
 from sclite.signature import digest
 from sclite.student.base import Request, Student
 from sclite.student.self_correction import NO_REPLY, run_together
-from sclite.student.step_scores import pool, read_odds
+from sclite.student.step_scores import Odds, pool, read_odds
 from sclite.trace import Trace, parse
 
 SHOWN = ("acc_t1", "acc_t1_interval", "tokens", "n", "unknown")
@@ -40,32 +40,29 @@ def measure_baselines(
     scored as in the review; the best sample has the highest one. Ties go to the earliest. A second attempt replaces the
     first answer by a sample: everywhere, or where the review flagged a step.
     """
-    messages = [
-        prompts.solve_messages(problem.question, config.prompts.folder, "baseline_solve")
-        for problem in held_out.problems
+    problems, votes, sampling = held_out.problems, config.eval.votes, config.attempts
+    file, identity, limit = f"{held_out.folder}/{name}", figures["gguf"], config.eval.max_tokens
+    folder = config.prompts.folder
+    requests = [
+        Request(prompts.solve_messages(problem.question, folder, "baseline_solve"), max_tokens=limit)
+        for problem in problems
     ]
-    requests = [Request(each, max_tokens=config.eval.max_tokens) for each in messages]
-    file, identity = f"{held_out.folder}/{name}", figures["gguf"]
-    rows = _answer(config, run, f"{file}-native", student, held_out.problems, requests, identity, grader)
-    used: dict[
-        str, Sequence[tuple[Outcome, Sequence[Outcome]]]
-    ] = {}  # (answer, all that it needs) per problem
-    used["native prompt"] = [(row, (row,)) for row in rows]
+    native = _answer(config, run, f"{file}-native", student, problems, requests, identity, grader)
+    used = {"native prompt": [(row, [row]) for row in native]}  # (answer, all that it needs) per problem
     if name != "base":
-        votes, sampling = config.eval.votes, config.attempts
-        problems = [problem for problem in held_out.problems for _ in range(votes)]
+        drawn = [problem for problem in problems for _ in range(votes)]
         requests = [
             Request(
-                prompts.solve_messages(problem.question, config.prompts.folder),
-                max_tokens=config.eval.max_tokens,
+                prompts.solve_messages(problem.question, folder),
+                max_tokens=limit,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 seed=int(digest([config.seed, "vote", problem.id, number % votes]), 16) % 2**31,
             )
-            for number, problem in enumerate(problems)
+            for number, problem in enumerate(drawn)
         ]
         weight = cutoff_of(config, figures).confidence_weight
-        rows = _answer(config, run, f"{file}-samples", student, problems, requests, identity, grader, weight)
+        rows = _answer(config, run, f"{file}-samples", student, drawn, requests, identity, grader, weight)
         ballots = [rows[start : start + votes] for start in range(0, len(rows), votes)]
         groups = [_equal_answers(ballot, grader) for ballot in ballots]
         chosen = {
@@ -75,11 +72,11 @@ def measure_baselines(
         }
         used |= {label: list(zip(samples, ballots, strict=True)) for label, samples in chosen.items()}
         outcomes = run.read(figures["rows"], Outcome)
-        used["second attempt"] = [(b[0], (o, b[0])) for o, b in zip(outcomes, ballots, strict=True)]
+        used["second attempt"] = [(b[0], [o, b[0]]) for o, b in zip(outcomes, ballots, strict=True)]
         if config.review.mode == "free":  # a flag is written
             outcomes = [o.model_copy(update={"tokens1": o.tokens1 + o.tokens2}) for o in outcomes]
         used["flagged resampled"] = [
-            (b[0], (o, b[0])) if o.accused else (o, (o,)) for o, b in zip(outcomes, ballots, strict=True)
+            (b[0], [o, b[0]]) if o.accused else (o, [o]) for o, b in zip(outcomes, ballots, strict=True)
         ]
     return {f"{name}, {label}": _figures(config, pairs) for label, pairs in used.items()}
 
@@ -100,38 +97,22 @@ def _answer(
     signature = digest([identity, config.eval.context, requests, asked, weight])
     if (run.read_json(f"{file}.json", dict[str, Any]) or {}).get("signature") == signature:
         return run.read(f"{file}.jsonl", Outcome)
-    replies = sorted(student.generate(requests), key=lambda reply: reply.index)
-    parsed = [parse(reply.text) for reply in replies]
-    answers = [answer_of(each) for each in parsed]
-    scores: list[tuple[float, ...]] = [()] * len(replies)
+    answers = solve_problems(student, problems, config, grader, requests)
+    scores: list[Odds] = [()] * len(answers)
     if weight is not None:
-        traces = [Trace() if answer is None else p.trace for p, answer in zip(parsed, answers, strict=True)]
-        folder = config.prompts.folder
+        traces = [each.parsed.trace if answer_of(each.parsed) is not None else Trace() for each in answers]
         scripts = [
-            read_odds(problem.question, trace, folder, (weight,))
+            read_odds(problem.question, trace, config.prompts.folder, (weight,))
             for problem, trace in zip(problems, traces, strict=True)
         ]
         scores = [pool(*odds, weight) for odds in run_together(student, scripts)]
-    verdicts = grade(grader, answers, problems)
-    rows = []
-    for problem, reply, each, odds, verdict in zip(problems, replies, parsed, scores, verdicts, strict=True):
-        failed = reply.finish == "error"
-        correct = None if failed else verdict
-        outcome = Outcome(
-            id=problem.id,
-            question=problem.question,
-            gold=problem.answer,
-            first=reply.text,
-            second=None,
-            correct1=correct,
-            correct2=correct,
+    rows = [
+        answer.outcome(
             step_scores=tuple(round(value, 4) for value in odds),
-            format_ok=not each.issues,
-            cut=reply.finish == "length",
-            tokens1=reply.tokens,
-            note=NO_REPLY if failed else "",
+            note=NO_REPLY if answer.reply.finish == "error" else "",
         )
-        rows.append(outcome)
+        for answer, odds in zip(answers, scores, strict=True)
+    ]
     run.replace(f"{file}.jsonl", rows)
     run.write_json(f"{file}.json", {"signature": signature})
     return rows

@@ -3,6 +3,7 @@
 Gold answers are used for grading only, never to decide when to stop.
 """
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sclite.config import Config
-from sclite.evaluate.answers import NO_STEPS, FirstAnswers, grade, review_settings, solve_problems
+from sclite.evaluate.answers import NO_STEPS, Answer, grade, harm_warning, review_settings, solve_problems
 from sclite.evaluate.metrics import Outcome, compute_metrics
 from sclite.evaluate.threshold import FittedThreshold, ensure_threshold, load_threshold, prompts_digest
 from sclite.grading.grader import Grader
@@ -19,9 +20,11 @@ from sclite.run import Run
 from sclite.signature import digest
 from sclite.student.base import Student
 from sclite.student.self_correction import NEVER, NO_REPLY, correct_steps, review, run_together
-from sclite.student.step_scores import Cutoff
+from sclite.student.step_scores import Cutoff, pool, read_odds
 from sclite.trace import Trace, render
 
+SUMMARY, REPORT = "summary.json", "report.html"
+LABELLED_SHARES = ("location", "acceptance", "location_f1")
 Judge = Callable[[str, Trace], int | None]
 """(question, trace) -> the first wrong step (from 1); 0 if all are right, None if that is unknown."""
 
@@ -41,9 +44,25 @@ class HeldOut:
     dropped: Mapping[str, int] = field(default_factory=dict)
 
 
+def result_folder(run: Run, dataset: str, names: Sequence[str], limit: int, default: int) -> str:
+    """eval/<names>, -limit-<N> unless it is the `default`, and a hash if another `dataset` (path or Hub ID) has that name."""
+    parts = [*filter(None, names), *([] if limit == default else [f"limit-{limit}"])]
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", "-".join(parts)).strip("-.")[:100] or "problems"
+    existing = run.read_json(f"eval/{name}/{SUMMARY}", dict[str, Any])
+    taken = existing is not None and existing.get("dataset") != dataset
+    return f"eval/{name}-{digest(dataset)[:6]}" if taken else f"eval/{name}"
+
+
+def summaries(run: Run, shape: Any = dict[str, Any]) -> list[Any]:
+    """The summaries of all results of a run as `shape`, newest first."""
+    paths = sorted(run.folder.glob(f"eval/*/{SUMMARY}"), key=lambda path: -path.stat().st_mtime_ns)
+    found = (run.read_json(str(path.relative_to(run.folder)), shape) for path in paths)
+    return [summary for summary in found if summary is not None]
+
+
 def review_answers(
     student: Student,
-    first: FirstAnswers,
+    answers: Sequence[Answer],
     config: Config,
     grader: Grader,
     cutoff: Cutoff,
@@ -52,57 +71,85 @@ def review_answers(
 ) -> list[Outcome]:
     """Turn 2: review each first answer and grade the result. With an `endpoint`, an answer without a reply is unknown."""
     settings, mode = review_settings(config, cutoff), config.review.mode
-    pairs = zip(first.problems, first.reviewable, strict=True)
-    scripts = [review(problem.question, trace, settings, mode) for problem, trace in pairs]
+    scripts = [review(each.problem.question, each.reviewable, settings, mode) for each in answers]
     reviewed = run_together(student, scripts)
-    second = grade(grader, [review.answer for review in reviewed], first.problems)
+    verdicts = grade(grader, [result.answer for result in reviewed], [each.problem for each in answers])
     rows = []
-    columns = first.problems, first.replies, first.parsed, first.correct, reviewed, second
-    for problem, reply, parsed, correct, result, verdict in zip(*columns, strict=True):
-        work = parsed.work
-        judged = judge(problem.question, work) if judge is not None and work.steps else None
-        true_step, known = judged or None, judged is not None
-        after = verdict if result.trace else correct
-        labelled = range(1, (true_step or len(work.steps)) + 1) if known else ()
-        rows.append(
-            Outcome(
-                id=problem.id,
-                question=problem.question,
-                gold=problem.answer,
-                first=reply.text,
-                second=render(result.trace) if result.trace else None,
-                correct1=correct,
-                correct2=None if endpoint and result.note == NO_REPLY else after,
-                accused=result.accused,
-                cause=result.cause,
-                correction=result.correction,
-                true_step=true_step,
-                true_known=known,
-                step_scores=tuple(round(score, 4) for score in result.scores),
-                step_labels=tuple(step == true_step for step in labelled),
-                format_ok=not parsed.issues,
-                cut=reply.finish == "length",
-                tokens1=reply.tokens,
-                tokens2=result.tokens,
-                prefill1=reply.prefill_tokens,
-                prefill2=result.prefill,
-                note=result.note,
-            )
+    for answer, result, verdict in zip(answers, reviewed, verdicts, strict=True):
+        work = answer.parsed.work
+        judged = judge(answer.problem.question, work) if judge is not None and work.steps else None
+        after = verdict if result.trace else answer.correct
+        row = answer.outcome(
+            second=render(result.trace) if result.trace else None,
+            correct2=None if endpoint and result.note == NO_REPLY else after,
+            accused=result.accused,
+            cause=result.cause,
+            correction=result.correction,
+            **step_labels(judged, len(work.steps)),
+            step_scores=tuple(round(score, 4) for score in result.scores),
+            tokens2=result.tokens,
+            prefill2=result.prefill,
+            note=result.note,
         )
+        rows.append(row)
     return rows
 
 
+def step_labels(wrong: int | None, count: int) -> dict[str, Any]:
+    """The labels in the Outcome of a work of `count` steps, by its first wrong step (0: none, None: unknown)."""
+    if wrong is None:
+        return {}
+    labels = tuple(step == wrong for step in range(1, (wrong or count) + 1))
+    return {"true_step": wrong or None, "true_known": True, "step_labels": labels}
+
+
+def measure_labelled(
+    config: Config, student: Student, works: Sequence[tuple[str, Trace, int]], cutoff: Cutoff
+) -> dict[str, Any]:
+    """The AUC and, with intervals, LABELLED_SHARES of a guided review of (question, work, first wrong step or 0), labelled by
+    people (ProcessBench, arXiv 2412.06559).
+
+    `unknown` counts works that are too long to review, `n` the others. Without a threshold, all but the AUC is None.
+    """
+    weight = cutoff.confidence_weight
+    scripts = [read_odds(question, work, config.prompts.folder, (weight,)) for question, work, _ in works]
+    rows = []
+    for number, odds in enumerate(run_together(student, scripts)):
+        (question, work, step), scores = works[number], pool(*odds, weight)
+        right = step == 0 if scores else None
+        row = Outcome(
+            id=str(number),
+            question=question,
+            gold="",
+            first=render(work),
+            second=None,
+            correct1=right,
+            correct2=right,
+            accused=next((n for n, score in enumerate(scores, 1) if score > cutoff.threshold), None),
+            **step_labels(step, len(work.steps)),
+            step_scores=scores,
+            format_ok=True,
+        )
+        rows.append(row)
+    figures, shares = compute_metrics(rows, seed=config.seed), LABELLED_SHARES
+    names = [*shares, *(f"{share}_interval" for share in shares)]
+    known = [] if cutoff.threshold == NEVER else names
+    found = {name: figures[name] for name in ("n", "unknown", "auc", *known)}
+    return dict.fromkeys(names) | found
+
+
 def located_correction_rate(
-    student: Student, rows: Sequence[Outcome], first: FirstAnswers, config: Config, grader: Grader
+    student: Student, rows: Sequence[Outcome], answers: Sequence[Answer], config: Config, grader: Grader
 ) -> float | None:
     """The share of wrong answers that are corrected when given the true first wrong step; None if none is known."""
     cases = [
-        (problem, (problem.question, parsed.work, o.true_step))
-        for o, problem, parsed in zip(rows, first.problems, first.parsed, strict=True)
-        if o.true_step is not None and o.correct1 is False
+        (answer.problem, answer.parsed.work, row.true_step)
+        for row, answer in zip(rows, answers, strict=True)
+        if row.true_step is not None and row.correct1 is False
     ]
-    corrected = correct_steps(student, [case for _, case in cases], review_settings(config))
-    verdicts = grade(grader, [c.answer for c in corrected], [problem for problem, _ in cases])
+    asked = [(problem.question, work, step) for problem, work, step in cases]
+    corrected = correct_steps(student, asked, review_settings(config))
+    verdicts = grade(grader, [each.answer for each in corrected], [problem for problem, *_ in cases])
     known = [verdict for verdict in verdicts if verdict is not None]
     return round(sum(known) / len(known), 4) if known else None
 
@@ -125,37 +172,36 @@ def evaluate_model(
     Returns stored figures if nothing has changed. A model behind an API has a `version` and no `gguf`; its figures are not
     reused if a call has failed. Seconds are None in an evaluation that was `resumed`.
     """
-    problems, free = held_out.problems, config.review.mode == "free" and not version
+    problems, fits = held_out.problems, config.review.needs_fit
+    free = config.review.mode == "free" and not version
     file = f"{held_out.folder}/{name}{'-free' * free}"
-    fits = config.review.needs_fit
     chosen = config.eval.model_dump(exclude={"baselines", "votes", "labelled"})
     settings = [chosen, config.review.model_dump(), prompts_digest(config)]
     rows_used = [[p.model_dump() for p in part] for part in (problems, held_out.fitting)]
     identity = version or run.file_digest(str(gguf.resolve()))
     signature = digest([identity, settings, rows_used, judge is not None])
-    stored = load_threshold(config, run, gguf) if fits else None
     kept = run.read_json(f"{file}.json", dict[str, Any]) or {}
+    stored = load_threshold(config, run, gguf) if fits else None
     same_fit = kept.get("off") == NO_STEPS or kept.get("fitted") == (stored and stored.model_dump())
     if kept.get("signature") == signature and same_fit:
-        return kept | {"rows": f"{file}.jsonl"}
+        return kept
     began = time.monotonic()
-    first = solve_problems(student, problems, config, grader)
+    answers = solve_problems(student, problems, config, grader)
     between = time.monotonic()
-    reviewable, fitted = any(trace.steps for trace in first.reviewable), None
+    reviewable, fitted = any(answer.reviewable.steps for answer in answers), None
     cutoff, off = Cutoff.of(config.review), ""
     if fits and reviewable:
         fitted = ensure_threshold(config, run, gguf, student, held_out.fitting, grader)
         cutoff, off = fitted.cutoff or Cutoff(NEVER, fitted.confidence_weight), fitted.off
     if not reviewable:
         off = NO_STEPS
-    elif config.review.mode == "guided" and config.review.rounds == 0:
-        off = "review.rounds is 0"
     reviewing = time.monotonic()
-    rows = review_answers(student, first, config, grader, cutoff, judge, bool(version))
+    rows = review_answers(student, answers, config, grader, cutoff, judge, bool(version))
     ended = time.monotonic()
     figures = compute_metrics(rows, seed=config.seed)
     # failed calls, unlike prompts that are too long, are retried by the next evaluation
-    failed = any(r.finish == "error" for r in first.replies) or any(row.note == NO_REPLY for row in rows)
+    failed = any(answer.reply.finish == "error" for answer in answers)
+    failed = failed or any(row.note == NO_REPLY for row in rows)
     figures |= {
         "signature": "" if version and failed else signature,
         "gguf": identity,
@@ -166,7 +212,7 @@ def evaluate_model(
         # an endpoint cannot continue a given prefix
         "correction_rate_given_location": None
         if version
-        else located_correction_rate(student, rows, first, config, grader),
+        else located_correction_rate(student, rows, answers, config, grader),
         "seconds": None if resumed else round((between - began + ended - reviewing) / len(rows), 4),
         "seconds_first": None if resumed else round((between - began) / len(rows), 4),
     }
@@ -185,12 +231,8 @@ def summary_notes(figures: Mapping[str, Any], held_out: HeldOut, max_tokens: int
     """What a reader of all students' figures must know."""
     notes = [f"skipped ({reason.replace('_', ' ')}): {n:,}" for reason, n in held_out.dropped.items()]
     notes += [f"review is off for {name}: {each['off']}" for name, each in figures.items() if each["off"]]
-    if {"sft", "dpo"} <= figures.keys():
-        before, after = (figures[name]["acc_t1"] for name in ("sft", "dpo"))
-        if None not in (before, after) and after < figures["sft"]["acc_t1_interval"][0]:
-            shares = f"{100 * before:.1f} → {100 * after:.1f} % right"
-            hint = "lower warmup.learning_rate, or raise warmup.replay_share"
-            notes.append(f"stage 2 made first answers worse, {shares}; {hint}")
+    if {"sft", "dpo"} <= figures.keys() and (harm := harm_warning("stage 2", figures["sft"], figures["dpo"])):
+        notes.append(harm)
     cut = {name: each for name, each in figures.items() if each["cut"] > each["n"] / 100}
     if cut:
         counts = ", ".join(f"{name} {each['cut']} of {each['n']}" for name, each in cut.items())
@@ -198,7 +240,6 @@ def summary_notes(figures: Mapping[str, Any], held_out: HeldOut, max_tokens: int
         notes.append(f"truncated first answers: {counts}; {hint}")
     for name, each in figures.items():
         fitted = FittedThreshold.model_validate(each["fitted"]) if each["fitted"] else None
-        earlier = fitted is not None and fitted.problems > len(held_out.fitting)
-        if fitted and fitted.threshold is not None and (earlier or fitted.given_up):
+        if fitted is not None and fitted.threshold is not None and fitted.given_up:
             notes.append(f"review threshold of {name}: {fitted.summary}")
     return notes

@@ -3,16 +3,13 @@
 import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
 from sclite.records import Row
-from sclite.student.self_correction import NEVER
 from sclite.trace import Trace, parse
-
-LogOdds = Annotated[float, Field(gt=-NEVER, lt=NEVER)]
 
 
 class Outcome(Row):
@@ -35,7 +32,7 @@ class Outcome(Row):
     correction: str | None = None
     true_step: int | None = Field(None, ge=1)
     true_known: bool = False
-    step_scores: tuple[LogOdds, ...] = ()
+    step_scores: tuple[float, ...] = ()
     step_labels: tuple[bool, ...] = ()
     format_ok: bool
     cut: bool = False
@@ -49,6 +46,11 @@ class Outcome(Row):
     def work(self) -> Trace:
         """The steps and the answer of the first answer."""
         return parse(self.first).work
+
+    @cached_property
+    def revised(self) -> Trace:
+        """The solution after review; empty if review has changed nothing."""
+        return parse(self.second or "").trace
 
 
 def compute_metrics(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
@@ -86,45 +88,37 @@ def compute_metrics(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: in
     }
     gained, spoiled = int((second > first).sum()), int((first > second).sum())
     assert int(second.sum() - first.sum()) == gained - spoiled
-    samples = np.zeros((bootstrap, 0))  # how often each resample draws each problem
+    samples = np.zeros((bootstrap, n))  # how often each resample draws each problem
     if n:
-        samples = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), bootstrap).astype(float)
+        samples += np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), bootstrap)
     figures: dict[str, Any] = {"n": n, "unknown": len(outcomes) - n, "cut": sum(o.cut for o in known)}
     drawn = {}
     for name, (part, whole) in shares.items():
         figures[name] = float(part.sum() / whole.sum()) if whole.sum() else None
-        drawn[name] = _divide(samples @ part, samples @ whole)
+        with np.errstate(invalid="ignore"):  # NaN in resamples where it is undefined
+            drawn[name] = (samples @ part) / (samples @ whole)
         figures[f"{name}_interval"] = _interval(drawn[name])
-        if figures[name] in (0, 1) and name != "difference" and bootstrap:
+        if figures[name] in (0, 1) and name != "difference":
             edge = float(0.025 ** (1 / whole.sum()))
             figures[f"{name}_interval"] = [edge, 1.0] if figures[name] else [0.0, 1 - edge]
-    if n and bootstrap and not gained + spoiled:
+    if n and not gained + spoiled:
         most = figures["wrong_to_right_interval"][1]
         figures["difference_interval"] = [-most, most]
     both = figures["location"], figures["acceptance"]
-    figures["location_f1"] = None if None in both else float(harmonic_mean(*both))
-    figures["location_f1_interval"] = _interval(harmonic_mean(drawn["location"], drawn["acceptance"]))
+    figures["location_f1"] = None if None in both else float(_harmonic_mean(*both))
+    figures["location_f1_interval"] = _interval(_harmonic_mean(drawn["location"], drawn["acceptance"]))
     changed = gained + spoiled
     tail = sum(math.comb(changed, k) for k in range(min(gained, spoiled) + 1))
     figures["mcnemar_p"] = min(1.0, 2 * tail / 2**changed) if n else None
-    steps = [
-        (row, score, wrong)
-        for row, outcome in enumerate(known)
-        for score, wrong in zip(outcome.step_scores, outcome.step_labels, strict=False)
-    ]
-    scores, wrong = [score for _, score, _ in steps], [wrong for _, _, wrong in steps]
-    figures["auc"] = auc(scores, wrong)
-    rows = np.array([row for row, _, _ in steps], int)
-    parts = [_weighted_auc(scores, wrong, part[:, rows]) for part in np.array_split(samples, 16)]
-    figures["auc_interval"] = _interval(np.concatenate(parts))
+    steps = [pair for o in known for pair in zip(o.step_scores, o.step_labels, strict=False)]
+    figures["auc"] = auc([score for score, _ in steps], [wrong for _, wrong in steps])
     spent = {
         "tokens": [o.tokens1 + o.tokens2 for o in known],
         "tokens_first": [o.tokens1 for o in known],
         "prefill": [o.prefill1 + o.prefill2 for o in known],
         "prefill_first": [o.prefill1 for o in known],
     }
-    figures |= {name: sum(each) / n if n else None for name, each in spent.items()}
-    return figures
+    return figures | {name: sum(each) / n if n else None for name, each in spent.items()}
 
 
 def compare_outcomes(
@@ -151,31 +145,18 @@ def compare_outcomes(
 
 def auc(scores: Sequence[float], wrong: Sequence[bool]) -> float | None:
     """The probability that a wrong step scores above a right one, ties counting half; None if a class is missing."""
-    value = float(_weighted_auc(scores, wrong, np.ones((1, len(scores))))[0])
-    return None if math.isnan(value) else value
+    values, bad = np.array(scores, float), np.array(wrong, bool)
+    right, found = np.sort(values[~bad]), values[bad]
+    if not len(right) or not len(found):
+        return None
+    twice = np.searchsorted(right, found, "left") + np.searchsorted(right, found, "right")
+    return float(twice.sum() / (2 * len(right) * len(found)))
 
 
-def _weighted_auc(scores: Sequence[float], wrong: Sequence[bool], weights: np.ndarray) -> np.ndarray:
-    """The AUC for each row of `weights` (resamples, steps); NaN if a row has no wrong or no right step."""
-    if not len(scores):
-        return np.full(len(weights), np.nan)
-    order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.diff(np.array(scores)[order], prepend=-np.inf))  # of each run of equal scores
-    weights, bad_steps = weights[:, order], np.array(wrong)[order]
-    bad = np.add.reduceat(weights * bad_steps, starts, axis=1)
-    good = np.add.reduceat(weights * ~bad_steps, starts, axis=1)
-    below = np.cumsum(good, axis=1) - good
-    return _divide((bad * (below + good / 2)).sum(axis=1), bad.sum(axis=1) * good.sum(axis=1))
-
-
-def harmonic_mean(a: float | np.ndarray, b: float | np.ndarray) -> np.ndarray:
+def _harmonic_mean(a: float | np.ndarray, b: float | np.ndarray) -> np.ndarray:
     """2ab / (a + b), elementwise; 0 if both are 0."""
     total = np.asarray(a + b)
     return np.where(total == 0, 0.0, 2 * a * b / np.where(total == 0, 1, total))
-
-
-def _divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
 
 
 def _interval(values: np.ndarray) -> list[float] | None:

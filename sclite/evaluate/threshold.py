@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,8 +34,6 @@ WEIGHTS, MARGIN = (0.0, 0.5), 0.05
 """The weights of the confidence in a step's score to try, and the AUC margin by which one must beat the last."""
 BLOCK, MAX_SHARE = 0.1, 0.6
 """Shares of the problems whose steps are corrected: per block, and at most in total."""
-MANY_PROBLEMS = 200
-"""From this number on, half of the problems are tried first, to see if the student's corrections fix anything."""
 
 
 @dataclass
@@ -75,15 +73,14 @@ class Trial:
 class FittedThreshold(BaseModel):
     """A fitted threshold, or the reason why review stays off, with what it does on the n graded fitting problems.
 
-    It applies to step scores in which the confidence has the weight `confidence_weight`, chosen from `weights`.
+    It applies to step scores in which the confidence has the weight `confidence_weight`.
     Accuracies, wrong_to_right and right_to_wrong are shares of n. `assumed` counts flagged steps whose correction was
     not tried. `best_*` describe the most accurate threshold without the bound on harm: what the bound costs.
     """
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
     threshold: float | None
     confidence_weight: float = 0.0
-    weights: list[float] = []
     off: str = ""
     problems: int
     n: int = 0
@@ -97,7 +94,6 @@ class FittedThreshold(BaseModel):
     best_acc_t2: float = 0.0
     best_right_to_wrong: float = 0.0
     max_harm: float
-    prompts: str = ""
 
     @property
     def cutoff(self) -> Cutoff | None:
@@ -204,8 +200,8 @@ def choose_weight(trials: Sequence[Trial], weights: Sequence[float]) -> float:
     problems of SmolLM2 took the review alone in one split of six (2.5 points). A choice of five weights gained 2.4 and 4.4,
     the weight with the best AUC of wrong answers 2.5 and 4.4.
     """
-
-    def quality(weight: float) -> float:
+    quality: dict[float, float] = {}
+    for weight in weights:
         fixed, ranked = list[bool](), list[float]()
         for trial in trials:
             scores = pool(trial.review, trial.confidence, weight)
@@ -213,10 +209,9 @@ def choose_weight(trials: Sequence[Trial], weights: Sequence[float]) -> float:
             if None not in (result, trial.correct) and result != trial.correct:
                 fixed.append(bool(result))
                 ranked.append(max(scores))
-        return auc(ranked, fixed) or 0.0
-
-    best = max(weights, key=quality)
-    return best if quality(best) > quality(weights[-1]) + MARGIN else weights[-1]
+        quality[weight] = auc(ranked, fixed) or 0.0
+    best = max(weights, key=lambda weight: quality[weight])
+    return best if quality[best] > quality[weights[-1]] + MARGIN else weights[-1]
 
 
 def try_corrections(student: Student, trials: Sequence[Trial], config: Config, grader: Grader) -> None:
@@ -265,48 +260,34 @@ def weights_to_try(config: Config) -> list[float]:
     return list(WEIGHTS) if weight is None else [weight]
 
 
-def find_threshold(
-    known: Mapping[str, FittedThreshold], gguf_digest: str, config: Config
-) -> FittedThreshold | None:
-    """The fit for a GGUF with these prompts and weights, at this `review.max_harm`, else the next lower, else higher one."""
-    limit = config.review.max_harm
-    same = [fit for key, fit in known.items() if key.startswith(gguf_digest)]
-    same = [
-        fit for fit in same if (fit.prompts, fit.weights) == (prompts_digest(config), weights_to_try(config))
-    ]
-    # the newest of equals
-    return min(
-        reversed(same), key=lambda fit: (fit.max_harm > limit, abs(fit.max_harm - limit)), default=None
-    )
+def threshold_key(config: Config, gguf_digest: str) -> str:
+    """The key of a fit in FILE: the digest of the GGUF and of what it was fitted for."""
+    purpose = digest([prompts_digest(config), weights_to_try(config), config.review.max_harm])
+    return f"{gguf_digest}:{purpose}"
 
 
 def load_threshold(config: Config, run: Run, gguf: Path) -> FittedThreshold | None:
-    """The fit for this exact file (`find_threshold`), stored in this run or next to the file; None if there is none."""
+    """The fit for this exact file and these settings, stored in this run or next to the file; None if there is none."""
     beside = gguf.parent / Path(FILE).name
     for name in dict.fromkeys((str(run.path(FILE).resolve()), str(beside.resolve()))):
-        known = run.read_json(name, dict[str, FittedThreshold]) or {}
-        if known and (fitted := find_threshold(known, run.file_digest(str(gguf.resolve())), config)):
-            return fitted
+        if known := run.read_json(name, dict[str, FittedThreshold]):
+            key = threshold_key(config, run.file_digest(str(gguf.resolve())))
+            if key in known:
+                return known[key]
     return None
 
 
 def store_threshold(config: Config, run: Run, gguf: Path, fitted: FittedThreshold) -> FittedThreshold:
     """Store the fit for a file, for chat, eval and the server; it replaces an earlier one for the same settings."""
-    fitted = fitted.model_copy(update={"prompts": prompts_digest(config), "weights": weights_to_try(config)})
     known = run.read_json(FILE, dict[str, FittedThreshold]) or {}
-    purpose = digest([fitted.prompts, fitted.weights, fitted.max_harm])
-    key = f"{run.file_digest(str(gguf.resolve()))}:{purpose}"
-    known.pop(key, None)
-    known[key] = fitted
+    known[threshold_key(config, run.file_digest(str(gguf.resolve())))] = fitted
     run.write_json(FILE, {key: each.model_dump() for key, each in known.items()})
     return fitted
 
 
-def is_current(config: Config, fitted: FittedThreshold | None, count: int) -> bool:
-    """Whether a stored fit used as many problems and the same max_harm; too few problems never replace one."""
-    if fitted is None or count < MIN_PROBLEMS:
-        return fitted is not None
-    return fitted.problems >= count and fitted.max_harm == config.review.max_harm
+def is_current(fitted: FittedThreshold | None, count: int) -> bool:
+    """Whether a stored fit used as many problems; too few problems never replace one."""
+    return fitted is not None and (count < MIN_PROBLEMS or fitted.problems >= count)
 
 
 def ensure_threshold(
@@ -314,11 +295,10 @@ def ensure_threshold(
 ) -> FittedThreshold:
     """The threshold of a GGUF, which `student` runs: the stored one if it is current, else fitted now and stored.
 
-    The problems are used nowhere else. If there are many, half are tried first, and the rest only if a correction fixed
-    any of them. Fewer than MIN_PROBLEMS need no student: review stays off.
+    The problems are used nowhere else. Fewer than MIN_PROBLEMS need no student: review stays off.
     """
     stored, total = load_threshold(config, run, gguf), len(problems)
-    if stored is not None and is_current(config, stored, total):
+    if stored is not None and is_current(stored, total):
         return stored
     fitted = FittedThreshold(threshold=None, problems=total, max_harm=config.review.max_harm)
     if total < MIN_PROBLEMS or student is None:
@@ -326,20 +306,18 @@ def ensure_threshold(
         return store_threshold(config, run, gguf, fitted)
     questions = {digest(problem.question) for problem in problems}
     run.write_json(FITTED_ON, sorted(questions.union(run.read_json(FITTED_ON, list[str]) or [])))
-    weights = weights_to_try(config)
-    trials: list[Trial] = []
-    for part in (problems[::2], problems[1::2]) if total >= MANY_PROBLEMS else (problems,):
-        first = solve_problems(student, part, config, grader)
-        pairs, folder = zip(part, first.reviewable, strict=True), config.prompts.folder
-        scripts = [read_odds(problem.question, trace, folder, weights) for problem, trace in pairs]
-        found = zip(part, first.parsed, first.correct, run_together(student, scripts), strict=True)
-        trials += [Trial(problem, parsed.work, correct, *odds) for problem, parsed, correct, odds in found]
-        for weight in weights:
-            for trial in trials:
-                trial.weight = weight
-            try_corrections(student, trials, config, grader)
-        if not any(trial.correct is False and True in trial.results.values() for trial in trials):
-            break
+    weights, answers = weights_to_try(config), solve_problems(student, problems, config, grader)
+    scripts = [
+        read_odds(each.problem.question, each.reviewable, config.prompts.folder, weights) for each in answers
+    ]
+    trials = [
+        Trial(answer.problem, answer.parsed.work, answer.correct, *odds)
+        for answer, odds in zip(answers, run_together(student, scripts), strict=True)
+    ]
+    for weight in weights:
+        for trial in trials:
+            trial.weight = weight
+        try_corrections(student, trials, config, grader)
     weight = choose_weight(trials, weights)
     for trial in trials:
         trial.weight = weight

@@ -6,13 +6,12 @@ Every figure comes from the run; what the run does not record is written as unkn
 import re
 from collections import Counter
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sclite import __version__, prompts
 from sclite.config import Config
-from sclite.records import Drop, Review, from_feedback
+from sclite.records import Drop
 from sclite.run import Run
 from sclite.student.adapters import STUDENTS, adapter_weights
 from sclite.student.ggufs import source_digest
@@ -20,7 +19,6 @@ from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
 
 UNKNOWN = "unknown"
-_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _HUB_ID = re.compile(r"[\w.-]*\w/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.csv)(?<!\.parquet)")
 
 
@@ -42,8 +40,7 @@ def _public_model(name: str) -> str:
     provider, _, model = name.partition("/")
     if not provider or name.endswith(".gguf"):
         return _public_name(name)
-    folder = provider in ("openai", "hosted_vllm") and model.count("/") > 1
-    return f"{provider}/{Path(model).name}" if folder or model.startswith(("/", ".", "~")) else name
+    return f"{provider}/{Path(model).name}" if model.startswith(("/", ".", "~")) else name
 
 
 def model_title(config: Config, name: str) -> str:
@@ -77,16 +74,12 @@ def build_dataset_card(config: Config, run: Run, counts: Mapping[str, int]) -> s
         student = f"; the corrected attempts were imported from {_public_name(config.attempts.source)}"
     elif config.attempts.student:
         student = f"; the corrected attempts are by {_public_model(config.attempts.student)}"
-    manifests = {stage: (run.manifest(stage) or {}) for stage in ("templates", "corrections")}
     sources = _sources(config, student)
-    for stage, manifest in manifests.items():
-        sources.append(f"- Teacher prompts for {stage}: {manifest.get('inputs', {}).get('prompts', UNKNOWN)}")
+    for stage in ("templates", "corrections"):
+        used = (run.manifest(stage) or {"inputs": {}})["inputs"].get("prompts", UNKNOWN)
+        sources.append(f"- Teacher prompts for {stage}: {used}")
     for name in ("student_system", "student_solve", "student_review"):
         sources.append(f"- Prompt {name}: {prompts.digest_prompts(name, folder=config.prompts.folder)}")
-    sources += [f"- Stage {stage}: sclite {m['sclite']}" for stage, m in manifests.items() if "sclite" in m]
-    if judged := sum(map(from_feedback, run.rows("reviews.jsonl", Review))):
-        sources.append(f"- Reviews of answers judged in the chat: {judged} (`feedback-..`)")
-    packages = ", ".join(f"{name} {version(name)}" for name in ("transformers", "litellm"))
     totals = None
     if run.path(LEDGER).is_file():
         with Ledger(run.path(LEDGER)) as ledger:
@@ -94,7 +87,6 @@ def build_dataset_card(config: Config, run: Run, counts: Mapping[str, int]) -> s
     front = {
         "task_categories": ["text-generation"],
         "tags": ["sclite", "reasoning", "self-correction", *(["dpo"] if "pairs" in files else [])],
-        "size_categories": [next((name for limit, name in _SIZES if sum(counts.values()) < limit), "n>1M")],
         "configs": [{"config_name": name, "data_files": f"{name}.jsonl"} for name in files],
     }
     return _fill(
@@ -102,7 +94,7 @@ def build_dataset_card(config: Config, run: Run, counts: Mapping[str, int]) -> s
         config,
         front,
         files=files,
-        sources="\n".join([*sources, f"- Written with: {packages}"]),
+        sources="\n".join(sources),
         drops=sorted(Counter((drop.stage, drop.reason) for drop in run.read("dropped.jsonl", Drop)).items()),
         totals=totals,
     )
@@ -111,17 +103,16 @@ def build_dataset_card(config: Config, run: Run, counts: Mapping[str, int]) -> s
 def build_model_card(config: Config, run: Run, name: str, form: str, figures: Mapping[str, Any]) -> str:
     """The model card of an exported student (base, sft or dpo) as "gguf", "lora" or "merged"; `figures`: those of its GGUFs."""
     base, files = _public_name(config.student.model), figures.get("files", {})
-    settings, adapter = list[str](), run.file_digest(adapter_weights(name))
-    for stage in {"base": (), "sft": ("sft",), "dpo": ("dpo", "warmup", "sft")}[name]:
+    settings = list[str]()
+    for stage in {"base": (), "sft": ("sft",), "dpo": ("sft", "warmup", "dpo")}[name]:
         manifest = run.manifest(stage)
-        if manifest is None or manifest["figures"].get("adapter") != adapter:
-            settings.insert(0, f"- {stage}: {UNKNOWN}")  # imported, or trained again since
-            break
+        if manifest is None or manifest["figures"].get("adapter") != run.file_digest(adapter_weights(stage)):
+            settings.append(f"- {stage}: {UNKNOWN}")  # imported
+            continue
         counts, used = ", ".join(f"{n} {what}" for what, n in manifest["counts"].items()), manifest["inputs"]
         rates = "{num_train_epochs:g} epochs, learning rate {learning_rate:g}".format(**used[stage])
         lora = "; LoRA r {r}, alpha {lora_alpha}".format(**used["lora"]) if "lora" in used else ""
-        settings.insert(0, f"- {stage}: {counts}, {rates}, seed {used['seed']}{lora}")
-        adapter = used.get("warmup/adapter", used.get("sft/adapter"))  # the one it started from
+        settings.append(f"- {stage}: {counts}, {rates}, seed {used['seed']}{lora}")
     evaluations, current = dict[str, Any](), {each: source_digest(config, run, each) for each in STUDENTS}
     for path in sorted(run.path("eval").glob("*/summary.json")):
         summary = run.read_json(str(path.relative_to(run.folder)), dict[str, Any]) or {"models": {}}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sclite.config import Config
 from sclite.errors import DataError
-from sclite.export.tensors import read_json
+from sclite.export.weights import read_json
 from sclite.student.base import Messages
 from sclite.student.chat_template import render_chat
 from sclite.student.tokenization import end_id, prompt_text
@@ -25,11 +25,7 @@ from sclite.student.tokenization import end_id, prompt_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Render = Callable[[Messages, bool], str]
-"""Renders messages, with (True) or without (False) the prompt for an answer."""
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
-SPACES = " \n"
-"""The whitespace that is tried at the ends of a content. A template that strips both strips all whitespace."""
 
 
 def _chat(roles: str, *contents: str) -> Messages:
@@ -41,153 +37,97 @@ CHATS: dict[str, Messages] = {
     "system and user": _chat("su", *_MANY[:2]),
     "user alone": _chat("u", _MANY[1]),
     "many turns": _chat("suauau", *_MANY),
-    "assistant last": _chat("suaua", *_MANY[:5]),
     "quotes and braces": _chat(
         "suau", "'a' \"b\" `c`", "{{ messages }} {% if x %} {# n #}", '"""{{ .System }}"""', "\\n </s> $x"
     ),
     "leading spaces": _chat("suauau", *(f"  \n {text}  x\n\n  " for text in _MANY)),
-    "empty system": _chat("suau", "", *_MANY[1:4]),
     "unicode": _chat("suau", "Réponds en français.", "数学: ∑ 2ⁿ?", "∞ 🙂", "Größe? ｜end｜"),
 }
 """Chats that a derived template must render exactly as the original does."""
 
 
 class Turn(NamedTuple):
-    """The messages of a role: the text around a content, and which SPACES are stripped from its two ends."""
+    """The messages of a role: the text around a content, and whether its two ends are stripped."""
 
     before: str
     after: str
-    left: str = ""
-    right: str = ""
+    left: bool
+    right: bool
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """Every chat is `start`, its turns, and then `opening` (the prompt for an answer) or `closing`.
+    """Every chat is `start`, its turns and, if an answer is asked for, `opening`.
 
     `system_in`: the system text is a separate turn ("own"), or comes before the content of the "first" or "last" user
-    turn, which is then `host`. `final` and `prefilled` are the assistant's turn at the end of a chat, without and with the
-    prompt for an answer. `dropped` is the original's default system prompt, which the derived templates do not have.
+    turn, which is then `host`. The original's default system prompt is dropped.
     """
 
     start: str
     system: Turn
     system_in: str
-    empty_system: bool
     user: Turn
     host: Turn
     assistant: Turn
-    final: Turn
-    prefilled: Turn
     opening: str
-    closing: str
-    dropped: str
 
     def jinja(self) -> str:
         """The format as a Jinja template without any option."""
 
         def content(message: str, turn: Turn) -> str:
-            text = f'{message}["content"]'
-            if turn.left == turn.right == SPACES:
-                return f"({text} | trim)"
-            for method, spaces in (("lstrip", turn.left), ("rstrip", turn.right)):
-                if spaces:
-                    text += f".{method}({_quote(spaces) if spaces != SPACES else ''})"
-            return text
+            return f'{message}["content"]' + ".lstrip()" * turn.left + ".rstrip()" * turn.right
 
         def write(*parts: str) -> str:
-            return f"{{{{- {' + '.join(part for part in parts if part)} -}}}}"
+            return f"{{{{- {' + '.join(filter(None, parts))} -}}}}"
 
         def show(turn: Turn, *inside: str) -> str:
             return write(_quote(turn.before), *inside, content("message", turn), _quote(turn.after))
 
-        separate = self.system_in == "own"
-        system = "message" if separate else "messages[0]"
-        has_system = f'{system}["role"] == "system"'
-        if not self.empty_system:
-            has_system += f' and {system}["content"]'
         lines = [write(_quote(self.start))] if self.start else []
-        if separate:
-            lines += ["{%- for message in messages -%}", f"{{%- if {has_system} -%}}", show(self.system)]
+        lines.append("{%- for message in messages -%}")
+        if self.system_in == "own":
+            lines += ['{%- if message["role"] == "system" -%}', show(self.system)]
         else:
-            host = 'turns | length - 1 if turns[-1]["role"] == "user" else 0'
-            before, after = _quote(self.system.before), _quote(self.system.after)
-            lines += [
-                '{%- set turns = messages[1:] if messages[0]["role"] == "system" else messages -%}',
-                f"{{%- set host = {host if self.system_in == 'last' else 0} -%}}",
-                "{%- for message in turns -%}",
-                f"{{%- if loop.index0 == host and {has_system} -%}}",
-                show(self.host, before, content(system, self.system), after),
-            ]
+            host = "loop.index0 == 1" if self.system_in == "first" else "loop.revindex <= 2"
+            is_host = f'message["role"] == "user" and messages[0]["role"] == "system" and {host}'
+            text = content("messages[0]", self.system)
+            inside = show(self.host, _quote(self.system.before), text, _quote(self.system.after))
+            lines += [f"{{%- if {is_host} -%}}", inside]
         lines += ['{%- elif message["role"] == "user" -%}', show(self.user)]
-        lines += ['{%- elif message["role"] == "assistant" -%}']
-        answer, ends = self.assistant, (self.opening, self.closing)
-        if [self.prefilled, self.final] == [answer._replace(after=answer.after + end) for end in ends]:
-            lines += [show(answer), "{%- endif -%}", "{%- endfor -%}"]
-            last = ["{%- endif -%}"]
-        else:
-            lines += ["{%- if not loop.last -%}", show(answer), "{%- elif add_generation_prompt -%}"]
-            lines += [show(self.prefilled), "{%- else -%}", show(self.final), "{%- endif -%}"]
-            lines += ["{%- endif -%}", "{%- endfor -%}", '{%- if messages[-1]["role"] != "assistant" -%}']
-            last = ["{%- endif -%}", "{%- endif -%}"]
-        lines += ["{%- if add_generation_prompt -%}", write(_quote(self.opening) or '""')]
-        lines += ["{%- else -%}", write(_quote(self.closing))] if self.closing else []
-        return "\n".join([*lines, *last])
+        lines += ['{%- elif message["role"] == "assistant" -%}', show(self.assistant)]
+        lines += ["{%- endif -%}", "{%- endfor -%}", "{%- if add_generation_prompt -%}"]
+        return "\n".join([*lines, write(_quote(self.opening) or '""'), "{%- endif -%}"])
 
     def go_template(self, bos: str = "") -> str:
         """The format as a Go template for Ollama. `bos`: the text of the BOS token, if the runtime adds it itself.
 
-        A final assistant message follows the opening and stays open: Ollama continues it.
+        Contents are not stripped. A final assistant message follows the opening and stays open: Ollama continues it.
         """
-        strips: dict[tuple[str, str], str] = {}
-
-        def content(value: str, turn: Turn) -> str:
-            ends = turn.left, turn.right
-            if not any(ends):
-                return f"{{{{ {value} }}}}"
-            return f'{{{{ template "{strips.setdefault(ends, f"strip{len(strips)}")}" {value} }}}}'
-
-        def show(turn: Turn, inside: str = "") -> str:
-            return _go(turn.before) + inside + content(".Content", turn) + _go(turn.after)
-
-        opening, user, prepare = _go(self.opening), show(self.user), ""
-        begin, end = ("", "") if self.empty_system else ("{{ if .Content }}", "{{ end }}")
-        if self.system_in == "own":
-            system = begin + show(self.system) + end
-            user = f'{{{{ if eq .Role "system" }}}}{system}{{{{ else if eq .Role "user" }}}}{user}'
-        else:
-            found = begin + "{{ $found = true }}" + end
-            host = "{{ $host = $i }}"
-            host = host if self.system_in == "last" else f"{{{{ if lt $host 0 }}}}{host}{{{{ end }}}}"
-            prepare = (
-                '{{ $system := "" }}{{ $found := false }}{{ $host := -1 }}{{ range $i, $_ := .Messages }}'
-                f'{{{{ if eq .Role "system" }}}}{{{{ $system = .Content }}}}{found}'
-                f'{{{{ else if eq .Role "user" }}}}{host}{{{{ end }}}}{{{{ end }}}}'
-            )
-            inside = _go(self.system.before) + content("$system", self.system) + _go(self.system.after)
-            user = (
-                f'{{{{ if eq .Role "user" }}}}{{{{ if and $found (eq $i $host) }}}}{show(self.host, inside)}'
-                f"{{{{ else }}}}{user}{{{{ end }}}}"
-            )
-        assistant = show(self.assistant)
+        inside, system = "", f'{{{{ if eq .Role "system" }}}}{_go_turn(self.system)}{{{{ else '
+        if self.system_in != "own":
+            host = "eq $i 1" if self.system_in == "first" else "le (len (slice $.Messages $i)) 2"
+            text = _go_turn(self.system, "$.System")
+            inside, system = f"{{{{ if and $.System ({host}) }}}}{text}{{{{ end }}}}", "{{ "
+        opening, last = _go(self.opening), "{{ if $last }}"
         return (
-            "".join(_go_strip(name, *ends) for ends, name in strips.items())
-            + prepare
-            + _go(self.start.removeprefix(bos))
-            + "{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
-            + f"{user}{{{{ if $last }}}}{opening}{{{{ end }}}}"
-            + f'{{{{ else if eq .Role "assistant" }}}}{{{{ if $last }}}}{opening}{{{{ .Content }}}}'
-            + f"{{{{ else }}}}{assistant}{{{{ end }}}}{{{{ end }}}}{{{{ end }}}}"
+            f"{_go(self.start.removeprefix(bos))}"
+            "{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
+            f'{system}if eq .Role "user" }}}}{_go(self.user.before)}{inside}{{{{ .Content }}}}{_go(self.user.after)}'
+            f"{last}{opening}{{{{ end }}}}"
+            f'{{{{ else if eq .Role "assistant" }}}}{last}{opening}{{{{ .Content }}}}'
+            f"{{{{ else }}}}{_go_turn(self.assistant)}{{{{ end }}}}{{{{ end }}}}{{{{ end }}}}"
         )
 
 
-def derive_format(render: Render, bos: str = "") -> ChatFormat:
-    """Derive the format from the way `render` renders chats. `bos` is the text of the BOS token.
+def derive_format(render: Callable[[Messages, bool], str], bos: str = "") -> ChatFormat:
+    """Derive the format from the way `render` renders chats with (True) or without (False) the prompt for an answer.
+
+    `bos` is the text of the BOS token.
 
     Raises DataError, with the reason, for a template that uses more than roles and contents.
     """
 
-    def gaps(roles: str, generation_prompt: bool) -> tuple[str, list[str]]:
+    def gaps(roles: str, generation_prompt: bool = True) -> tuple[str, list[str]]:
         """The roles in the order of the text, and the texts before, between and after the contents."""
         marks = [f"Q{ROLES[role]}{i}Q" for i, role in enumerate(roles)]
         text = render(_chat(roles, *marks), generation_prompt)
@@ -197,27 +137,19 @@ def derive_format(render: Render, bos: str = "") -> ChatFormat:
         order = sorted(range(len(roles)), key=lambda i: text.index(marks[i]))
         return "".join(roles[i] for i in order), re.split("|".join(marks), text)
 
-    def stripped(roles: str, index: int, generation_prompt: bool = True) -> tuple[str, str]:
-        """Which SPACES are stripped from the left and right end of the content at `index`."""
+    def turn(before: str, after: str, roles: str, index: int) -> Turn:
+        """The turn of the message at `index` in a chat, with what is stripped from its content."""
+        lengths = []
+        for content in ("Q", " \nQ", "Q\n "):
+            contents = [content if i == index else "Q" for i in range(len(roles))]
+            lengths.append(len(render(_chat(roles, *contents), True)))
+        return Turn(before, after, lengths[1] == lengths[0], lengths[2] == lengths[0])
 
-        def length(before: str, after: str) -> int:
-            contents = [f"{before}Q{after}" if i == index else "Q" for i in range(len(roles))]
-            return len(render(_chat(roles, *contents), generation_prompt))
-
-        whole = length("", "")
-        return (
-            "".join(space for space in SPACES if length(space, "") == whole),
-            "".join(space for space in SPACES if length("", space) == whole),
-        )
-
-    begin, to_assistant, to_user, *_, ending = gaps("uau", True)[1]
-    user_end = gaps("u", False)[1][-1]
-    _, to_final, final_end = gaps("ua", False)[1]
-    _, to_prefilled, prefilled_end = gaps("ua", True)[1]
-    after_user = _shared(to_assistant, ending, user_end, to_final, to_prefilled)
-    before_user = _shared(begin, to_user[len(_shared(to_user, final_end)) :], end=True)
-    order, found = gaps("suauau", True)
-    empty, question = render(_chat("su", "", "Q"), True), f"{before_user}Q{ending}"
+    begin, to_assistant, to_user, ending = gaps("uau")[1]
+    after_user = _shared(to_assistant, ending, gaps("u", False)[1][-1])
+    answer_end = gaps("ua", False)[1][-1]
+    before_user = _shared(begin, to_user[len(_shared(to_user, answer_end)) :], end=True)
+    order, found = gaps("suauau")
     start, dropped = begin.removesuffix(before_user), ""
     if order == "uauasu":
         system_in, before_system, after_system = "last", found[4].removeprefix(to_user), found[5]
@@ -226,7 +158,8 @@ def derive_format(render: Render, bos: str = "") -> ChatFormat:
     elif found[1].endswith(before_user):
         system_in, before_system, after_system = "own", found[0], found[1].removesuffix(before_user)
         if not before_system.startswith(start):  # a chat without a system prompt gets the template's own
-            bare = empty.removesuffix(question)  # .. but sometimes not with an empty system prompt
+            # .. but sometimes not with an empty system prompt
+            bare = render(_chat("su", "", "Q"), True).removesuffix(f"{before_user}Q{ending}")
             known = bare if start.startswith(bare) and before_system.startswith(bare) else bos
             known = "" if known in before_user else known  # SmolLM2 has <|im_start|> as BOS
             dropped = start.removeprefix(known)
@@ -236,34 +169,24 @@ def derive_format(render: Render, bos: str = "") -> ChatFormat:
         system_in, before_system, after_system = "first", found[0].removeprefix(begin), found[1]
     form = ChatFormat(
         start=start,
-        system=Turn(before_system, after_system, *stripped("su", 0)),
+        system=turn(before_system, after_system, "su", 0),
         system_in=system_in,
-        empty_system=empty not in (f"{begin}Q{ending}", start + question),
-        user=Turn(before_user, after_user, *stripped("uau", 2)),
-        host=Turn(before_user, after_user, *stripped("su", 1)),
-        assistant=Turn(
-            to_assistant.removeprefix(after_user), to_user.removesuffix(before_user), *stripped("uau", 1)
-        ),
-        final=Turn(to_final.removeprefix(after_user), final_end, *stripped("ua", 1, False)),
-        prefilled=Turn(to_prefilled.removeprefix(after_user), prefilled_end, *stripped("ua", 1)),
+        user=turn(before_user, after_user, "uau", 2),
+        host=turn(before_user, after_user, "su", 1),
+        assistant=turn(to_assistant.removeprefix(after_user), to_user.removesuffix(before_user), "uau", 1),
         opening=ending.removeprefix(after_user),
-        closing=user_end.removeprefix(after_user),
-        dropped=dropped,
     )
     template = form.jinja()
     for name, chat in CHATS.items():
-        for generation_prompt in (True, False):
-            wanted = render(chat, generation_prompt)
-            if name == "user alone" or (name == "empty system" and not form.empty_system):
-                wanted = start + wanted.removeprefix(start).removeprefix(dropped)
-            text = render_chat(template, chat, generation_prompt=generation_prompt)
-            if text != wanted:
-                pairs = enumerate(zip(text, wanted, strict=False))
-                at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(wanted)))
-                raise _refusal(
-                    f"it uses more than roles and contents. The chat {name!r} has "
-                    f"{wanted[max(0, at - 20) : at + 40]!r}, expected from shorter chats: {text[max(0, at - 20) : at + 40]!r}"
-                )
+        wanted, text = render(chat, True), render_chat(template, chat)
+        if name == "user alone":
+            wanted = start + wanted.removeprefix(start).removeprefix(dropped)
+        if text != wanted:
+            at = len(_shared(text, wanted))
+            raise _refusal(
+                f"it uses more than roles and contents. The chat {name!r} has {wanted[max(0, at - 20) : at + 40]!r}, "
+                f"expected from shorter chats: {text[max(0, at - 20) : at + 40]!r}"
+            )
     return form
 
 
@@ -323,9 +246,6 @@ def _shared(*texts: str, end: bool = False) -> str:
     return "".join(found[::order])
 
 
-# -- texts as source code --------------------------------------------------------------------------------------------
-
-
 def _quote(text: str) -> str:
     """A literal in Jinja and in Go; empty if the text is empty."""
     return json.dumps(text, ensure_ascii=False) if text else ""
@@ -336,22 +256,5 @@ def _go(text: str) -> str:
     return f"{{{{ {_quote(text)} }}}}" if re.search(r'["{]', text) else text
 
 
-def _go_strip(name: str, left: str, right: str) -> str:
-    """Go templates that write their argument without the whitespace at its ends, one character per call."""
-
-    def step(name: str, spaces: str, index: str, rest: str, then: str) -> str:
-        codes = {" ": (32,), "\n": (10,), SPACES: (32, 10, 9, 13, 11, 12)}[spaces]
-        is_space = " ".join(f"(eq (index . {index}) {code})" for code in codes)
-        return (
-            f'{{{{ define "{name}" }}}}{{{{ if and . (or {is_space}) }}}}{{{{ template "{name}" (slice . {rest}) }}}}'
-            f"{{{{ else }}}}{then}{{{{ end }}}}{{{{ end }}}}"
-        )
-
-    last, whole = "(len (slice . 1))", "{{ . }}"
-    if not left:
-        return step(name, right, last, f"0 {last}", whole)
-    if not right:
-        return step(name, left, "0", "1", whole)
-    end = f"{name}-end"
-    then = f'{{{{ template "{end}" . }}}}'
-    return step(end, right, last, f"0 {last}", whole) + step(name, left, "0", "1", then)
+def _go_turn(turn: Turn, content: str = ".Content") -> str:
+    return f"{_go(turn.before)}{{{{ {content} }}}}{_go(turn.after)}"

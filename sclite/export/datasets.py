@@ -15,7 +15,6 @@ from sclite.errors import DataError
 from sclite.export.cards import build_dataset_card, source_name
 from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Report, Run, timed, write_text
-from sclite.student.base import Messages
 from sclite.student.loader import load_tokenizer, model_name
 from sclite.student.tokenization import prompt_text
 from sclite.trace import render
@@ -49,18 +48,24 @@ def export_data(config: Config, run: Run) -> Report:
             raise DataError(f"{run.folder} has no templates or pairs to export", hint)
         problems = {problem.id: problem for problem in run.read("problems.jsonl", Problem)}
         attempts = {(row.id, row.sample): row for row in run.read("attempts.jsonl", Attempt)}
+        needy: list[Review | Pair] = [*reviews, *pairs]
+        for row in needy:
+            kind, missing = type(row).__name__.lower(), "" if row.id in problems else "problem"
+            if isinstance(row, Review) and (row.id, row.sample) not in attempts:
+                missing = "attempt"
+            if missing:
+                message = f"the {missing} of {kind} {row.id}/{row.sample} is not in {missing}s.jsonl"
+                raise DataError(message, f"restore it, or remove the {kind}")
         folder, files = config.prompts.folder, dict[str, Rows]()
-        files[TEMPLATES] = [
-            {"id": row.id, "messages": _chat(prompts.solve_messages(row.question, folder), row)}
-            for row in templates
-        ]
-        files[REVIEWS] = []
+        files[TEMPLATES], files[REVIEWS] = [], []
+        for template in templates:
+            answer = {"role": "assistant", "content": render(template.parsed.trace)}
+            chat = [*prompts.solve_messages(template.question, folder), answer]
+            files[TEMPLATES].append({"id": template.id, "messages": chat})
         for row in reviews:  # as in the warm-up before DPO
-            if (row.id, row.sample) not in attempts:
-                hint = "restore the attempt, or remove the review"
-                raise DataError(f"reviews.jsonl, {row.id}/{row.sample}: no such row in attempts.jsonl", hint)
             attempt = render(attempts[row.id, row.sample].parsed.work)
-            chat = _chat(prompts.review_messages(_problem(row, problems).question, attempt, folder), row)
+            answer = {"role": "assistant", "content": render(row.parsed.trace)}
+            chat = [*prompts.review_messages(problems[row.id].question, attempt, folder), answer]
             files[REVIEWS].append({"id": row.id, "sample": row.sample, "step": row.step, "messages": chat})
         files[PAIRS], files[STEP_DPO] = _pair_rows(config, pairs, reviews, problems)
         for name, rows in files.items():
@@ -78,19 +83,6 @@ def export_data(config: Config, run: Run) -> Report:
     return report
 
 
-def _chat(prompt: Messages, row: Template | Review) -> list[dict[str, str]]:
-    return [*prompt, {"role": "assistant", "content": render(row.parsed.trace)}]
-
-
-def _problem(row: Pair | Review, problems: dict[str, Problem]) -> Problem:
-    if row.id not in problems:
-        kind = type(row).__name__.lower()
-        message = f"problems.jsonl has no problem {row.id}, required by {kind} {row.id}/{row.sample}"
-        hint = f"restore the problem, or remove the {kind}"
-        raise DataError(message, hint)
-    return problems[row.id]
-
-
 def _pair_rows(
     config: Config, pairs: list[Pair], reviews: list[Review], problems: dict[str, Problem]
 ) -> tuple[Rows, Rows]:
@@ -106,15 +98,14 @@ def _pair_rows(
         return preferences, step_dpo
     tokenizer = load_tokenizer(model_name(config.student))
     traces = {(row.id, row.sample): render(row.parsed.trace) for row in reviews}
-
-    def extend(prefix: str, completion: str, trace: str) -> str:
-        return trace[len(prefix) :] if trace.startswith(prefix + completion) else completion
-
     for pair in pairs:
         keys = {"id": pair.id, "sample": pair.sample, "step": pair.step, "kind": pair.kind}
-        problem, attempt, prefix = _problem(pair, problems), render(pair.work), "".join(pair.prefix)
+        problem, attempt, prefix = problems[pair.id], render(pair.work), "".join(pair.prefix)
         chat = prompts.review_messages(problem.question, attempt, config.prompts.folder)
-        sides = {"chosen": pair.chosen, "rejected": pair.rejected}
+        sides, full = {"chosen": pair.chosen, "rejected": pair.rejected}, dict[str, str]()
+        for side, whole in (("chosen", traces.get((pair.id, pair.sample), "")), ("rejected", attempt)):
+            begins = whole.startswith(prefix + sides[side])
+            full[f"full_{side}"] = whole[len(prefix) :] if begins else sides[side]
         prompt = prompt_text(tokenizer, chat) + prefix
         trl = {"prompt": prompt, **sides, "prefix": list(pair.prefix)}
         preferences.append({**keys, "origin": pair.origin, **trl})
@@ -126,8 +117,7 @@ def _pair_rows(
                 "prompt": chat[1]["content"],
                 "initial_reason_steps": prefix,
                 **sides,
-                "full_chosen": extend(prefix, pair.chosen, traces.get((pair.id, pair.sample), "")),
-                "full_rejected": extend(prefix, pair.rejected, attempt),
+                **full,
                 "answer": problem.answer,
             }
         )

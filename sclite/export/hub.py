@@ -1,11 +1,12 @@
 """Upload an export to the Hugging Face Hub."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from sclite.config import Export
-from sclite.errors import DataError, NetworkError, UsageError
+from sclite.errors import NetworkError, UsageError
 from sclite.teacher.failures import redact
 
 CREATE_TOKEN = (
@@ -20,15 +21,10 @@ def open_repository(settings: Export, kind: str = "model") -> str:
     invalid name, a missing token or a public repository if `export.private` is set, NetworkError if the Hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
     name = settings.push
-    try:
-        validate_repo_id(name if "/" in name else "")
-    except HFValidationError:
-        message = f"export.push = {name!r} is not a repository name"
-        raise UsageError(message, "write --push OWNER/NAME") from None
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UsageError(f"export.push = {name!r} is not a repository name", "write --push OWNER/NAME")
     if not get_token():
         raise UsageError("no Hugging Face Hub token found", CREATE_TOKEN)
     with _hub_errors(name):
@@ -74,16 +70,11 @@ def _hub_errors(name: str) -> Iterator[None]:
         if token := get_token():  # maybe from a file, which `redact` does not know
             reason = reason.replace(token, "***")
         message = f"cannot upload to {name}: {reason}"
-        hint = "check the network; re-run to resume, uploaded data is not sent again"
+        hint = "check the network, or fix what the Hub names (such as export.license); re-run to resume: uploaded data is kept"
         if status == 401:
             message = f"the Hub rejects the token: {reason}"
             hint = CREATE_TOKEN
         elif status in (403, 404):
             message = f"the Hub does not let this token write to {name}: {reason}"
             hint = "use a token with write access, and your own name or organization in --push OWNER/NAME"
-        elif status == 400:
-            hint = (
-                "fix what it names: a license such as apache-2.0 or llama3.1 in export.license, or README.md"
-            )
-            raise DataError(message, hint) from None
         raise NetworkError(message, hint) from None

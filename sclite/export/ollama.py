@@ -11,7 +11,6 @@ from sclite.config import Config
 from sclite.errors import DataError, ScliteError, UsageError
 from sclite.export.cards import build_model_card
 from sclite.export.chat_format import derive_format
-from sclite.export.tensors import read_json
 from sclite.files import write_text
 from sclite.run import Run
 from sclite.student.base import Request
@@ -20,14 +19,15 @@ from sclite.student.ggufs import export_stage, gguf_path
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.sequence import TokenSequence
 from sclite.student.ollama_api import call_ollama, ollama_url
-from sclite.student.origin import read_origin
 
 REPLY_TOKENS, LOADING_SECONDS = 64, 600
-NEAR_TIE = 0.1  # nats between two next tokens, between which rounding decides: caches and kernels differ
 
 
 def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, list[str]]:
-    """Write export/Modelfile for a model's GGUF, and the model card. Returns the Modelfile and warnings for the user."""
+    """Write export/Modelfile for a model's GGUF, and the model card. Returns the Modelfile and warnings for the user.
+
+    Raises DataError for a system prompt that could end early.
+    """
     out, warnings = gguf_path(run, name, config), []
     with Engine(out, parallel=1, context=512, gpu_layers=0, cache_gb=0.1) as engine:
         jinja, tokens, max_context = engine.chat_template, engine.special_tokens, engine.trained_context
@@ -38,64 +38,40 @@ def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, list[str
     except DataError as error:
         template = ""
         warnings.append(f"the Modelfile has no TEMPLATE, which Ollama before 0.30 needs: {error.message}")
-    system = prompts.solve_messages("", config.prompts.folder)[0]["content"]
-    num_ctx, stop = min(config.export.num_ctx, max_context), tokens["eos_token"]
-    text = build_modelfile(out.name, template, system=system, num_ctx=num_ctx, stop=stop)
+    system, stop = prompts.solve_messages("", config.prompts.folder)[0]["content"], tokens["eos_token"]
+    if '"""' in system or system.endswith('"'):
+        hint = "change student_system.txt in prompts.folder"
+        raise DataError('a Modelfile cannot contain a system prompt with """ in it or " at its end', hint)
+    lines = [f"FROM ./{out.name}", *([f'TEMPLATE """{template}"""'] if template else [])]
+    lines += [f'SYSTEM """{system}"""', f'PARAMETER stop "{stop}"']
+    num_ctx = min(config.export.num_ctx, max_context)
+    lines += [f"PARAMETER num_ctx {num_ctx}", "PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
+    path = run.path("export/Modelfile")
+    write_text(path, "\n".join(lines) + "\n")
     if manifest := run.manifest(export_stage(name, config)):
         warnings += manifest["figures"]["warnings"]
         card = build_model_card(config, run, name, "gguf", manifest["figures"])
         write_text(run.path("export/README.md"), card)
-    path, adapter = run.path("export/Modelfile"), run.path(f"{name}/adapter")
-    write_text(path, text)
-    # an imported adapter has no record of its base weights, only the name of its base
-    if adapter.is_dir() and not read_origin(adapter).weights:
-        base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-        if isinstance(base, str) and Path(base).name != Path(config.student.model).name:
-            warnings.append(f"the adapter was trained on {base} but was merged into {config.student.model}")
     return path, warnings
 
 
-def build_modelfile(
-    gguf_name: str, template: str, *, system: str = "", num_ctx: int = 8192, stop: str = ""
-) -> str:
-    """The text of a Modelfile for a GGUF in the same folder.
-
-    `template` is a Go template, which versions before 0.30 need ("": none), `num_ctx` is in tokens. A text is written
-    between three quotes, or one for a stop; a text that could end early is rejected.
-    """
-    if '"""' in system or system.endswith('"'):
-        hint = "change student_system.txt in prompts.folder"
-        raise DataError('a Modelfile cannot contain a system prompt with """ in it or " at its end', hint)
-    lines = [f"FROM ./{gguf_name}"]
-    lines += [f'TEMPLATE """{template}"""'] if template else []
-    lines += [f'SYSTEM """{system}"""'] if system else []
-    if '"' in stop or "\n" in stop:
-        message = f"a Modelfile cannot contain the stop {stop!r}, which has a quote or a newline"
-        raise DataError(message, "use a student with another end token")
-    lines += [f'PARAMETER stop "{stop}"'] if stop else []
-    lines += [f"PARAMETER num_ctx {num_ctx}", "PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
-    return "\n".join(lines) + "\n"
-
-
-def find_ollama(name: str) -> str:
-    """The path of ollama. Raises UsageError for an invalid model name, ScliteError if ollama is missing."""
+def check_ollama(name: str) -> None:
+    """Raise UsageError for an invalid model name, ScliteError if ollama is missing."""
     if not re.fullmatch(r"[A-Za-z0-9][\w./:-]*", name):
         hint = "use letters, digits and . _ - / : as in my-model:v1"
         raise UsageError(f"export.ollama = {name!r} is not a valid model name", hint)
-    if (program := shutil.which("ollama")) is None:
+    if shutil.which("ollama") is None:
         hint = "install it: curl -fsSL https://ollama.com/install.sh | sh"
         raise ScliteError("ollama is not installed", hint)
-    return program
 
 
 def create_model(name: str, modelfile_path: Path) -> None:
-    """Run `ollama create NAME -f MODELFILE`. Raises ScliteError if ollama is missing or fails."""
-    command = [find_ollama(name), "create", name, "-f", str(modelfile_path)]
+    """Run `ollama create NAME -f MODELFILE`. Raises ScliteError if it fails."""
+    command = ["ollama", "create", name, "-f", str(modelfile_path)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
         hint = "is the server running? start it with: ollama serve"
-        raise ScliteError(f"ollama create {name} failed: {lines[-1] if lines else 'no reason given'}", hint)
+        raise ScliteError(f"ollama create {name} failed: {done.stderr.strip().rpartition(chr(10))[2]}", hint)
 
 
 def compare_replies(config: Config, gguf: Path, question: str) -> dict[str, Any]:
@@ -132,11 +108,9 @@ def compare_replies(config: Config, gguf: Path, question: str) -> dict[str, Any]
         if equal < ours.generated and other:
             at = len(prompt) + equal
             (scored,) = engine.scheduler.run([TokenSequence(ours.ids[:at], {at - 1: None})])
-            gap = float(scored.read[0][ours.ids[at]] - scored.read[0][other[0]])
+            gap = float(scored.read[at - 1][ours.ids[at]] - scored.read[at - 1][other[0]])
     differs = ""
-    if message.get("thinking"):
-        differs = "thinks before it answers"
-    elif counted is not None and counted != len(prompt):
+    if counted is not None and counted != len(prompt):
         differs = f"gets a prompt of {counted} tokens instead of {len(prompt)}"
     elif reply != theirs and not equal:
         differs = f"begins with {theirs[:20]!r} instead of {reply[:20]!r}"
@@ -149,7 +123,6 @@ def compare_replies(config: Config, gguf: Path, question: str) -> dict[str, Any]
     summary = f"Ollama agrees: {length}, {tokens}"
     if reply != theirs:
         where = "where one ends" if gap is None else f"where sclite prefers its own token by {gap:.2f} nats"
-        near = "" if gap is None or gap > NEAR_TIE else " (a near tie)"
-        summary = f"Ollama agrees for {equal} of {tokens}, up to {where}{near}; {length}"
+        summary = f"Ollama agrees for {equal} of {tokens}, up to {where}; {length}"
     counts = {"prompt_tokens": len(prompt), "ollama_prompt_tokens": counted, "tokens": ours.generated}
     return {**counts, "equal_tokens": equal, "gap": gap, "summary": summary}

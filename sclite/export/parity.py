@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import ctypes
-import filecmp
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sclite.config import Export
-from sclite.errors import DataError
-from sclite.export.reference import Reference, Trained, compute_references
-from sclite.export.samples import Sample
-from sclite.export.tensors import read_gguf
+from sclite.errors import DataError, ScliteError
+from sclite.export.reference import Reference, Sample, Trained, compute_references
 from sclite.student.base import Messages, Request
 from sclite.student.llama_cpp.engine import Engine, last_errors
 from sclite.student.llama_cpp.sequence import TokenSequence
-from sclite.student.tokenization import end_id, piece_ids, prompt_ids
-from sclite.student.tokenizer_file import TRICKY
+from sclite.student.tokenization import TRICKY, end_id, piece_ids, prompt_ids
 from sclite.trace import parse
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-SHOWN = 5  # maximum number of texts with different tokens in parity.json
 GREEDY, GREEDY_TOKENS = 4, 48
 """Greedy answers of the unquantized GGUF that the trained model scores, and their length in tokens."""
 ANSWER_TOKENS = 512  # within which a greedy answer of an exported file must end
 NEAR_TIE = 0.5
 """Nats between two next tokens, between which quantization may decide: an unsure student has many such positions."""
 ROWS = 256  # rows of a quantized tensor to compare with the unquantized ones
+BLOCK = 256  # K-quants and most IQ types need row lengths divisible by this
 UNQUANTIZED = {
     "mean_abs_logprob_diff": 0.004,
     "top1_agreement": 0.99,
@@ -46,34 +43,30 @@ def compare_export(
 ) -> dict[str, Any]:
     """The content of parity.json: the GGUF `full` and its quantizations, by type, against the trained model.
 
-    `chats` ask the first of `made` for solutions.
+    `chats` ask the first of `made` for solutions: how many were `asked`, `ended` by an end of turn, and are `readable` as well.
     """
-    layered, held_out = student.ram_shortage(), student.held_out(samples)
-    files: dict[str, dict[str, Any]] = {
-        path.name: {"quantization": quant, "changed": find_changed_tensor(full, path)}
-        for quant, path in made.items()
-    }
-    result: dict[str, Any] = {"files": files, "skipped": None, "layered": layered or None}
+    held_out = student.held_out(samples)
     tokens = [compare_tokens(student.tokenizer, path, samples) for path in made.values()]
     # they differ only if one is damaged
-    result |= min(tokens, key=lambda each: (each["end_of_turn"] is not None, each["tokens_equal"]))
-    result["answers"] = count_readable(student.tokenizer, next(iter(made.values())), chats)
+    result = min(tokens, key=lambda each: (each["end_of_turn"] is not None, each["tokens_equal"]))
+    with Engine(next(iter(made.values())), parallel=len(chats), context=2048) as engine:
+        replies = engine.generate([Request(chat, max_tokens=ANSWER_TOKENS) for chat in chats])
+        ended = [reply.text for reply in replies if reply.finish == "stop"]
+    readable = sum(not parse(text).issues for text in ended)
+    result["answers"] = {"asked": len(chats), "ended": len(ended), "readable": readable}
+    files = {path.name: compare_tensors(full, path, quant) for quant, path in made.items()}
+    result |= {"files": files, "skipped": None}
 
     prompts = [ids[:start] for ids, start in held_out[:GREEDY]]
     context, request = max(map(len, prompts)) + GREEDY_TOKENS, Request((), max_tokens=GREEDY_TOKENS)
     with Engine(full, gpu_layers=0, parallel=len(prompts), context=context, exact=True) as engine:
         asked = [TokenSequence(ids.copy(), request=request, limit=GREEDY_TOKENS) for ids in prompts]
         answers = [(each.ids, len(each.prompt)) for each in engine.scheduler.run(asked) if not each.error]
-    try:
-        references = compute_references(student.base, student.adapter, [*answers, *held_out], bool(layered))
-    except DataError as error:
-        if layered:  # transformers stores some models under other names than their files
-            return result | {"skipped": f"{layered}; {error.message}"}
-        raise
+    if not (references := compute_references(student.base, student.adapter, [*answers, *held_out])):
+        return result | {"skipped": "transformers has other names for its weights than its files"}
     unquantized = compare_probabilities(references, full)
     for path in made.values():
-        same = filecmp.cmp(path, full, shallow=False)
-        files[path.name] |= unquantized if same else compare_probabilities(references, path)
+        files[path.name] |= compare_probabilities(references, path)
 
     # how many answers the trained model would have given itself, and by how many nats it prefers another token in the
     # rest: they differ at near ties, which rounding decides
@@ -84,20 +77,6 @@ def compare_export(
         gaps.append(float((rows.max(1) - written).max(initial=0.0)))
     greedy = {"answers": len(gaps), "equal": gaps.count(0.0), "largest_gap": max(gaps, default=0.0)}
     return result | {"unquantized": unquantized, "greedy": greedy}
-
-
-def count_readable(
-    tokenizer: PreTrainedTokenizerBase, gguf: Path, chats: Sequence[Messages]
-) -> dict[str, int]:
-    """Greedy answers of an exported file to problems: `asked`, `ended` on the trained end of turn, and `readable` as well."""
-    prompts, end = [prompt_ids(tokenizer, chat) for chat in chats], end_id(tokenizer)
-    longest = max(map(len, prompts))
-    with Engine(gguf, parallel=len(prompts), context=longest + ANSWER_TOKENS) as engine:
-        limit = min(ANSWER_TOKENS, engine.context - longest)
-        asked = [TokenSequence(ids, request=Request(()), limit=limit) for ids in prompts]
-        ended = [each for each in engine.scheduler.run(asked) if each.ids[-1] == end]
-    readable = sum(not parse(each.text.decode("utf-8", "replace")).issues for each in ended)
-    return {"asked": len(prompts), "ended": len(ended), "readable": readable}
 
 
 def compare_tokens(
@@ -121,7 +100,7 @@ def compare_tokens(
         "tokens_of": gguf.name,
         "tokens_compared": len(rows),
         "tokens_equal": len(rows) - len(different),
-        "differences": [{"text": t, "transformers": a, "gguf": b} for t, a, b in different[:SHOWN]],
+        "differences": [{"text": t, "transformers": a, "gguf": b} for t, a, b in different[:5]],
         "end_of_turn": name,
     }
 
@@ -176,15 +155,18 @@ def measure_difference(references: Sequence[Reference], exported: Iterable[np.nd
     }
 
 
-def find_changed_tensor(full: Path, quantized: Path) -> str | None:
-    """The name of a quantized tensor that is not a rounding of the unquantized one, judged by up to ROWS rows of each.
+def compare_tensors(full: Path, quantized: Path, quant: str) -> dict[str, Any]:
+    """The tensors of a GGUF, whose type is called `quant`, against the unquantized ones.
 
+    Returns `quantization`, the type; `changed`, a tensor that is not a rounding of the unquantized one, judged by up to ROWS
+    rows of each (None: every one is); `fallback`, how many tensors K-quants cannot store, and their types ("": none).
     Rounding to at least 4 bits changes the scale of a tensor by less than 1 % (q4_1), to 2 or 3 bits by 7 % (q2_k).
     """
-    from gguf import quants
+    from gguf import GGUFReader, quants
 
-    sources = {tensor.name: tensor for tensor in read_gguf(full).tensors}
-    for tensor in read_gguf(quantized).tensors:
+    changed, others = None, list[str]()
+    sources = {tensor.name: tensor for tensor in GGUFReader(full).tensors}
+    for tensor in GGUFReader(quantized).tensors:
         pair = []
         for each in (tensor, sources[tensor.name]):
             rows = each.data.reshape(-1, each.data.shape[-1])
@@ -193,53 +175,56 @@ def find_changed_tensor(full: Path, quantized: Path) -> str | None:
         size, bits = float((found * found).sum()), 8 * tensor.n_bytes / tensor.n_elements
         bound = 0.025 if bits >= 4 else 0.15 if bits > 2.2 else 1e9
         if not abs(float((found * wanted).sum()) - size) <= bound * size:  # also true for NaN
-            return tensor.name
-    return None
+            changed = tensor.name
+        stored = tensor.tensor_type.name.lower()
+        if len(tensor.shape) > 1 and tensor.shape[0] % BLOCK and stored != quant:  # iq4_nl has blocks of 32
+            others.append(stored)
+    fallback = ""
+    if others and re.search("_k|iq|tq", quant):
+        fallback = f"{len(others)} tensors have rows not divisible by {BLOCK} and are stored as {', '.join(sorted(set(others)))}"
+    return {"quantization": quant, "changed": changed, "fallback": fallback}
 
 
-def find_violations(result: Mapping[str, Any], settings: Export) -> list[str]:
-    """The figures of parity.json that exceed their bounds, as messages.
+def check_bounds(result: Mapping[str, Any], settings: Export) -> None:
+    """Raise ScliteError if figures of parity.json exceed their bounds.
 
     NaN is never within a bound, so each comparison asks whether a figure is within it.
     """
-    found = []
-    if result["tokens_equal"] < result["tokens_compared"]:
-        first, rest = result["differences"][0], result["tokens_compared"] - result["tokens_equal"] - 1
-        more = f"; {rest} other texts differ" if rest else ""
+    found, name = [], result["tokens_of"]
+    if more := result["tokens_compared"] - result["tokens_equal"]:
+        text, ours, theirs = (result["differences"][0][key] for key in ("text", "gguf", "transformers"))
         found.append(
-            f"{result['tokens_of']} splits {first['text'][:40]!r} into tokens {first['gguf'][:8]}, the tokenizer into "
-            f"{first['transformers'][:8]}{more}"
+            f"{name} splits {text[:40]!r} into tokens {ours[:8]}, the tokenizer into {theirs[:8]} ({more} texts differ)"
         )
     if result["end_of_turn"] is None:
-        found.append(f"the token that ends a turn in training does not end one in {result['tokens_of']}")
+        found.append(f"the token that ends a turn in training does not end one in {name}")
     for name, figures in result["files"].items():
         if figures["changed"]:
             found.append(f"{figures['changed']} of {name} differs from the unquantized tensor")
-    if result["skipped"]:
-        return found
-    found += find_inexact(result["unquantized"])
-    if not (gap := result["greedy"]["largest_gap"]) <= UNQUANTIZED["greedy_gap"]:
-        found.append(f"in a greedy answer the trained model prefers another token by {gap:.2f} nats")
-    for name, figures in result["files"].items():
-        found += [
-            f"{name} has {excess}" for excess in find_excesses(figures, figures["quantization"], settings)
-        ]
-    return found
+    if not result["skipped"]:
+        found += find_inexact(result["unquantized"])
+        if not (gap := result["greedy"]["largest_gap"]) <= UNQUANTIZED["greedy_gap"]:
+            found.append(f"in a greedy answer the trained model prefers another token by {gap:.2f} nats")
+        for name, figures in result["files"].items():
+            excesses = find_excesses(figures, figures["quantization"], settings)
+            found += [f"{name} has {excess}" for excess in excesses]
+    if found:
+        raise ScliteError(
+            f"{', '.join(result['files'])} does not match the trained model: {'; '.join(found)}",
+            "see export/parity.json in the run. Try another type (export.quant). If tokens differ, use another base model, or "
+            "add its extra tokens with special=False",
+        )
 
 
 def find_excesses(figures: Mapping[str, Any], quant: str, settings: Export) -> list[str]:
     """The figures of a model in the type `quant` that exceed their bounds, as parts of messages."""
-    found, kl, same = [], figures["kl"], figures["top1_up_to_ties"]
-    most, least = (
-        bounds[max(filter(quant.startswith, bounds), key=len)]
-        for bounds in (settings.max_kl, settings.min_top1)
-    )
-    if not kl <= most:
+    found, bounds = [], (settings.max_kl, settings.min_top1)
+    most, least = (each[max(filter(quant.startswith, each), key=len)] for each in bounds)
+    if not (kl := figures["kl"]) <= most:
         found.append(f"a KL divergence of {kl:.4f} nats (at most {most:g})")
-    if not same >= least:
-        found.append(
-            f"another next token at {1 - same:.1%} of positions, near ties aside (at most {1 - least:.1%})"
-        )
+    if not (same := figures["top1_up_to_ties"]) >= least:
+        share = f"{1 - same:.1%} of positions, near ties aside (at most {1 - least:.1%})"
+        found.append(f"another next token at {share}")
     return found
 
 
@@ -249,9 +234,8 @@ def find_inexact(full: Mapping[str, Any]) -> list[str]:
     if not (difference := full["mean_abs_logprob_diff"]) <= (bound := UNQUANTIZED["mean_abs_logprob_diff"]):
         mean = f"{difference:.4f} nats on average (at most {bound:g})"
         found.append(f"before quantization log-probabilities differ by {mean}")
-    if not full["top1_agreement"] >= UNQUANTIZED["top1_agreement"]:
-        different = 1 - full["top1_agreement"]
-        found.append(f"before quantization the most probable token differs at {different:.1%} of positions")
+    if not (same := full["top1_agreement"]) >= UNQUANTIZED["top1_agreement"]:
+        found.append(f"before quantization the most probable token differs at {1 - same:.1%} of positions")
     # the smaller the adapter's effect, the more of the share is noise
     share, noise = full["adapter_share"], 0.001 / max(full["adapter_effect"], 1e-9)
     if share is not None and noise < 0.5 and not abs(share - 1) <= UNQUANTIZED["adapter_share"] + noise:
@@ -272,5 +256,4 @@ def summarize(result: Mapping[str, Any]) -> str:
     share = "" if full["adapter_share"] is None else f", {full['adapter_share']:.1%} of the adapter's effect"
     compared = [(each["quantization"], each) for each in result["files"].values()] + [("unquantized", full)]
     same = ", ".join(f"{name} {each['top1_agreement']:.1%} (KL {each['kl']:.4f})" for name, each in compared)
-    layered = f"; one layer at a time: {result['layered']}" if result["layered"] else ""
-    return f"{tokens}; same next token: {same}; {greedy['equal']} of {greedy['answers']} greedy texts equal{share}{layered}"
+    return f"{tokens}; same next token: {same}; {greedy['equal']} of {greedy['answers']} greedy texts equal{share}"

@@ -6,30 +6,35 @@ Unknown values are None: lengths without rows, hours before every stage has run 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from sclite import console, prompts
+from sclite import console
 from sclite.config import Config
 from sclite.console import escape, format_duration
 from sclite.data.corrections import count_pending_corrections
-from sclite.errors import DataError, DeviceError, NetworkError
-from sclite.export.quantize import estimate_bytes
+from sclite.errors import DeviceError
+from sclite.export.gguf import estimate_bytes
 from sclite.export.reference import format_size
 from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Run
 from sclite.student.cuda_memory import available_ram
 from sclite.student.loader import model_name, read_config
 from sclite.student.tokenization import TrainingSequence
-from sclite.teacher.client import CHARACTERS_PER_TOKEN
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
-from sclite.train.bundle import build_bundles
-from sclite.train.dpo import with_replay
-from sclite.train.memory import architecture, estimate, estimate_on_cpu, optimizer_bytes
+from sclite.train.dpo import build_bundles, with_replay
+from sclite.train.memory import (
+    Architecture,
+    architecture,
+    choose,
+    cpu_micro_batch,
+    estimate,
+    estimate_on_cpu,
+    largest_length,
+    wanted_setting,
+)
 from sclite.train.metrics_logger import read_metrics
-from sclite.train.micro_batch import choose, cpu_micro_batch, largest_length, wanted_setting
 from sclite.train.sft import replay_templates, solve_rows
 from sclite.train.trainer import held_out_rows, training_order
 from sclite.train.warmup import mixed_rows
@@ -38,10 +43,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
     from sclite.context import Context
+    from sclite.data.problems import Split
 
 STAGES = ("sft", "warmup", "dpo")
 GB = 1_000_000_000
-SAMPLED = 50  # templates from which the length of a correction is estimated
+SETTINGS = ("batch", "micro_batch", "accumulation", "length", "largest_length")
+FORECAST = ("rows", "too_long", "epochs", "tokens", "steps", "tokens_per_second")
 CHECKPOINTS = 4  # on disk at once with held-out rows: three are kept while a fourth is written
 
 
@@ -55,29 +62,19 @@ def plan_training(context: "Context") -> dict[str, Any]:
     config, gpus = context.config, probe_torch()["gpus"] if context.isolated else list_gpus()
     split = split_problems(config, problems) if (problems := trainable_problems(context.run)) else None
     gpu = {**gpus[0], "processes": gpu_processes()} if gpus else None
-    unseen = frozenset(problem.id for problem in split.stage2) if split else None
-    fit = frozenset(problem.id for problem in split.fit) if split else frozenset()
-    try:
-        tokenizer = load_tokenizer(model_name(config.student))
-    except (DataError, NetworkError):
-        tokenizer = None
-    return plan(config, context.run, gpu=gpu, tokenizer=tokenizer, unseen=unseen, fit=fit)
+    tokenizer = load_tokenizer(model_name(config.student))
+    return plan(config, context.run, gpu=gpu, tokenizer=tokenizer, split=split)
 
 
 def plan(
-    config: Config,
-    run: Run,
-    *,
-    gpu: Mapping[str, Any] | None,
-    tokenizer: "Tokenizer | None",
-    unseen: frozenset[str] | None,
-    fit: frozenset[str] = frozenset(),
+    config: Config, run: Run, *, gpu: Mapping[str, Any] | None, tokenizer: "Tokenizer", split: "Split | None"
 ) -> dict[str, Any]:
     """The plan as JSON values. `gpu` comes from `doctor`, with its processes; None: the CPU, where `fits` is about RAM.
 
-    `unseen` has the IDs of the problems kept for stage 2 (None: unknown), `fit` those for the review threshold. Without a
-    tokenizer the forecast is unknown.
+    `split` has the run's problems by use, None if it has none yet.
     """
+    unseen = None if split is None else frozenset(problem.id for problem in split.stage2)
+    fit = frozenset() if split is None else frozenset(problem.id for problem in split.fit)
     model = architecture(read_config(model_name(config.student)), config.lora.target_modules)
     backend = "plain" if gpu is None or config.student.backend == "plain" else "unsloth"
     stages = {}
@@ -97,7 +94,6 @@ def plan(
         if gpu is None and (ram := available_ram()):
             fits = memory.total <= ram
             verdict = f"{memory.total / GB:.1f} GB of RAM needed, {ram / GB:.1f} GB available"
-        alone = replace(wanted, micro_batch=1)
         stages[stage] = {
             "fits": fits,
             "verdict": verdict,
@@ -105,25 +101,13 @@ def plan(
             "micro_batch": setting.micro_batch,
             "accumulation": ceil(batch / setting.micro_batch),
             "length": setting.length,
-            "rank": setting.rank,
-            "memory_gb": {name: round(size / GB, 3) for name, size in memory.parts.items()},
-            "total_gb": round(memory.total / GB, 3),
-            "host_gb": round(memory.host / GB, 3),
-            "largest_length": None if free is None else largest_length(model, alone, free),
+            "memory_gb": {name: size / GB for name, size in memory.parts.items()},
+            "total_gb": memory.total / GB,
+            "largest_length": free and largest_length(model, replace(wanted, micro_batch=1), free),
             **forecast,
         }
     hours = [stage["hours"] for stage in stages.values()]
     bits = (4 if config.student.load_in_4bit else 16) if gpu else 16 if model.bf16_on_cpu else 32
-    tensors = model.lora_tensors(config.lora.r)
-    adapter, sixteen = 4 * sum(tensors), 2 * model.parameters
-    sizes = {
-        "adapters": len(STAGES) * adapter,
-        "checkpoints": len(STAGES) * CHECKPOINTS * (adapter + optimizer_bytes(tensors, 8)),
-        "merged": sixteen,  # temporary, like full_gguf
-        "full_gguf": sixteen * (2 if "f32" in config.export.types else 1),
-        "gguf": sum(estimate_bytes(model.parameters, quant) for quant in config.export.types),
-    }
-    disk = {name: round(size / GB, 4) for name, size in sizes.items()}
     return {
         "student": model_name(config.student),
         "parameters": model.parameters,
@@ -132,14 +116,27 @@ def plan(
         "rough": model.rough or None,
         "gpu": dict(gpu) if gpu else None,
         "stages": stages,
-        "hours": None if None in hours else round(sum(hours), 4),
-        "disk_gb": {**disk, "total": round(sum(disk.values()), 4)},
+        "hours": None if None in hours else sum(hours),
+        "disk_gb": _disk_gb(config, model),
         "teacher": corrections_cost(config, run, unseen),
     }
 
 
+def _disk_gb(config: Config, model: Architecture) -> dict[str, float]:
+    """Disk space by use, and in total; `merged` and `full_gguf` are temporary."""
+    adapter, sixteen = 4 * model.lora_weights(config.lora.r), 2 * model.parameters
+    sizes = {
+        "adapters": len(STAGES) * adapter,
+        "checkpoints": len(STAGES) * CHECKPOINTS * adapter * 3 // 2,  # with two optimizer states of 8 bits
+        "merged": sixteen,
+        "full_gguf": sixteen * (2 if "f32" in config.export.types else 1),
+        "gguf": sum(estimate_bytes(model.parameters, quant) for quant in config.export.types),
+    }
+    return {name: size / GB for name, size in [*sizes.items(), ("total", sum(sizes.values()))]}
+
+
 def _forecast(
-    config: Config, run: Run, stage: str, tokenizer: "Tokenizer | None", unseen: frozenset[str]
+    config: Config, run: Run, stage: str, tokenizer: "Tokenizer", unseen: frozenset[str]
 ) -> dict[str, Any]:
     """Rows, tokens over all epochs, optimizer steps and hours, in the order that training takes them.
 
@@ -152,39 +149,34 @@ def _forecast(
     speed = next((round(statistics.median(found), 1) for found in speeds if found), None)
     known = {"epochs": settings.num_train_epochs, "tokens_per_second": speed}
 
-    rows: Sequence[Sequence[TrainingSequence]] = []  # the sequences of each row
-    if tokenizer is not None:
-        templates = run.read("templates.jsonl", Template)
-        replayed = replay_templates(templates, unseen)
-        questions = {row.id: row.question for row in run.read("problems.jsonl", Problem)}
-        if stage == "sft":
-            taught = [row for row in templates if row.id not in unseen]
-            rows = [[row] for row in solve_rows(tokenizer, taught, folder)]
-        elif stage == "warmup":
-            # the file may still hold reviews of replaced attempts
-            works = {(row.id, row.sample) for row in run.rows("attempts.jsonl", Attempt)}
-            reviews = [
-                review
-                for review in run.read("reviews.jsonl", Review)
-                if (review.id, review.sample) in works and review.id in questions
-            ]
-            rows = [[row] for row in mixed_rows(tokenizer, run, reviews, replayed, config)[1]]
-        else:
-            pairs = [pair for pair in run.read("pairs.jsonl", Pair) if pair.id in questions]
-            bundles = build_bundles(tokenizer, pairs, questions, folder)
-            solved = solve_rows(tokenizer, replayed, folder) if pairs else []
-            # drop the too long ones from both before spreading the replay over the bundles
-            solved = [row for row in solved if len(row.ids) <= settings.max_length]
-            long = {b.key for b in bundles if max(len(side.ids) for side in b.sides) > settings.max_length}
-            kept = with_replay([b for b in bundles if b.key not in long], solved, config.dpo.replay_share)
-            rows = [b.sides for b in (*kept, *(b for b in bundles if b.key in long))]
+    templates = run.read("templates.jsonl", Template)
+    replayed = replay_templates(templates, unseen)
+    questions = {row.id: row.question for row in run.read("problems.jsonl", Problem)}
+    rows: Sequence[Sequence[TrainingSequence]]  # the sequences of each row
+    if stage == "sft":
+        taught = [row for row in templates if row.id not in unseen]
+        rows = [[row] for row in solve_rows(tokenizer, taught, folder)]
+    elif stage == "warmup":
+        # the file may still hold reviews of replaced attempts
+        works = {(row.id, row.sample) for row in run.rows("attempts.jsonl", Attempt)}
+        reviews = [
+            review
+            for review in run.read("reviews.jsonl", Review)
+            if (review.id, review.sample) in works and review.id in questions
+        ]
+        rows = [[row] for row in mixed_rows(tokenizer, run, reviews, replayed, config)[1]]
+    else:
+        pairs = [pair for pair in run.read("pairs.jsonl", Pair) if pair.id in questions]
+        bundles = build_bundles(tokenizer, pairs, questions, folder)
+        solved = solve_rows(tokenizer, replayed, folder) if pairs else []
+        solved = [row for row in solved if len(row.ids) <= settings.max_length]
+        rows = [bundle.sides for bundle in with_replay(bundles, solved, config.dpo.replay_share)]
     if not rows:
-        unknown = ("rows", "too_long", "longest", "tokens", "loss_share", "steps", "hours")
+        unknown = ("rows", "too_long", "longest", "tokens", "steps", "hours")
         return {**dict.fromkeys(unknown), **known}
 
     fit = [row for row in rows if max(len(side.ids) for side in row) <= settings.max_length]
     once = [sum(len(side.ids) for side in row) for row in fit]
-    with_loss = sum(weight > 0 for row in fit for side in row for weight in side.weights)
     held_out = set(held_out_rows(len(fit), settings.eval_share, config.seed))
     trained = [tokens for number, tokens in enumerate(once) if number not in held_out]
     order = training_order(trained, settings.batch_size, settings.num_train_epochs, config.seed)
@@ -194,9 +186,8 @@ def _forecast(
         "too_long": len(rows) - len(fit),
         "longest": max((len(side.ids) for row in fit for side in row), default=None),
         "tokens": tokens,
-        "loss_share": round(with_loss / sum(once), 4) if fit else None,
         "steps": ceil(len(order) / settings.batch_size),
-        "hours": None if speed is None else round(tokens / speed / 3600, 4),
+        "hours": None if speed is None else tokens / speed / 3600,
         **known,
     }
 
@@ -229,32 +220,6 @@ def corrections_cost(config: Config, run: Run, unseen: frozenset[str] | None) ->
     return {"requests": requests, "at_most": at_most, "cost_usd": cost, "spent_usd": spent}
 
 
-def correction_cost_text(context: "Context", unseen: frozenset[str]) -> str:
-    """What the teacher's corrections will cost in one line; "" if that is nothing or unknown."""
-    config, run = context.config, context.run
-    found = corrections_cost(config, run, unseen)
-    cost = found["cost_usd"]
-    if cost is None and found["requests"]:
-        # nothing is paid for yet: a correction is about as long as a template
-        sample = list(islice(run.rows("templates.jsonl", Template), SAMPLED))
-        with context.teacher() as teacher:
-            price = teacher.price() if sample else None
-        if price is not None:
-            folder, given = config.prompts.folder, [(row.question, row.trace, row.answer) for row in sample]
-            chats = [prompts.teacher_messages(*each, work=each[1], folder=folder) for each in given]
-            sent = sum(len(message["content"]) for chat in chats for message in chat) / CHARACTERS_PER_TOKEN
-            written = 1.5 * sum(len(row.trace) for row in sample) / CHARACTERS_PER_TOKEN
-            cost = found["requests"] * price.cost_usd(sent, written) / len(sample)
-    if not cost:
-        return ""
-    most = "at most " if found["at_most"] else ""
-    text = f"corrections: {most}{found['requests']:,} by {config.teacher.model}, about ${cost:.2f}"
-    limit, spent = config.teacher.max_cost, found["spent_usd"] or 0.0
-    if limit is not None and spent + cost > limit:
-        text += f"; teacher.max_cost is ${limit:g}, of which ${spent:.2f} is spent"
-    return text
-
-
 # -- the terminal --------------------------------------------------------------------------------------------------
 
 
@@ -272,41 +237,36 @@ def print_plan(plan: Mapping[str, Any], json: bool = False) -> None:
         check_fit(plan)
         console.print_json(plan)
         return
-    stages, parameters, gpu = plan["stages"], plan["parameters"], plan["gpu"]
-    count = f"{parameters / 1e9:.2f}B" if parameters >= 5e8 else f"{parameters / 1e6:.1f}M"
-    console.print(escape(f"{plan['student']}: {count} parameters in {plan['bits']} bits, {plan['backend']}"))
+    stages, gpu, count = plan["stages"], plan["gpu"], f"{plan['parameters'] / 1e6:,.0f}M parameters"
+    console.print(escape(f"{plan['student']}: {count} in {plan['bits']} bits, {plan['backend']}"))
     if plan["rough"]:
         console.print(f"[yellow]Rough estimate:[/] {escape(plan['rough'])}")
     if gpu is None:
         console.print("No CUDA GPU: memory is host RAM, roughly estimated.")
     else:
         console.print(f"{escape(gpu['name'])}: {gpu['free_gb']:.1f} of {gpu['total_gb']:.1f} GB free")
-        if gpu["processes"] is None:
-            console.print("  other processes: unknown, nvidia-smi is not available")
         for process in gpu["processes"] or ():
             used = "an unknown amount" if process["gb"] is None else f"{process['gb']:.1f} GB"
             console.print(f"  {used} used by {escape(process['name'])} (PID {process['pid']})")
 
-    rows = []
-    for name, s in stages.items():
-        sizes = [*s["memory_gb"].values(), s["total_gb"], *([s["host_gb"]] if gpu else ())]
-        rows.append((name, *(f"{gb:.2f}" for gb in sizes)))
-    header = ("stage", *stages["sft"]["memory_gb"], "total", *(("host RAM",) if gpu else ()))
-    console.print_table("Memory at the peak of a step, GB", header, rows)
+    parts = stages["sft"]["memory_gb"]
+    rows = [(f"{part}, GB", *(f"{s['memory_gb'][part]:.2f}" for s in stages.values())) for part in parts]
+    rows.append(("total, GB", *(f"{s['total_gb']:.2f}" for s in stages.values())))
     fits = {True: "[green]yes[/]", False: "[red]no[/]", None: "unknown"}
-    keys = ("batch", "micro_batch", "accumulation", "length", "largest_length", "rank")
-    header = ("stage", "fits", "batch", "micro-batch", "accumulation", "max length", "longest that fits", "rank")  # fmt: skip
-    rows = [(name, fits[s["fits"]], *(_number(s[key]) for key in keys)) for name, s in stages.items()]
-    console.print_table("Settings", header, rows)
+    rows.append(("fits", *(fits[s["fits"]] for s in stages.values())))
+    for key in (*SETTINGS, *FORECAST):
+        values = ("–" if s[key] is None else f"{s[key]:,.10g}" for s in stages.values())
+        rows.append((key.replace("_", " "), *values))
+    hours = [s["hours"] for s in stages.values()]
+    rows.append(("time", *("–" if h is None else f"about {format_duration(3600 * h)}" for h in hours)))
+    console.print_table("Memory at the peak of a step, settings and forecast", ("", *stages), rows)
     for name, s in stages.items():
         if s["fits"] is False:
             console.print(f"[red]{name} does not fit:[/] {escape(s['verdict'])}")
-    keys = ("rows", "too_long", "epochs", "tokens", "steps", "tokens_per_second")
-    header = ("stage", "rows", "too long", "epochs", "tokens", "steps", "tokens/s", "time")
-    rows = [(name, *(_number(s[key]) for key in keys), _time(s["hours"], "–")) for name, s in stages.items()]
-    console.print_table("Forecast", header, rows)
-
-    console.print(f"Training time: {_time(plan['hours'], 'unknown until every stage has run a step')}")
+    time = "unknown until every stage has run a step"
+    if plan["hours"] is not None:
+        time = f"about {format_duration(3600 * plan['hours'])}"
+    console.print(f"Training time: {time}")
     disk = {name.replace("_", " "): format_size(1e9 * gb) for name, gb in plan["disk_gb"].items()}
     total = disk.pop("total")
     console.print(f"Disk: about {total} ({', '.join(f'{name} {gb}' for name, gb in disk.items())})")
@@ -314,23 +274,13 @@ def print_plan(plan: Mapping[str, Any], json: bool = False) -> None:
         cost = "cost unknown" if templates["cost_usd"] is None else f"about ${templates['cost_usd']:.2f}"
         console.print(f"Templates from the teacher: {templates['requests']:,}, {cost}")
     teacher = plan["teacher"]
-    if teacher["requests"] is None:
+    most, count = "at most " if teacher["at_most"] else "", teacher["requests"]
+    corrections = "none left to request"
+    if count is None:
         corrections = "unknown until the run has problems (and attempts, if imported)"
-    elif not teacher["requests"]:
-        spent = f"; the run has cost ${teacher['spent_usd']:.2f} so far" if teacher["spent_usd"] else ""
-        corrections = f"none left to request{spent}"
-    else:
+    elif count:
         cost = "cost unknown" if teacher["cost_usd"] is None else f"about ${teacher['cost_usd']:.2f}"
-        corrections = f"{'at most ' if teacher['at_most'] else ''}{teacher['requests']:,}, {cost}"
-    console.print(f"Corrections from the teacher: {corrections}")
+        corrections = f"{most}{count:,}, {cost}"
+    spent = f"; the run has cost ${teacher['spent_usd']:.2f} so far" if teacher["spent_usd"] else ""
+    console.print(f"Corrections from the teacher: {corrections}{spent}")
     check_fit(plan)
-
-
-def _time(hours: float | None, unknown: str) -> str:
-    return unknown if hours is None else f"about {format_duration(3600 * hours)}"
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.1f}"

@@ -4,11 +4,11 @@ A stage is done when its manifest matches the files of the run and the current c
 the source of the problems and notices that it has changed.
 """
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,12 @@ from pydantic import BaseModel
 from sclite.config import Config
 from sclite.data import attempts, corrections, pairs, templates
 from sclite.data.problems import split_problems, trainable_problems
-from sclite.data.sources import is_local_source
 from sclite.errors import DataError, ScliteError
-from sclite.evaluate.results import summaries
+from sclite.evaluate.evaluate import summaries
 from sclite.evaluate.threshold import FILE as THRESHOLDS
-from sclite.evaluate.threshold import FittedThreshold, find_threshold, is_current
+from sclite.evaluate.threshold import FittedThreshold, is_current, threshold_key
 from sclite.inspect.rows import require_run
-from sclite.records import Drop, Problem, Review
+from sclite.records import Drop, Review
 from sclite.run import Run
 from sclite.settings import FILE as SETTINGS
 from sclite.signature import differences
@@ -62,48 +61,30 @@ class Stage:
     cost_usd: float | None = None
 
 
-class MeasuredModel(BaseModel):
-    """The part of a student's figures that identifies the GGUF that was evaluated."""
-
-    file: str
-    bytes: int
-    made_from: str
-
-
 class Summary(BaseModel):
     """The part of an evaluation's summary that the status needs."""
 
-    models: dict[str, MeasuredModel]
+    models: dict[str, dict[str, Any]]
     n: int
     folder: str
 
 
 def read_status(config: Config, run: Run) -> dict[str, Any]:
-    """{"run", "busy", "stages": {name: fields of Stage}, "dropped", "ledger", "next"}. Never writes.
+    """{"run", "stages": {name: fields of Stage}, "dropped", "ledger", "next"}. Never writes.
 
-    "ledger" is None without requests, else its totals, and those of each stage under "stages". Raises DataError
-    if the run folder does not exist.
+    "ledger" is None without requests. Raises DataError if the run folder does not exist.
     """
     require_run(run)
     dropped: dict[str, Counter[str]] = {}
     for drop in run.rows("dropped.jsonl", Drop):
         dropped.setdefault(drop.stage, Counter())[drop.reason] += 1
-    paid: dict[str, Any] | None = None
+    paid = None
     if run.path(LEDGER).is_file():
-        try:
-            with Ledger.reading(run.path(LEDGER)) as ledger:
-                by_stage = {name: ledger.totals(name) for name in ("templates", "corrections")}
-                paid = {**ledger.totals(), "stages": {n: t for n, t in by_stage.items() if t["requests"]}}
-        except DataError as error:
-            run.warn(f"{error.message}; {error.hint}")
-    asked = paid["stages"] if paid else {}
-
-    stages, problems = {"problems": Stage()}, list[Problem]()
-    try:
-        if problems := trainable_problems(run):
-            stages["problems"] = Stage(DONE, counts={"problems": len(problems)})
-    except DataError as error:
-        stages["problems"] = Stage(STALE, [error.message])
+        with Ledger.reading(run.path(LEDGER)) as ledger:
+            paid = ledger.totals()
+    stages, problems = {"problems": Stage()}, trainable_problems(run)
+    if problems:
+        stages["problems"] = Stage(DONE, counts={"problems": len(problems)})
     split = split_problems(config, problems)
     kept, taught = frozenset(problem.id for problem in split.stage2), [*split.sft, *split.stage2]
     hidden = kept | {problem.id for problem in split.fit}
@@ -112,12 +93,12 @@ def read_status(config: Config, run: Run) -> dict[str, Any]:
     # templates that SFT has learned do not become stale with another teacher for the corrections
     settled = {"teacher", "prompts", "repairs"} if learned == run.file_digest("templates.jsonl") else set()
 
-    def templates_inputs() -> dict[str, Any]:
-        found = templates.templates_inputs(config, taught)
-        return {name: value for name, value in found.items() if name not in settled}
-
     inputs: dict[str, Callable[[], dict[str, Any]]] = {
-        "templates": templates_inputs,
+        "templates": lambda: {
+            name: value
+            for name, value in templates.templates_inputs(config, taught).items()
+            if name not in settled
+        },
         "sft": lambda: training_inputs(config, run, "sft", hidden),
         "attempts": lambda: attempts.attempts_inputs(config, run, tried),
         "corrections": lambda: corrections.corrections_inputs(config, run),
@@ -127,23 +108,18 @@ def read_status(config: Config, run: Run) -> dict[str, Any]:
     }
     totals = {"templates": len(taught), "attempts": len(split.stage2) * config.attempts.samples}
     for name, output in OUTPUTS.items():
-        stages[name] = _read_stage(run, name, output, inputs[name], asked.get(name), totals.get(name))
+        stages[name] = _read_stage(run, name, output, inputs[name], totals.get(name))
     reviewed = {row.id for row in run.rows("reviews.jsonl", Review, whole=False)}
     stages |= _read_model_stages(config, run, sum(problem.id not in reviewed for problem in split.fit))
 
-    stale, older = "", _older_exports(stages)
+    stale = ""
     for name, stage in stages.items():
         if stale and stage.state == DONE:  # stages after a stale one are stale too
             stage.state, stage.why = STALE, [f"{stale} is stale"]
-        stale = stale or (name if stage.state == STALE and name not in older else "")
+        stale = stale or (name if stage.state == STALE else "")
         stage.dropped = dict(dropped.get(name, Counter()).most_common())
-        if stage.dropped and stage.state == NOT_BEGUN:
-            stage.state, stage.why = HALF_WAY, ["only dropped rows so far"]
-        if name in asked:
-            stage.cost_usd = None if asked[name]["unpriced"] else asked[name]["cost_usd"]
     return {
         "run": str(run.folder),
-        "busy": run.is_locked(),
         "stages": {name: dict(vars(stage)) for name, stage in stages.items()},
         "dropped": dict(sum(dropped.values(), Counter()).most_common()),
         "ledger": paid,
@@ -152,21 +128,15 @@ def read_status(config: Config, run: Run) -> dict[str, Any]:
 
 
 def _read_stage(
-    run: Run,
-    name: str,
-    output: str,
-    inputs: Callable[[], dict[str, Any]],
-    paid: Mapping[str, Any] | None = None,
-    total: int | None = None,
+    run: Run, name: str, output: str, inputs: Callable[[], dict[str, Any]], total: int | None = None
 ) -> Stage:
     """Read a stage. With a manifest: done, stale, or half-way if requests went unanswered; else imported, half-way or not begun.
 
-    `paid` has the ledger's totals if it has sent requests, `total` is the number of rows that it will write.
+    `total` is the number of rows that it will write.
     """
     path, rows = run.path(output), 0
     if (manifest := run.manifest(name)) is not None:
-        counts, seconds, cost_usd = manifest["counts"], manifest["seconds"], manifest["cost_usd"]
-        stage = Stage(DONE, counts=counts, seconds=seconds, cost_usd=cost_usd)
+        stage = Stage(DONE, **{key: manifest[key] for key in ("counts", "seconds", "cost_usd")})
         before = dict(manifest["inputs"])
         if unanswered := before.pop("unanswered", 0):
             stage.state, stage.why = HALF_WAY, [f"{unanswered} requests without a reply"]
@@ -187,69 +157,52 @@ def _read_stage(
         logged = read_metrics(run.path(f"{name}/metrics.jsonl"))
         rows = max((row["step"] for row in logged if row["phase"] == name), default=0)
     elif path.is_file():
-        with open(path, "rb") as file:  # the number of complete lines
-            rows = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+        rows = path.read_bytes().count(b"\n")  # complete lines
     if run.is_imported(name, output) and name not in ("warmup", "dpo"):
         return Stage(DONE, counts={"imported": 1} if name == "sft" else {path.stem: rows, "imported": rows})
-    if not rows and paid:  # killed before its first row
-        return Stage(HALF_WAY, [f"{paid['requests']} replies in the ledger"])
     return Stage(HALF_WAY, rows=rows, total=total or None) if rows else Stage()
 
 
 def _read_model_stages(config: Config, run: Run, fitting: int) -> dict[str, Stage]:
-    """The exports of the students, the fits of their review thresholds, and the evaluation.
+    """The newest student's export and review threshold, if one is needed, and the evaluation.
 
-    "export" is present if the newest student has none. "threshold" is the newest student's, "threshold-sft", ... are those
-    of others; there are none if no threshold is needed, and a missing fit is only reported for the DPO student. The
-    evaluation is done if it includes the newest student and no GGUF has changed, judged by its size and origin.
+    A missing fit is only reported for the DPO student. The evaluation is done if it includes the newest student and no
+    student has changed.
     """
-    found: dict[str, Stage] = {}
-    made = {name: exports for name in STUDENTS if (exports := exports_of(run, name))}
-    trained = [name for name in STUDENTS if name in made or run.path(adapter_weights(name)).is_file()]
+    found = {"export": Stage()}
+    weights = {name: run.path(adapter_weights(name)) for name in STUDENTS}
+    trained = [name for name in STUDENTS if weights[name].is_file() or exports_of(run, name)]
     newest = trained[-1] if trained else "base"
-    newest_of: dict[str, dict[str, Any]] = {}  # of the configured types, else of any
-    for name, exports in made.items():
+    if exports := exports_of(run, newest):
+        # of the configured types, else of any
         configured = [each for each in exports if each["inputs"].get("quant") == config.export.quant]
-        newest_of[name] = (configured or exports)[-1]
-        chosen = newest_of[name]["inputs"]
+        manifest = (configured or exports)[-1]
         # the options of one export are not saved: compare with those of the existing file
-        options = {key: chosen.get(key) for key in ("quant", "imatrix", "keep_template")}
+        options = {key: manifest["inputs"].get(key) for key in ("quant", "imatrix", "keep_template")}
         as_exported = config.model_copy(update={"export": config.export.model_copy(update=options)})
-        output = f"export/{gguf_path(run, name, as_exported).name}"
-        inputs = partial(inputs_of, as_exported, run, name)
-        found[f"export-{name}"] = _read_stage(run, export_stage(name, as_exported), output, inputs)
-    if newest not in made:
-        found["export"] = Stage()
-
-    if config.review.needs_fit:
-        fits = run.read_json(THRESHOLDS, dict[str, FittedThreshold]) or {}
-        for name, manifest in newest_of.items():
+        output = f"export/{gguf_path(run, newest, as_exported).name}"
+        stage = export_stage(newest, as_exported)
+        found["export"] = _read_stage(run, stage, output, lambda: inputs_of(as_exported, run, newest))
+        if config.review.needs_fit:
+            fits = run.read_json(THRESHOLDS, dict[str, FittedThreshold]) or {}
             digests = [file["sha256"] for file in manifest["figures"]["files"].values()]
-            stage = "threshold" if name == newest else f"threshold-{name}"
+            found["threshold"] = Stage()
             try:
-                fitted = next(filter(None, (find_threshold(fits, each, config) for each in digests)), None)
+                keys = [threshold_key(config, each) for each in digests]
+                fitted = next((fits[key] for key in keys if key in fits), None)
             except DataError as error:  # a missing prompt file
-                found[stage] = Stage(STALE, [error.message])
-                continue
-            if fitted is not None and is_current(config, fitted, fitting):
+                fitted, found["threshold"] = None, Stage(STALE, [error.message])
+            if fitted is not None and is_current(fitted, fitting):
                 counts = {"problems": fitted.problems, "fitted": int(fitted.threshold is not None)}
-                found[stage] = Stage(DONE, [fitted.off] if fitted.off else [], counts)
-            elif name == "dpo":
-                found[stage] = Stage()
+                found["threshold"] = Stage(DONE, [fitted.off] if fitted.off else [], counts)
+            elif newest != "dpo":
+                del found["threshold"]
 
     found[EVAL] = Stage()
     if evaluated := summaries(run, Summary):
-        others = [
-            name
-            for name, measured in evaluated[0].models.items()
-            if name in STUDENTS  # not behind an API
-            and (
-                measured.made_from != source_digest(config, run, name)
-                or not (path := run.path(f"export/{measured.file}")).is_file()
-                or path.stat().st_size != measured.bytes
-            )
-        ]
-        why = [f"{', '.join(others)}: the GGUF has changed"] if others else []
+        origins = {name: figures.get("made_from") for name, figures in evaluated[0].models.items()}
+        changed = [n for n in STUDENTS if n in origins and origins[n] != source_digest(config, run, n)]
+        why = [f"{', '.join(changed)} changed"] if changed else []
         if newest != "base" and not any(newest in each.models for each in evaluated):
             why.append(f"{newest} has not been evaluated")
         counts = {f"problems in {each.folder}": each.n for each in evaluated}
@@ -257,45 +210,29 @@ def _read_model_stages(config: Config, run: Run, fitting: int) -> dict[str, Stag
     return found
 
 
-def _older_exports(stages: Mapping[str, Stage]) -> list[str]:
-    """The exports of all students but the newest: `sclite eval` recreates them."""
-    return [name for name in stages if name.startswith("export")][:-1]
-
-
-def _has_another_basis(stage: Stage) -> bool:
-    """Whether `basis_of` its requests has changed: prompts or teacher, but not the token limit, which keeps the rows."""
-    changed = (why for why in stage.why if not why.startswith("teacher.max_tokens:"))
-    return any(why == "prompts changed" or why.startswith("teacher.") for why in changed)
-
-
 def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
     """The command for the first unfinished stage, or the keys that must be set first."""
-    held_out = config.eval.source
-    testable = bool(held_out) and (not is_local_source(held_out) or Path(held_out).is_file())
     quickstart = config.teacher.embedded and not config.problems.source
-    skipped = [*_older_exports(stages), *(() if testable or quickstart else (EVAL,))]
+    skipped = () if config.eval.source or quickstart else (EVAL,)
     unfinished = (name for name, stage in stages.items() if stage.state != DONE and name not in skipped)
     name, needed = next(unfinished, None), []
     teacher = [] if config.teacher.model else ["teacher.model"]
-    # attempts of a student that this run does not train: their corrections need no training
-    others = bool(config.attempts.source or config.attempts.student)
-    others = others and stages["attempts"].state != NOT_BEGUN and stages["sft"].state == NOT_BEGUN
-    retrained = any(stages[each].state == STALE for each in TRAINED)
+    # `basis_of` their requests: prompts or teacher, but not the token limit, which keeps the rows
+    basis = re.compile(r"prompts changed\Z|teacher\.(?!max_tokens:)")
+    rebased = {each for each, stage in stages.items() if any(map(basis.match, stage.why))}
     # corrections by another teacher replace existing ones only with --fresh
-    retrained = retrained or _has_another_basis(stages["corrections"])
+    retrained = any(stages[each].state == STALE for each in TRAINED) or "corrections" in rebased
     if name is None:
         fitted = "threshold" in stages and bool(stages["threshold"].counts.get("fitted"))
         words = ["chat", "--self-correct"] if fitted or not config.review.needs_fit else ["chat"]
     elif quickstart:
         words = ["quickstart", "--fresh"] if retrained else ["quickstart"]
     elif name in ("problems", "templates"):
-        words = ["build-data", "--fresh"] if _has_another_basis(stages["templates"]) else ["build-data"]
+        words = ["build-data", "--fresh"] if "templates" in rebased else ["build-data"]
         source = config.problems.source or stages["problems"].state == DONE
         needed = teacher if source else ["problems.source", *teacher]
     elif name not in OUTPUTS:
-        words = ["export"] if name.startswith("export-") else ["eval"] if name == EVAL else ["train"]
-    elif others and stages["corrections" if config.attempts.source else "pairs"].state != DONE:
-        words, needed = ["build-data", "--only", "corrections"], teacher
+        words = ["eval"] if name == EVAL else ["train"]
     else:
         words = ["train", "--fresh"] if retrained else ["train"]
         corrected = stages["corrections"].state == DONE or stages["pairs"].state == DONE

@@ -8,12 +8,10 @@ from sclite.config import Config
 from sclite.context import Context
 from sclite.data.problems import gather_problems, split_problems
 from sclite.errors import UsageError
-from sclite.evaluate.evaluate import HeldOut
-from sclite.evaluate.results import result_folder
+from sclite.evaluate.evaluate import HeldOut, result_folder
 from sclite.progress import ProgressDisplay
 from sclite.quickstart import tutor
-from sclite.quickstart.problem_sets import HELD_OUT, problem_set
-from sclite.quickstart.tutor_provider import MODEL, register
+from sclite.quickstart.stories import HELD_OUT, problem_set
 from sclite.records import Problem, from_feedback
 from sclite.run import Run
 from sclite.student.adapters import STUDENTS
@@ -21,37 +19,20 @@ from sclite.student.adapters import STUDENTS
 STAGE = {"batch_size": 16, "per_device_train_batch_size": 8, "max_length": 1024, "eval_share": 0}
 DEFAULTS: Mapping[str, Any] = {
     "run": "runs/quickstart",
-    "teacher": {"model": MODEL, "concurrency": 8},
+    "teacher": {"model": tutor.MODEL, "concurrency": 8},
     "problems": {"fit_share": 5 / 13},
     "student": {"model": "embedded", "backend": "plain", "batch": 64},
     "attempts": {"samples": 2, "max_tokens": 160, "reviews": 2, "confirmation_share": 0.4},
     "sft": {**STAGE, "learning_rate": 2e-3, "num_train_epochs": 3},
-    "warmup": {  # at a learning rate of 2e-3 the student gets worse at solving
-        **STAGE,
-        "learning_rate": 1e-3,
-        "num_train_epochs": 1.5,
-        "decision_weight": 8.0,
-        "replay_share": 0.6,
-    },
+    # at a learning rate of 2e-3 the student gets worse at solving
+    "warmup": {**STAGE, "learning_rate": 1e-3, "num_train_epochs": 1.5}
+    | {"decision_weight": 8.0, "replay_share": 0.6},
     "dpo": {**STAGE, "learning_rate": 3e-4, "num_train_epochs": 1, "replay_share": 0.6},
     "export": {"quant": "q8_0", "num_ctx": 2048},
     "eval": {"limit": 300, "max_tokens": 320, "context": 1024},
 }
 
 PROBLEMS = 640  # and 400 for the threshold
-PLAN = {
-    "templates": 7,
-    "sft": 65,
-    "attempts": 33,
-    "corrections": 1,
-    "warmup": 80,
-    "pairs": 25,
-    "dpo": 52,
-    "export": 1,
-    "threshold": 15,
-    "eval": 90,
-}
-"""Approximate duration of each stage in seconds, on two cores of a shared host; used only to estimate the time left."""
 
 
 def quickstart(config: Config, quiet: bool = False, fresh: bool = False) -> dict[str, Any]:
@@ -75,7 +56,7 @@ def quickstart(config: Config, quiet: bool = False, fresh: bool = False) -> dict
     run.replace("problems.jsonl", [*judged, *found])
     # signed, so that `eval` on other problems takes these for the run's
     problems = split_problems(config, gather_problems(Config(), run, reread=False))
-    context = Context(config, run, ProgressDisplay(PLAN, quiet), prepare=register, problems=problems)
+    context = Context(config, run, ProgressDisplay(quiet), prepare=tutor.register, problems=problems)
     pipeline.build_templates(context, fresh)
     pipeline.train(context, fresh=fresh)
     exports.export(context, STUDENTS)
@@ -84,7 +65,7 @@ def quickstart(config: Config, quiet: bool = False, fresh: bool = False) -> dict
         problems=problem_set("test", count),
         fitting=problems.fit,
         source="the arithmetic stories of the quickstart",
-        dataset=MODEL,
-        folder=result_folder(run, MODEL, ["quickstart"], count, DEFAULTS["eval"]["limit"]),
+        dataset=tutor.MODEL,
+        folder=result_folder(run, tutor.MODEL, ["quickstart"], count, DEFAULTS["eval"]["limit"]),
     )
     return evaluation.evaluate(context, STUDENTS, held_out, tutor.first_wrong_step)

@@ -28,9 +28,9 @@ class Operation:
     @property
     def result(self) -> int:
         left, right = self.left, self.right
-        if self.sign == "/":
-            return left // right
-        return {"+": left + right, "-": left - right, "*": left * right}[self.sign]
+        return {"+": left + right, "-": left - right, "*": left * right, "/": left // max(1, right)}[
+            self.sign
+        ]
 
     @property
     def sum(self) -> str:
@@ -56,15 +56,16 @@ OPENINGS = {
     "packed": "{name} has {a} {box} with {b} {item} each.",
     "compared": "{other} has {a} {item} and {name} has {b} more than {other}.",
 }
+# with the sign of the change of the amount, and the words for the result
 EVENTS = {
-    "buys": "{they} buys {a} more.",
-    "finds": "{they} finds {a} {item} at home.",
-    "gets": "{they} gets {a} {item} from {other}.",
-    "gives": "{they} gives {a} {item} to {other}.",
-    "loses": "{they} loses {a} of them.",
-    "sells": "{they} sells {a} {item}.",
-    "buys packed": "{they} buys {a} {box} with {b} {item} each.",
-    "gives each": "{they} gives {b} {item} to each of {a} friends.",
+    "buys": ("{they} buys {a} more.", "+", "With the new ones"),
+    "finds": ("{they} finds {a} {item} at home.", "+", "With the found ones"),
+    "gets": ("{they} gets {a} {item} from {other}.", "+", "With the gift"),
+    "gives": ("{they} gives {a} {item} to {other}.", "-", "After giving"),
+    "loses": ("{they} loses {a} of them.", "-", "After losing"),
+    "sells": ("{they} sells {a} {item}.", "-", "After selling"),
+    "buys packed": ("{they} buys {a} {box} with {b} {item} each.", "+", "With the new ones"),
+    "gives each": ("{they} gives {b} {item} to each of {a} friends.", "-", "After giving"),
 }
 QUESTIONS = {
     "left": "How many {item} does {name} have now?",
@@ -72,19 +73,8 @@ QUESTIONS = {
     "together": "{other} has {a} {item}. How many {item} do they have together?",
     "shared": "{they} puts all of them into {a} equal {box}. How many {item} are in each?",
 }
-CHANGES = {
-    "buys": ("+", "With the new ones"),
-    "finds": ("+", "With the found ones"),
-    "gets": ("+", "With the gift"),
-    "gives": ("-", "After giving"),
-    "loses": ("-", "After losing"),
-    "sells": ("-", "After selling"),
-    "buys packed": ("+", "With the new ones"),
-    "gives each": ("-", "After giving"),
-    "together": ("+", "Together they have"),
-    "shared": ("/", "In each are"),
-}
-"""The sign of each form's change of the amount, and the words for the result."""
+_CHANGES = {form: change for form, (_, *change) in EVENTS.items()}
+_CHANGES |= {"together": ["+", "Together they have"], "shared": ["/", "In each are"]}
 _PEOPLE = "|".join(name for names in NAMES.values() for name in names)
 _SLOTS = {"they": "She|He", "item": "|".join(ITEMS), "box": "|".join(BOXES)}
 _SLOTS |= {"name": _PEOPLE, "other": _PEOPLE, "a": r"\d{1,9}", "b": r"\d{1,9}"}
@@ -92,8 +82,8 @@ _SLOTS |= {"name": _PEOPLE, "other": _PEOPLE, "a": r"\d{1,9}", "b": r"\d{1,9}"}
 
 @cache
 def _patterns() -> list[tuple[str, re.Pattern[str]]]:
-    patterns = []
-    for form, sentence in {**QUESTIONS, **EVENTS, **OPENINGS}.items():  # a question may begin like an opening
+    patterns, events = [], {form: sentence for form, (sentence, *_) in EVENTS.items()}
+    for form, sentence in {**QUESTIONS, **events, **OPENINGS}.items():  # a question may begin like an opening
         pattern = re.escape(sentence).replace(r"\{", "{").replace(r"\}", "}")
         for slot, words in _SLOTS.items():
             pattern = pattern.replace(f"{{{slot}}}", f"(?P<{slot}>{words})", 1)
@@ -103,7 +93,10 @@ def _patterns() -> list[tuple[str, re.Pattern[str]]]:
 
 
 def solve(question: str) -> Solution | None:
-    """Parse and solve a problem of this grammar; None for any other text, or if it cannot be shared equally."""
+    """Parse and solve a problem of this grammar; None for any other text, or if it cannot be shared equally.
+
+    Exactly the last sentence is a question.
+    """
     operations: list[Operation] = []
     parents: list[tuple[int, ...]] = []
 
@@ -112,9 +105,19 @@ def solve(question: str) -> Solution | None:
         parents.append(tuple(parent for parent in uses if parent is not None))
         return len(operations) - 1
 
+    text, position, sentences = question.strip(), 0, []
+    while position < len(text):
+        matches = ((form, pattern.match(text, position)) for form, pattern in _patterns())
+        form, match = next((each for each in matches if each[1]), ("", None))
+        if match is None:
+            return None
+        sentences.append((form, match.groupdict()))
+        position = match.end()
+    if [form in QUESTIONS for form, _ in sentences] != [False] * (len(sentences) - 1) + [True]:
+        return None
     amount, item = 0, ""
     source: int | None = None  # the operation that produced the amount
-    for form, slots in sentences(question) or ():
+    for form, slots in sentences:
         a, b = int(slots.get("a") or 0), int(slots.get("b") or 0)
         item = slots.get("item") or item
         if form == "has":
@@ -125,8 +128,8 @@ def solve(question: str) -> Solution | None:
             source = add(a, "+", b, f"{slots['name']} has")
         elif form == "wants":
             source = add(a, "-", amount, "Missing are", source)
-        elif form in CHANGES:
-            sign, what = CHANGES[form]
+        elif form in _CHANGES:
+            sign, what = _CHANGES[form]
             if sign == "/" and (a == 0 or amount % a):
                 return None
             packed = None
@@ -137,25 +140,3 @@ def solve(question: str) -> Solution | None:
             source = add(amount, sign, a, what, source, packed)
         amount = operations[-1].result if form not in ("has", "left") else amount
     return Solution(tuple(operations), tuple(parents), item) if operations else None
-
-
-def sentences(question: str) -> list[tuple[str, dict[str, str]]] | None:
-    """(form, slots) of each sentence; None for other texts, or if not exactly the last sentence is a question."""
-    text, position, found = question.strip(), 0, []
-    while position < len(text):
-        for form, pattern in _patterns():
-            if match := pattern.match(text, position):
-                found.append((form, match.groupdict()))
-                position = match.end()
-                break
-        else:
-            return None
-    asks = [form in QUESTIONS for form, _ in found]
-    return found if asks and asks[-1] and not any(asks[:-1]) else None
-
-
-def in_order(left: int, sign: str, right: int) -> tuple[str, int, int]:
-    """An operation with the numbers of a sum or product, which may be swapped, in ascending order."""
-    if sign in "+*" and left > right:
-        left, right = right, left
-    return sign, left, right

@@ -6,8 +6,9 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from sclite.quickstart.grammar import BOXES, CHANGES, EVENTS, ITEMS, NAMES, OPENINGS, QUESTIONS, solve
+from sclite.quickstart.grammar import BOXES, EVENTS, ITEMS, NAMES, OPENINGS, QUESTIONS, solve
 from sclite.records import Problem
 
 
@@ -34,6 +35,10 @@ SMALL = Ranges((14, 95), (11, 48), (11, 59), (2, 6), (3, 16), (5, 190), (11, 79)
 LARGE = Ranges((40, 480), (21, 240), (25, 290), (3, 7), (8, 36), (12, 980), (25, 290), (30, 390))
 STORIES = (TINY, LARGE, LARGE)
 """The ranges of the quickstart's stories; repetitions are weights."""
+SEEDS = {"test": 101, "threshold": 102, "train": 103}
+"""The seeds of the quickstart's sets."""
+HELD_OUT = 1000
+"""The number of problems in the test set and in the threshold set."""
 
 
 def _story(draw: random.Random, operations: int, ranges: Ranges) -> str | None:
@@ -41,20 +46,12 @@ def _story(draw: random.Random, operations: int, ranges: Ranges) -> str | None:
     they = draw.choice(("She", "He"))
     name = draw.choice(NAMES[they])
     other = draw.choice([n for names in NAMES.values() for n in names if n != name])
-    words = {
-        "they": they,
-        "name": name,
-        "other": other,
-        "item": draw.choice(ITEMS),
-        "box": draw.choice(BOXES),
-    }
-
-    def packs() -> dict[str, int]:
-        return {"a": draw.randint(*ranges.packs), "b": draw.randint(*ranges.each)}
+    words = {"they": they, "name": name, "other": other}
+    words |= {"item": draw.choice(ITEMS), "box": draw.choice(BOXES)}
 
     opening = draw.choices(list(OPENINGS), weights=(5, 3, 2))[0]
     if opening == "packed":
-        values = packs()
+        values = {"a": draw.randint(*ranges.packs), "b": draw.randint(*ranges.each)}
         amount = values["a"] * values["b"]
     else:
         values = {"a": draw.randint(*ranges.start), "b": draw.randint(*ranges.second)}
@@ -65,12 +62,14 @@ def _story(draw: random.Random, operations: int, ranges: Ranges) -> str | None:
     form = ""
     while remaining > 0:
         form = draw.choice([f for f in EVENTS if f != form and (remaining >= 2 or " " not in f)])
-        values = packs() if " " in form else {"a": draw.randint(*ranges.change)}
+        values = {"a": draw.randint(*(ranges.packs if " " in form else ranges.change))}
+        if " " in form:
+            values["b"] = draw.randint(*ranges.each)
         change = values["a"] * values.get("b", 1)
-        amount += change if CHANGES[form][0] == "+" else -change
+        amount += change if EVENTS[form][1] == "+" else -change
         if not ranges.amount[0] <= amount <= ranges.amount[1]:
             return None
-        sentences.append(EVENTS[form].format(**words, **values))
+        sentences.append(EVENTS[form][0].format(**words, **values))
         remaining -= 2 if " " in form else 1
     number = 0
     if question == "wants":
@@ -98,12 +97,17 @@ def generate(
         if question is None or question in seen or not (solution := solve(question)):
             continue
         seen.add(question)
-        problems.append(
-            Problem(
-                id=f"arithmetic-{seed}-{len(problems)}",
-                question=question,
-                answer=str(solution.answer),
-                solution=" ".join(f"{op.what}: {op.sum}." for op in solution.operations),
-            )
-        )
+        id, answer = f"arithmetic-{seed}-{len(problems)}", str(solution.answer)
+        worked = " ".join(f"{op.what}: {op.sum}." for op in solution.operations)
+        problems.append(Problem(id=id, question=question, answer=answer, solution=worked))
     return problems
+
+
+def problem_set(name: Literal["test", "threshold", "train"], count: int) -> list[Problem]:
+    """The first `count` problems of a set, at most HELD_OUT unless it is for training; no two sets share a question."""
+    avoid: frozenset[str] = frozenset()
+    for held_out in ("test", "threshold"):
+        if name == held_out:
+            return generate(min(count, HELD_OUT), SEEDS[name], avoid)
+        avoid |= {problem.question for problem in generate(HELD_OUT, SEEDS[held_out], avoid)}
+    return generate(count, SEEDS[name], avoid)

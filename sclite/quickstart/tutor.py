@@ -1,16 +1,20 @@
 """The bundled teacher: solves the arithmetic problems symbolically, writes templates and corrects wrong steps.
 
-Like any teacher it sees only the messages of a chat, in which it looks for a problem and a student's work.
+Like any teacher it is called through LiteLLM and sees only the messages of a chat, in which it looks for a problem and a
+student's work.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sclite import trace
-from sclite.quickstart.grammar import Operation, Solution, in_order, solve
+from sclite.quickstart.grammar import Operation, Solution, solve
 from sclite.trace import Step, Trace
 
+PROVIDER = "embedded"
+MODEL = f"{PROVIDER}/tutor"
 # A complete equation (left, sign, right, result): "4 + 7 + 1 = 12" has none, and "7 + 1 = 12" must not match.
 _EQUATION = re.compile(r"(?<![-+*/] )(?<!\d)(\d{1,40}) ?([-+*/x×]) ?(\d{1,40}) ?= ?(\d{1,40})(?!\d| ?[-+*/])")
 _PROBLEM = re.compile(r"(?:Problem:\n|Solve this problem\.\n\n)(.+?)(?:\n\n|\Z)", re.S)
@@ -63,20 +67,17 @@ def result_of(left: int, sign: str, right: int) -> int | None:
 
 def _columns(left: int, sign: str, right: int) -> Iterator[tuple[str, int]]:
     """(text, value) of each column from the units: (`units 8 + 5 = 13`, 13), (`tens 4 + 7 + 1 = 12`, 12) .."""
-    carry = 0
-    names = ("units", "tens", "hundreds", "thousands", "ten thousands")
-    for place in range(min(len(names), max(len(str(left)), len(str(right))))):
+    carry, names = 0, ("units", "tens", "hundreds", "thousands", "ten thousands")
+    for place, name in enumerate(names[: max(len(str(left)), len(str(right)))]):
         upper, lower = left // 10**place % 10, right // 10**place % 10
-        carried = " + 1" if carry and sign == "+" else ""
         if sign == "+":
-            value = upper + lower + carry
+            text, value = f"{upper} + {lower}{' + 1' * carry}", upper + lower + carry
             carry = value // 10
         else:
             upper -= carry
             carry = int(upper < lower)
-            upper += 10 * carry
-            value = upper - lower
-        yield f"{names[place]} {upper} {sign} {lower}{carried} = {value}", value
+            text, value = f"{upper + 10 * carry} - {lower}", upper + 10 * carry - lower
+        yield f"{name} {text} = {value}", value
 
 
 def decompose(left: int, sign: str, right: int) -> str:
@@ -142,9 +143,10 @@ def judge(solution: Solution, attempt: Trace) -> Judgement:
         needed = solution.operations[ready[0]]
         if not claimed:
             return Judgement(number, "No sum is worked out here.", needed, done)
-        meant = in_order(*claimed[-1][:3])
+        left, sign, right, _ = claimed[-1]
+        meant = [(left, sign, right), (right, sign, left)][: 2 if sign in "+*" else 1]
         operations = {i: solution.operations[i] for i in ready}
-        match = next((i for i, o in operations.items() if in_order(o.left, o.sign, o.right) == meant), None)
+        match = next((i for i, o in operations.items() if (o.left, o.sign, o.right) in meant), None)
         if match is None:
             cause = f"The sum to do is {needed.left} {needed.sign} {needed.right}."
             return Judgement(number, cause, needed, done)
@@ -158,19 +160,18 @@ def judge(solution: Solution, attempt: Trace) -> Judgement:
 
 def correct(solution: Solution, attempt: Trace) -> Trace:
     """The review of an attempt: its first wrong step with cause and correction, then a new solution."""
-    verdict = judge(solution, attempt)
-    generalized, answer = _generalized(solution), str(solution.answer)
+    verdict, answer = judge(solution, attempt), str(solution.answer)
     if verdict.step is None:
-        return replace(attempt, generalized=generalized, answer=answer)
-    wrong, done, operation = attempt.steps[verdict.step - 1], verdict.done, verdict.operation
-    correction = f"Nothing is left to do, the answer is {solution.answer}."
-    if operation is not None:
+        return replace(attempt, generalized=_generalized(solution), answer=answer)
+    correction, done = f"Nothing is left to do, the answer is {answer}.", verdict.done
+    if operation := verdict.operation:
         sums = decompose(operation.left, operation.sign, operation.right)
         correction = f"{operation.what} {sums} {solution.item}."
         done |= {solution.operations.index(operation)}
-    rest = [_step(op, solution.item) for i, op in enumerate(solution.operations) if i not in done]
+    wrong = replace(attempt.steps[verdict.step - 1], cause=verdict.cause, correction=correction)
     kept = [Step(step.text, step.key) for step in attempt.steps[: verdict.step - 1]]
-    return Trace((*kept, Step(wrong.text, wrong.key, verdict.cause, correction), *rest), generalized, answer)
+    rest = [_step(op, solution.item) for i, op in enumerate(solution.operations) if i not in done]
+    return Trace((*kept, wrong, *rest), _generalized(solution), answer)
 
 
 # -- replies -------------------------------------------------------------------------------------------------------
@@ -184,6 +185,26 @@ def reply(messages: list[dict[str, str]]) -> str:
     if solution is None:
         return "I only know arithmetic stories, and I see none here."
     work = _WORK.search(text)
-    if work is None:
-        return trace.render(template(solution))
-    return trace.render(correct(solution, trace.parse(work[1]).trace))
+    return trace.render(correct(solution, trace.parse(work[1]).trace) if work else template(solution))
+
+
+def register() -> None:
+    """Register `embedded/tutor` with LiteLLM; pass this to Teacher as `prepare`. Replies are free and deterministic."""
+    from sclite.teacher.provider import import_litellm
+
+    litellm: Any = import_litellm()
+
+    class Tutor(litellm.CustomLLM):
+        async def acompletion(self, *args, messages, model, model_response, **options):
+            text = reply(messages)
+            asked = sum(len(message["content"].split()) for message in messages)
+            model_response.model = model
+            model_response.choices[0].message.content = text
+            model_response.choices[0].finish_reason = "stop"
+            model_response.usage = litellm.Usage(prompt_tokens=asked, completion_tokens=len(text.split()))
+            return model_response
+
+    litellm.custom_provider_map = [{"provider": PROVIDER, "custom_handler": Tutor()}]
+    litellm.utils.custom_llm_setup()
+    free = {"input_cost_per_token": 0.0, "output_cost_per_token": 0.0}
+    litellm.register_model({MODEL: {"litellm_provider": PROVIDER, "mode": "chat", **free}})

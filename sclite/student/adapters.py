@@ -1,16 +1,23 @@
-"""LoRA adapters: choose their layers, check one on disk, load its weights."""
+"""LoRA adapters: choose their layers, check one on disk, load its weights, record what it was trained on."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from pydantic import BaseModel
+
 from sclite.errors import DataError, UsageError
+from sclite.signature import digest
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
+ORIGIN_FILE = "trained_on.json"
+SAMPLE, PLACES = 4096, 16
+"""Bytes of each sample in the fingerprint, and samples per file."""
 STUDENTS = ("base", "sft", "dpo")
 """The students of a run in the order of training; all but the base model are adapters."""
 
@@ -29,47 +36,40 @@ def meta_model(config: "PretrainedConfig") -> "PreTrainedModel":
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError as error:
-        if type(config) in AutoModelForCausalLM._model_mapping:
-            raise
-        message = f"transformers has no causal language model for {config.model_type}"
+        message = f"transformers has no causal language model for {config.model_type}: {error}"
         raise DataError(message, "choose a text model as student.model") from error
 
 
 def lora_targets(model: "PreTrainedModel", wanted: Sequence[str] = ()) -> list[str]:
     """The layers that get a LoRA: every linear layer of the language model except the head, or the `wanted` ones.
 
-    Skipped: vision towers; routers of experts; Mamba's `out_proj`, whose fused kernels bypass the adapter. Names are
-    the last part (`q_proj`) if that is unambiguous, otherwise the whole path. Raises UsageError for a `wanted` name
-    without a layer.
+    Skipped: vision towers, and routers of experts. Names are the last part (`q_proj`) if that is unambiguous, otherwise the
+    whole path. Raises UsageError for a `wanted` name without a layer.
     """
     import torch
     from transformers.pytorch_utils import Conv1D
 
     head, inside = model.get_output_embeddings(), set(model.get_decoder().modules())
-    eligible: dict[str, list[str]] = {}
-    others = set()
-    for path, module in model.named_modules():
-        if not isinstance(module, (torch.nn.Linear, Conv1D)):
-            continue
-        parent, _, last = path.rpartition(".")
-        owner = model.get_submodule(parent)
-        mamba = last == "out_proj" and hasattr(owner, "A_log") and hasattr(owner, "D")
-        if module is head or module not in inside or mamba or last.endswith(("gate", "router")):
-            others.add(last)
-        else:
-            eligible.setdefault(last, []).append(path)
-    found: set[str] = set()
-    targets = []
-    for last, paths in eligible.items():
-        names = {path: [name for name in wanted if f".{path}".endswith(f".{name}")] for path in paths}
-        found.update(name for matching in names.values() for name in matching)
-        chosen = [path for path in paths if names[path] or not wanted]
-        targets += [last] if chosen == paths and last not in others else chosen
-    if unknown := [name for name in wanted if name not in found]:
+    linear = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D))
+    }
+    eligible = [
+        path
+        for path, module in linear.items()
+        if module is not head and module in inside and not path.endswith(("gate", "router"))
+    ]
+    last = {path: path.rpartition(".")[2] for path in linear}
+    if unknown := [name for name in wanted if not any(f".{path}".endswith(f".{name}") for path in eligible)]:
         why = f"{model.config.model_type} has no linear layer named {', '.join(unknown)}"
-        hint = f"choose from {', '.join(eligible)}, or leave target_modules empty for all of them"
+        choices = ", ".join(dict.fromkeys(last[path] for path in eligible))
+        hint = f"choose from {choices}, or leave target_modules empty for all of them"
         raise UsageError(f"lora.target_modules: {why}", hint)
-    return targets
+    endings = tuple(f".{name}" for name in wanted) or ("",)
+    chosen = [path for path in eligible if f".{path}".endswith(endings)]
+    others = {last[path] for path in linear if path not in chosen}
+    return list(dict.fromkeys(path if last[path] in others else last[path] for path in chosen))
 
 
 def check_adapter(folder: Path) -> None:
@@ -93,12 +93,51 @@ def load_adapter(model: "PeftModel", folder: Path) -> None:
     from safetensors.torch import load_file
 
     check_adapter(folder)
-    message = f"the adapter in {folder} does not fit the student"
-    hint = "use an adapter that was trained from this student"
+    misfit = DataError(
+        f"the adapter in {folder} does not fit the student",
+        "use an adapter that was trained from this student",
+    )
     weights = load_file(folder / "adapter_model.safetensors")
     try:
         missing, unexpected = cast("tuple[list[str], list[str]]", set_peft_model_state_dict(model, weights))
-    except RuntimeError as error:  # a size mismatch; lists every tensor, one per line
-        raise DataError(f"{message}: {str(error).splitlines()[1].strip()}", hint) from error
-    if wrong := [*unexpected, *(name for name in missing if ".lora_" in name)]:
-        raise DataError(f"{message}: {wrong[0]} and {len(wrong) - 1} more differ", hint)
+    except RuntimeError as error:  # sizes differ
+        raise misfit from error
+    if unexpected or any(".lora_" in name for name in missing):
+        raise misfit
+
+
+# -- what an adapter was trained on --------------------------------------------------------------------------------
+
+
+class Origin(BaseModel, frozen=True, extra="forbid"):
+    """`weights`: fingerprint of the base, "" if unknown; `nf4`: modules that were in NF4 in training; `dtype`: theirs."""
+
+    weights: str = ""
+    nf4: tuple[str, ...] = ()
+    dtype: str = "bfloat16"
+
+
+def fingerprint(folder: Path) -> str:
+    """Digest of samples from all over each weight file, 64 kB per file; "" if the folder has no safetensors."""
+    samples = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            for place in range(PLACES):
+                file.seek(path.stat().st_size * place // PLACES)
+                samples.append(file.read(SAMPLE).hex())
+    return digest(samples) if samples else ""
+
+
+def record_origin(model: "torch.nn.Module", base: Path, adapter: Path) -> None:
+    """Write next to the adapter what `model`, loaded from the folder `base`, was trained on."""
+    causal = cast("PreTrainedModel", getattr(model, "get_base_model", lambda: model)())
+    inside = set(causal.get_decoder().modules())  # a vision tower is neither trained nor exported
+    layers = {
+        name.removeprefix("base_model.model.").removesuffix(".base_layer"): module.weight
+        for name, module in model.named_modules()
+        if type(module).__name__ == "Linear4bit" and module in inside
+    }
+    state = next((weight.quant_state for weight in layers.values()), None)
+    dtype = "bfloat16" if state is None else str(state.dtype).removeprefix("torch.")
+    origin = Origin(weights=fingerprint(base), nf4=tuple(sorted(layers)), dtype=dtype)
+    (adapter / ORIGIN_FILE).write_text(origin.model_dump_json(indent=1) + "\n", encoding="utf-8")

@@ -3,41 +3,42 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sclite.config import Config
-from sclite.errors import DataError
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
-    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 OWN_KERNELS = ("llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3")
 """Families for which Unsloth has its own decoder; it compiles the layers of others."""
 
 
 def load_plain(
-    name: str, config: Config, model_config: PretrainedConfig, lora: LoraConfig | None
+    name: str, config: Config, model_config: PretrainedConfig, lora: LoraConfig
 ) -> PreTrainedModel:
     """The model with a LoRA, from transformers and PEFT, on the GPU if there is one."""
     import torch
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    trained = lora is not None and not lora.inference_mode
+    trained = not lora.inference_mode
     arguments: dict[str, Any] = {"dtype": cpu_training_dtype(model_config) if trained else torch.float32}
     if torch.cuda.is_available():
         arguments = {"dtype": half_dtype(), "device_map": {"": 0}}
         if config.student.load_in_4bit and getattr(model_config, "quantization_config", None) is None:
-            arguments["quantization_config"] = nf4_config()
+            arguments["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=half_dtype(),
+            )
     arguments |= attention_of(model_config)
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **arguments)
-    if lora is None:
-        return model
     torch.manual_seed(config.seed)
     student = get_peft_model(model, lora)
     for module in student.modules():
@@ -53,7 +54,7 @@ def load_plain(
 
 
 def load_unsloth(
-    folder: Path, config: Config, model_config: PretrainedConfig, lora: LoraConfig | None, length: int
+    folder: Path, config: Config, model_config: PretrainedConfig, lora: LoraConfig, length: int
 ) -> PreTrainedModel:
     """The model with a LoRA, from Unsloth, which silently truncates rows of more than `length` tokens."""
     from transformers import AutoModelForCausalLM
@@ -72,14 +73,6 @@ def load_unsloth(
         trust_remote_code=False,
         **({} if has_kernels else {"auto_model": AutoModelForCausalLM}),  # else not the export's class
     )
-    if lora is None:
-        return model
-    if unsupported := [
-        x for x in ("rank_pattern", "alpha_pattern", "use_dora", "target_parameters") if getattr(lora, x)
-    ]:
-        message = f"the adapter of the run uses {unsupported[0]}, which Unsloth training does not support"
-        hint = "use a plain LoRA, or --set student.backend=plain"
-        raise DataError(message, hint)
     targets = lora.target_modules or []
     if not isinstance(targets, str):
         # from a list, Unsloth drops full paths and unknown names, except for its own decoders
@@ -134,17 +127,3 @@ def cpu_training_dtype(model_config: PretrainedConfig) -> torch.dtype:
     able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     native = able.get("avx512_bf16") or able.get("amx_bf16")
     return torch.bfloat16 if native and model_config.dtype == torch.bfloat16 else torch.float32
-
-
-def nf4_config(skipped: Sequence[str] | None = None) -> BitsAndBytesConfig:
-    """NF4 with double quantization, computing in 16 bits; `skipped` linear layers are left unquantized (default: the head)."""
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        llm_int8_skip_modules=None if skipped is None else list(skipped),
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=half_dtype() if torch.cuda.is_available() else torch.bfloat16,
-    )

@@ -61,7 +61,6 @@ class Scores:
 
     index: int
     log_odds: tuple[float, ...]
-    prompt_tokens: int
     prefill_tokens: int = field(default=0, compare=False)
 
 

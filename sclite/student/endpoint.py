@@ -10,7 +10,7 @@ from threading import Event
 from sclite.errors import BudgetError, TeacherError, UsageError
 from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
 from sclite.teacher.client import CUT_OFF, EMPTY_REPLY, REASONING_TOO_LONG, Job, Result, Teacher
-from sclite.trace import THOUGHT, without_thoughts
+from sclite.trace import TAG, without_thoughts
 
 RENAMED = (
     ("teacher.model", "attempts.student"),
@@ -20,8 +20,6 @@ RENAMED = (
     ("teacher ", "student "),
 )
 """The client's names for the endpoint's settings, and those in the configuration."""
-LONGEST_TAG = 80
-"""Maximum length of a tag that may begin thoughts."""
 
 
 class Endpoint(Student):
@@ -66,10 +64,8 @@ class Endpoint(Student):
                     return
                 received += found
                 text = without_thoughts(received).lstrip()
-                begins_tag = text.startswith(("<", "[")) and len(text) < LONGEST_TAG
-                open_tag = (begins_tag and not {">", "]"} & set(text)) or text.startswith("<|channel|>")
-                if open_tag or THOUGHT.match(text):  # thoughts, or the start of some
-                    text = ""
+                if text.startswith(("<", "[")) and not TAG.match(text):  # thoughts, or the start of a tag
+                    continue
                 text = _up_to_stop(text, ask.stop).rstrip()  # the reply is stripped, too
                 if text.startswith(shown) and text != shown:
                     yield text[len(shown) :]
@@ -106,14 +102,14 @@ class Endpoint(Student):
 def _read(request: Request, result: Result) -> Reply:
     """The reply to a request; cut after its first stop string."""
     index, entry, rejection = int(result.id), result.entry, result.rejection
-    cut_off = rejection is not None and rejection.reason in (CUT_OFF, REASONING_TOO_LONG)
-    if rejection is not None and not cut_off and rejection.reason != EMPTY_REPLY:
-        return Reply(index, "", 0, 0, "error", f"{rejection.reason}: {rejection.text}")
+    reason = rejection.reason if rejection else ""
+    if rejection and (entry is None or reason not in (CUT_OFF, REASONING_TOO_LONG, EMPTY_REPLY)):
+        return Reply(index, "", 0, 0, "error", f"{reason}: {rejection.text}")
     assert entry is not None, "only a call that failed has none"
     text, prompt_tokens = _up_to_stop(entry.text, request.stop), entry.prompt_tokens or 0
-    finish = "length" if cut_off and not text.endswith(tuple(request.stop)) else "stop"
+    cut_off = reason in (CUT_OFF, REASONING_TOO_LONG) and not text.endswith(tuple(request.stop))
     counts = entry.completion_tokens or 0, prompt_tokens
-    return Reply(index, text, *counts, finish, prefill_tokens=prompt_tokens)
+    return Reply(index, text, *counts, "length" if cut_off else "stop", prefill_tokens=prompt_tokens)
 
 
 def _up_to_stop(text: str, stops: tuple[str, ...]) -> str:

@@ -44,15 +44,10 @@ def exports_of(run: Run, name: str) -> list[dict[str, Any]]:
     return [manifest for stage in stages if (manifest := run.manifest(stage)) is not None]
 
 
-def adapters_of(run: Run, name: str) -> dict[str, str]:
-    """The exported GGUFs of base, sft or dpo, each with the digest of its adapter."""
-    exports = exports_of(run, name)
-    return {file: each["inputs"]["adapter"] for each in exports for file in each["figures"]["files"]}
-
-
 def find_ggufs(run: Run, name: str) -> list[Path]:
     """The GGUFs made from the current adapter of base, sft or dpo, else those of unknown origin. Reads no GGUF."""
-    adapter, known = run.file_digest(adapter_weights(name)), adapters_of(run, name)
+    adapter, exports = run.file_digest(adapter_weights(name)), exports_of(run, name)
+    known = {file: each["inputs"]["adapter"] for each in exports for file in each["figures"]["files"]}
     found = [path for path in run.path("export").glob(f"{name}-*.gguf") if not path.name.endswith(LORA_FILE)]
     made = [path for path in found if adapter and known.get(path.name) == adapter]
     return made or [path for path in found if not adapter or path.name not in known]

@@ -4,11 +4,9 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from sclite.errors import DataError
 from sclite.signature import digest
 from sclite.student.base import Reply, Request, Student
 from sclite.student.cuda_memory import free_memory, is_out_of_memory
-from sclite.student.loader import max_positions
 from sclite.student.log_probs import autocast
 from sclite.student.tokenization import end_id, piece_ids, prompt_ids
 
@@ -26,45 +24,33 @@ class HFModel(Student):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         # llama.cpp, in chat and evaluation, ignores the checkpoint's settings: Qwen2.5 has a repetition penalty
         model.generation_config = GenerationConfig()
-        self.positions = max_positions(model.config)
-        self.end, self.pad_id = end_id(tokenizer), tokenizer.pad_token_id
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Reply]:
         """Generate in batches with one temperature and set of stop strings, halved for good if GPU memory runs out."""
         import torch
 
-        start, tokenizer, was_training = 0, self.tokenizer, self.model.training
-        ends = list({self.end, tokenizer.eos_token_id} - {None})
+        start, tokenizer = 0, self.tokenizer
+        ends = list({end_id(tokenizer), tokenizer.eos_token_id} - {None})
         while start < len(requests):
             batch = requests[start : start + self.batch_size]
-            first, max_tokens = batch[0], max(request.max_tokens for request in batch)
-            prompts = [
-                [*prompt_ids(tokenizer, request.messages), *chain(*piece_ids(tokenizer, request.pieces))]
-                for request in batch
-            ]
-            width = max(map(len, prompts))
-            if width + max_tokens > self.positions:
-                raise DataError(
-                    f"a prompt of {width} tokens and an answer of {max_tokens} exceed the student's {self.positions} positions",
-                    "lower attempts.max_tokens",
-                )
+            first, prompts = batch[0], []
+            for request in batch:
+                pieces = piece_ids(tokenizer, request.pieces)
+                prompts.append([*prompt_ids(tokenizer, request.messages), *chain(*pieces)])
             settings: dict[str, Any] = {"do_sample": first.temperature > 0}
             if first.temperature > 0:
                 settings |= {"temperature": first.temperature, "top_p": first.top_p, "top_k": 0}
                 torch.manual_seed(int(digest([[r.seed for r in batch], prompts[0]]), 16) % 2**63)
             if first.stop:
                 settings |= {"stop_strings": list(first.stop), "tokenizer": tokenizer}
-            ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in prompts])
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
-            self.model.eval()
+            inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self.model.device)
             try:
                 with torch.inference_mode(), autocast(self.model):
                     out = self.model.generate(  # type: ignore[operator]  # torch.nn.Module hides its type
-                        input_ids=ids.to(self.model.device),
-                        attention_mask=mask.to(self.model.device),
-                        max_new_tokens=max_tokens,
+                        **inputs,
+                        max_new_tokens=max(request.max_tokens for request in batch),
                         eos_token_id=ends,
-                        pad_token_id=self.pad_id,
+                        pad_token_id=tokenizer.pad_token_id,
                         **settings,
                     )
             except RuntimeError as error:
@@ -73,9 +59,7 @@ class HFModel(Student):
                 self.batch_size = len(batch) // 2
                 free_memory()
                 continue
-            finally:
-                self.model.train(was_training)
-            new_rows = out[:, width:].tolist()
+            new_rows = out[:, inputs["input_ids"].shape[1] :].tolist()
             for index, (request, prompt, row) in enumerate(zip(batch, prompts, new_rows, strict=True), start):
                 stop_at = next((i for i, token in enumerate(row) if token in ends), None)
                 new = row[:stop_at]

@@ -14,11 +14,8 @@ from sclite.config import Config, Student, TrainingStage
 from sclite.errors import DataError, DeviceError, NetworkError, UsageError
 from sclite.student.adapters import check_adapter, load_adapter, lora_targets, meta_model
 from sclite.student.backends import OWN_KERNELS, disable_dropout, load_plain, load_unsloth
-from sclite.student.chat_template import renderer
 from sclite.student.cuda_memory import cuda_failure, has_driver, is_out_of_memory
-from sclite.student.tokenization import end_id, prompt_ids, prompt_text
-from sclite.student.tokenizer_file import is_ignored
-from sclite.trace import Step, Trace, render
+from sclite.student.tokenization import end_id, is_ignored, prompt_ids
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -61,9 +58,7 @@ def fetch_model(name: str) -> Path:
         with _model_errors(f"the student {name} cannot be downloaded", OSError):
             folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=copies))
     if not any(folder.glob("*.safetensors")):
-        hint = (
-            "load it with transformers, write it with save_pretrained(), and set student.model to that folder"
-        )
+        hint = "load it with transformers, call save_pretrained(), and set student.model to that folder"
         raise DataError(f"{name} has no weights as safetensors", hint)
     return folder
 
@@ -80,13 +75,11 @@ def _model_errors(what: str, *kinds: type[Exception]) -> Iterator[None]:
         yield
     except expected as error:
         message = f"{what}: {(str(error) or type(error).__name__).splitlines()[0]}"
-        cause: BaseException | None = error
-        while cause is not None:
+        for cause in (error, error.__cause__):  # transformers only says that it cannot load a file
             status = getattr(getattr(cause, "response", None), "status_code", 0)
             if isinstance(cause, unreachable) or status == 429 or status >= 500:
                 hint = "check the connection, or set student.model to a folder with the model"
                 raise NetworkError(message, hint) from error
-            cause = cause.__cause__ or cause.__context__
         terms = "accept its terms on the Hub, then run `hf auth login` or set HF_TOKEN"
         raise DataError(message, terms if "gated repo" in str(error) else "check student.model") from error
 
@@ -137,7 +130,6 @@ def select_backend(student: Student) -> str:
 
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a model; the pad token defaults to the end token, or else to the end of a turn."""
-    renderer.start()
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     with _model_errors(f"the student {name} cannot be loaded", OSError, ValueError, KeyError):
@@ -168,23 +160,12 @@ def check_quantization(quantized: Mapping[str, Any] | None, model: str | Path) -
 
 
 def check_tokenizer(tokenizer: Tokenizer, model_config: PretrainedConfig, name: str) -> None:
-    """Raise DataError for a tokenizer that the student cannot be trained or used with.
+    """Raise DataError for a tokenizer with ids for which the model has no embedding.
 
-    That is, if its chat template drops the question or uses unknown tokens, if it has no end of turn, or if the model has
-    no embedding for some ids. A special token that neither our prompts nor padding use may lack one: Gemma 3's 1B has
-    such a token for images.
+    A special token that neither our prompts nor padding use may lack one: Gemma 3's 1B has such a token for images.
     """
-    question, unknown = "1 + 1 = ?", tokenizer.unk_token_id
-    messages, used = prompts.solve_messages(question), {tokenizer.eos_token_id, tokenizer.pad_token_id}
-    if tokenizer.chat_template:
-        if question not in prompt_text(tokenizer, messages):
-            raise DataError("the student's chat template drops the question", "choose an instruct model")
-        ids = prompt_ids(tokenizer, messages)
-        if unknown in (*ids, end_id(tokenizer)):
-            why = "the student's chat template uses a token that is not in its vocabulary"
-            raise DataError(why, "choose an instruct model, or check its chat_template and added tokens")
-        every_tag = render(Trace((Step("1", "1", "1", "1"),), "1", "1"))
-        used.update(ids, prompt_ids(tokenizer, prompts.review_messages(question, every_tag)))
+    used = {tokenizer.eos_token_id, tokenizer.pad_token_id, end_id(tokenizer)}
+    used.update(prompt_ids(tokenizer, prompts.solve_messages("1 + 1 = ?")))
     size = model_config.get_text_config().vocab_size
     beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= size}
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -200,7 +181,7 @@ def check_tokenizer(tokenizer: Tokenizer, model_config: PretrainedConfig, name: 
 def load_student(
     config: Config, stage: str, adapter: Path | None = None, train: bool = False
 ) -> tuple[PreTrainedModel, Tokenizer]:
-    """(model, tokenizer): the base with `adapter`, or with a new LoRA if `train` is set and `adapter` is not.
+    """(model, tokenizer): the base with `adapter`, or with a new LoRA.
 
     Trainable weights are float32 whatever the type of the base, because AdamW's small steps vanish in bfloat16. The
     tokenizer is the model's own under either backend. Raises DataError or NetworkError if the model cannot be loaded or
@@ -215,11 +196,8 @@ def load_student(
     if settings.max_length > most:
         hint = f"set max_length of [sft], [warmup] and [dpo] to {most} at most"
         raise DataError(f"max_length = {settings.max_length}: the student supports {most} positions", hint)
-    check_tokenizer(tokenizer, model_config, name)
     check_quantization(getattr(model_config, "quantization_config", None), name)
     padding_free = is_padding_free(model_config, settings, backend)
-    if adapter is not None:
-        check_adapter(adapter)
     # PyTorch prefers cuDNN attention on Hopper and on data-center Blackwell GPUs. It builds a plan for every new length,
     # milliseconds of CPU time each: a third of a training step on an H200 with rows of all lengths. The flash kernel,
     # which other GPUs use anyway, needs no plan.
@@ -227,32 +205,22 @@ def load_student(
     # On a CPU oneDNN caches the kernels of 1,024 shapes, and every row length is a shape: SmolLM2-135M grew from 3.1
     # to 5.5 GB in 59 steps.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    if adapter is not None:
+        check_adapter(adapter)
+        lora = cast("LoraConfig", PeftConfig.from_pretrained(str(adapter)))
+        lora.inference_mode, lora.lora_dropout = not train, 0.0
+    else:
+        targets = lora_targets(meta_model(model_config), config.lora.target_modules)
+        lora = LoraConfig(
+            r=config.lora.r, lora_alpha=config.lora.lora_alpha, target_modules=targets, task_type="CAUSAL_LM"
+        )
     try:
         with _model_errors(f"the student {name} cannot be loaded", OSError):
-            lora = None
-            if adapter is not None:
-                lora = cast("LoraConfig", PeftConfig.from_pretrained(str(adapter)))
-                lora.inference_mode = not train
-                lora.lora_dropout = 0.0
-            elif train:
-                lora = LoraConfig(
-                    r=config.lora.r,
-                    lora_alpha=config.lora.lora_alpha,
-                    target_modules=lora_targets(meta_model(model_config), config.lora.target_modules),
-                    lora_dropout=0.0,
-                    task_type="CAUSAL_LM",
-                )
-            length = min(most, max(settings.max_length, 8192))
             if backend == "unsloth":
+                length = min(most, max(settings.max_length, 8192))
                 model = load_unsloth(fetch_model(name), config, model_config, lora, length)
-                if lora is not None:
-                    cast("PeftModel", model).peft_config["default"].base_model_name_or_path = name
             else:
                 model = load_plain(name, config, model_config, lora)
-            if adapter is not None:
-                load_adapter(cast("PeftModel", model), adapter)
-            if train:
-                disable_dropout(model)
     except (RuntimeError, ValueError) as error:
         if is_out_of_memory(error) or "dispatched on the CPU" in str(error):
             raise DeviceError(
@@ -261,6 +229,12 @@ def load_student(
                 "smaller student",
             ) from error
         raise
+    student = cast("PeftModel", model)
+    student.peft_config["default"].base_model_name_or_path = name
+    if adapter is not None:
+        load_adapter(student, adapter)
+    if train:
+        disable_dropout(model)
     if backend == "unsloth":
         from unsloth import FastLanguageModel
 
@@ -275,16 +249,18 @@ def load_student(
 def is_padding_free(model_config: PretrainedConfig, settings: TrainingStage, backend: str) -> bool:
     """Whether the rows of a batch are concatenated instead of padded.
 
-    Not for layers that carry a state along the row, such as linear attention: it would leak into the next row.
+    Not for layers that carry a state along the row, such as linear attention: it would leak into the next row. Nor for
+    Unsloth's Gemma 2, whose rows attend to each other without flash attention.
     """
     text_config = model_config.get_text_config()
     stateful = any(kind not in ATTENTION for kind in getattr(text_config, "layer_types", None) or ())
-    if stateful and settings.padding_free:
+    mixes = stateful or (backend == "unsloth" and text_config.model_type == "gemma2")
+    if mixes and settings.padding_free:
         hint = "unset padding_free"
         raise DataError(f"padding_free = true: layers of {text_config.model_type} would mix the rows", hint)
     # without Unsloth's own decoder, concatenated rows need a full attention mask
     default = backend == "unsloth" and text_config.model_type in OWN_KERNELS
-    return not stateful and (default if settings.padding_free is None else settings.padding_free)
+    return not mixes and (default if settings.padding_free is None else settings.padding_free)
 
 
 def max_positions(model_config: PretrainedConfig) -> int:

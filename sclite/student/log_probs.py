@@ -1,6 +1,5 @@
 """Log-probabilities at chosen positions: one pass through the decoder, and logits only where they are needed."""
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from sclite.student.tokenization import TrainingSequence
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 LOGITS = 1 << 26
 """Maximum size of a table of logits: positions times vocabulary."""
@@ -114,54 +113,39 @@ def _head(model: "torch.nn.Module") -> "tuple[PreTrainedModel, torch.nn.Linear]"
     return causal, cast("torch.nn.Linear", causal.get_output_embeddings())
 
 
-def _logit_scale(config: "PretrainedConfig") -> float:
-    """The factor on the output of a family's head: Cohere, Falcon-H1 and Muse multiply; Granite and MiniCPM3 divide."""
-    factors = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-    scaling = getattr(config, "logits_scaling", None) or 1.0
-    scale = math.prod(getattr(config, name, None) or 1.0 for name in factors)
-    return scale * scaling if config.model_type == "hyperclovax" else scale / scaling
-
-
 def vocabulary_log_probs(model: "torch.nn.Module", hidden: "Tensor") -> "Tensor":
     """Float32 log-probabilities over the vocabulary for hidden states [positions, width]."""
     causal, head = _head(model)
     config = causal.config.get_text_config()
     logits = head(hidden.to(head.weight.dtype)).float()
-    if (scale := _logit_scale(config)) != 1:
+    # Cohere and Falcon-H1 multiply the logits, Granite divides them
+    scale = (getattr(config, "logit_scale", None) or 1) * (getattr(config, "lm_head_multiplier", None) or 1)
+    scale /= getattr(config, "logits_scaling", None) or 1
+    if scale != 1:
         logits *= scale  # in place: a second table of logits takes gigabytes
     cap = getattr(config, "final_logit_softcapping", None)
     return ((logits / cap).tanh() * cap if cap else logits).log_softmax(-1)
 
 
-def check_log_probs(model: "torch.nn.Module", ids: list[int]) -> None:
+def check_log_probs(model: "torch.nn.Module", ids: list[int], padding_free: bool | None = None) -> None:
     """Raise DataError if the model's log-probabilities differ from those of `vocabulary_log_probs`, which are trained.
 
-    That happens if transformers treats a family's hidden states or logits in a way that is unknown here.
+    That happens if transformers treats a family's hidden states or logits in a way that is unknown here. If the rows of a
+    model would see those before them, as in Unsloth's Gemma 2 without flash attention, they are padded from now on; DataError
+    if `padding_free` rows were asked for explicitly.
     """
     import torch
 
-    causal, was_training = _head(model)[0], model.training
-    if not type(causal).forward.__module__.startswith("transformers."):
-        return  # Unsloth's need not return logits
-    batch = pad([TrainingSequence(ids, [0.0] * len(ids))], 0)
-    model.eval()
-    with torch.no_grad(), autocast(model):
-        ours = vocabulary_log_probs(model, hidden_states(model, batch).flat)
-        logits = causal(input_ids=batch.ids.to(ours.device), use_cache=False).logits[0].float()
-    model.train(was_training)
-    spread = (logits - logits.mean(-1, keepdim=True)).norm()
-    if (ours - logits.log_softmax(-1)).norm() > 0.05 * spread:  # in 16 bits less than 0.01 of it
-        message = f"{causal.config.model_type} models compute their logits in a way that sclite cannot train"
-        raise DataError(message, "choose another student")
-
-
-def check_padding_free(model: "torch.nn.Module", ids: list[int], asked: bool) -> None:
-    """Pad the rows of a model whose rows would see those before them: Unsloth's Gemma 2, without flash attention.
-
-    Raises DataError if padding-free rows were `asked` for explicitly.
-    """
-    import torch
-
+    causal = _head(model)[0]
+    if type(causal).forward.__module__.startswith("transformers."):  # Unsloth's need not return logits
+        batch = pad([TrainingSequence(ids, [0.0] * len(ids))], 0)
+        with torch.no_grad(), autocast(model):
+            ours = vocabulary_log_probs(model, hidden_states(model, batch).flat)
+            logits = causal(input_ids=batch.ids.to(ours.device), use_cache=False).logits[0].float()
+        spread = (logits - logits.mean(-1, keepdim=True)).norm()
+        if (ours - logits.log_softmax(-1)).norm() > 0.05 * spread:  # in 16 bits less than 0.01 of it
+            why = "compute their logits in a way that sclite cannot train"
+            raise DataError(f"{causal.config.model_type} models {why}", "choose another student")
     if not getattr(model, "padding_free", False):
         return
     rows = [TrainingSequence(row, [0.0] * len(row)) for row in (ids, ids[: len(ids) // 2])]
@@ -176,8 +160,8 @@ def check_padding_free(model: "torch.nn.Module", ids: list[int], asked: bool) ->
     spread = (first - first.mean(-1, keepdim=True)).norm()
     if (second - first).norm() <= 0.1 * spread:
         return
-    if asked:
-        family = _head(model)[0].config.model_type
+    if padding_free:
+        family = causal.config.model_type
         raise DataError(f"padding_free = true: {family} models would mix the rows", "unset padding_free")
     model.padding_free = False  # type: ignore[assignment]
 
@@ -204,14 +188,10 @@ def token_log_probs(
     def chosen(states: "Tensor", tokens: "Tensor") -> "Tensor":
         return vocabulary_log_probs(model, states).gather(1, tokens.unsqueeze(1)).squeeze(1)
 
-    head = _head(model)[1].weight
-    size = head_chunk_size(len(head))
-    if len(tokens) <= size:
-        return chosen(states, tokens), rows
-    chunks = [slice(start, start + size) for start in range(0, len(tokens), size)]
-    if not torch.is_grad_enabled() or not states.requires_grad:
+    size = head_chunk_size(len(_head(model)[1].weight))
+    chunks = [slice(start, start + size) for start in range(0, max(1, len(tokens)), size)]
+    if len(chunks) == 1 or not torch.is_grad_enabled() or not states.requires_grad:
         return torch.cat([chosen(states[chunk], tokens[chunk]) for chunk in chunks]), rows
-    assert not head.requires_grad, "the student's head is frozen"
 
     class Chunked(torch.autograd.Function):
         # Each result depends only on its own state, so the gradient has the size of the states: it is computed along

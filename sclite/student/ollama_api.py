@@ -13,18 +13,16 @@ PREFIX = "ollama/"
 
 
 def ollama_url() -> str:
-    """Ollama's address, http://127.0.0.1:11434 or that in OLLAMA_HOST, parsed as Ollama does."""
-    address = os.environ.get("OLLAMA_HOST", "").strip().strip("\"'").strip()
+    """Ollama's address: http://127.0.0.1:11434, or that in OLLAMA_HOST (HOST, HOST:PORT or a URL)."""
+    address = os.environ.get("OLLAMA_HOST", "").strip()
     scheme, _, rest = address.rpartition("://")
-    bare = rest.count(":") > 1 and "[" not in rest  # ::1, without a port
     try:
-        parts = urlsplit(f"//[{rest}]" if bare else f"//{rest}")
+        parts = urlsplit(f"//{rest}")
         port = parts.port or {"http": 80, "https": 443}.get(scheme, 11434)
     except ValueError:
         raise UsageError(f"OLLAMA_HOST={address} is not an address", "write OLLAMA_HOST=HOST:PORT") from None
-    host = parts.hostname or "127.0.0.1"
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # addresses to listen on
-    return f"{scheme or 'http'}://{f'[{host}]' if ':' in host else host}:{port}{parts.path.rstrip('/')}"
+    host = (parts.hostname or "127.0.0.1").replace("0.0.0.0", "127.0.0.1")  # an address to listen on
+    return f"{scheme or 'http'}://{host}:{port}{parts.path.rstrip('/')}"
 
 
 def call_ollama(
@@ -33,17 +31,18 @@ def call_ollama(
     """The reply to a GET, or to a POST of `body`. Raises TeacherError if Ollama is not running or refuses."""
     import httpx
 
+    method = "GET" if body is None else "POST"
+    proxied = not is_loopback(url)  # `ollama` uses no proxy to this machine either
     try:
-        method = "GET" if body is None else "POST"
-        proxied = not is_loopback(url)  # `ollama` uses no proxy to this machine either
         response = httpx.request(method, f"{url}{path}", json=body, timeout=seconds, trust_env=proxied)
-        found = response.json()
+        found: dict[str, Any] = response.json()
     except (httpx.HTTPError, ValueError) as error:
         hint = "start it: ollama serve (OLLAMA_HOST is its address)"
         raise TeacherError(f"Ollama does not answer at {url}: {error}", hint) from None
-    if response.is_error or not isinstance(found, dict):
-        reason = found.get("error") if isinstance(found, dict) else found
-        raise TeacherError(f"Ollama at {url} refuses {path}: {reason}", "update Ollama, and see its log")
+    if response.is_error:
+        raise TeacherError(
+            f"Ollama at {url} refuses {path}: {found.get('error')}", "update Ollama, and see its log"
+        )
     return found
 
 

@@ -1,7 +1,7 @@
-"""A student whose replies are kept in a file until the work is done, so that an interrupted command resumes."""
+"""Students around another: one keeps its replies until the work is done, so that it resumes; one counts its work."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from sclite.signature import digest
 from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
 
+Asked = TypeVar("Asked", Request, ScoreRequest)
 Result = TypeVar("Result", Reply, Scores)
 
 
@@ -34,30 +35,63 @@ class Recorder(Student):
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Reply]:
-        keys, pending = self._keys(requests)
-        yield from (
-            Reply(**self.known[key] | {"index": i}) for i, key in enumerate(keys) if key in self.known
-        )
-        replies = self.student.generate([requests[i] for i in pending])
-        yield from self._keep(replies, keys, pending)
+        yield from self._ask(self.student.generate, requests, Reply)
 
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[Scores]:
-        keys, pending = self._keys(requests)
-        for i, key in enumerate(keys):
-            if key in self.known:
-                kept = self.known[key]
-                yield Scores(**kept | {"index": i, "log_odds": tuple(kept["log_odds"])})
-        yield from self._keep(self.student.score([requests[i] for i in pending]), keys, pending)
+        yield from self._ask(self.student.score, requests, Scores)
 
-    def _keys(self, requests: Sequence[Request] | Sequence[ScoreRequest]) -> tuple[list[str], list[int]]:
-        """The key of each request, and the numbers of those without a reply."""
+    def _ask(
+        self,
+        ask: Callable[[Sequence[Asked]], Iterator[Result]],
+        requests: Sequence[Asked],
+        kind: Callable[..., Result],
+    ) -> Iterator[Result]:
+        """The results that the file has, then those of `ask`, which are appended to it."""
         keys = [digest([self.identity, asdict(request)]) for request in requests]
-        return keys, [i for i, key in enumerate(keys) if key not in self.known]
-
-    def _keep(self, results: Iterator[Result], keys: list[str], pending: list[int]) -> Iterator[Result]:
+        pending = [number for number, key in enumerate(keys) if key not in self.known]
+        for number, key in enumerate(keys):
+            if kept := self.known.get(key):
+                lists = {name: tuple(value) for name, value in kept.items() if isinstance(value, list)}
+                yield kind(**kept | lists | {"index": number})
         with open(self.path, "a", encoding="utf-8") as file:
-            for result in results:
+            for result in ask([requests[number] for number in pending]):
                 number = pending[result.index]
                 file.write(json.dumps({keys[number]: asdict(result)}) + "\n")
                 file.flush()
                 yield replace(result, index=number)
+
+
+class WorkCounter(Student):
+    """Passes everything on to `student`, which will write `texts` (without corrections) and compute `scores`.
+
+    After each reply or score, `report` gets the number of texts, at most `texts`, the share of the work done (a score
+    weighs as much as a text), and a note such as "40 texts written, 12 reviewed".
+    """
+
+    def __init__(self, student: Student, texts: int, scores: int, report: Callable[[int, float, str], None]):
+        self.student, self.texts, self.scores, self.report = student, texts, scores, report
+        self.written = self.corrections = 0
+        self.scored = {True: 0, False: 0}  # by review, by confidence
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Reply]:
+        for reply in self.student.generate(requests):
+            if requests[reply.index].pieces:  # it continues an attempt
+                self.corrections += 1
+            else:
+                self.written += 1
+            self._count()
+            yield reply
+
+    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[Scores]:
+        for scores in self.student.score(requests):
+            self.scored[requests[scores.index].options[0][1] is not None] += 1
+            self._count()
+            yield scores
+
+    def _count(self) -> None:
+        scored = max(self.scored.values())
+        texts, scores = min(self.texts, self.written), min(self.scores, scored)
+        # assume as many corrections as scores, rather too many, so that the time left does not reach 0 early
+        done = texts + scores + min(self.scores, self.corrections)
+        note = f"{self.written + self.corrections} texts written" + (f", {scored} reviewed" if scored else "")
+        self.report(texts, done / (self.texts + 2 * self.scores), note)

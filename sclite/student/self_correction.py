@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from threading import Event as Flag
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sclite import prompts
 from sclite.progress import Progress, no_progress
@@ -107,8 +108,8 @@ class Corrected:
 Ask = Request | ScoreRequest
 Event = Writing | StepsScored | Corrected
 T = TypeVar("T")
-Script = Generator[Ask | Event, Reply | Scores | None, T]
-"""Asks the student and yields events; is sent the reply (None after an event, or if there is no reply)."""
+Script = Generator[Ask | Event, Any, T]
+"""Asks the student and yields events; is sent the Reply or the Scores, and None after an event."""
 
 
 def run_together(student: Student, scripts: Sequence[Script[T]], progress: Progress = no_progress) -> list[T]:
@@ -147,7 +148,7 @@ def stream(
     Without `pieces` each text is yielded once it is complete, which costs less. Setting `cancel` from another thread ends it
     early, without a result.
     """
-    answer: Reply | Scores | None = None
+    answer = None
     while True:
         try:
             ask = script.send(answer)
@@ -177,7 +178,7 @@ def review(question: str, attempt: Trace, settings: ReviewSettings, mode: str) -
         except StopIteration as end:
             return replace(end.value, prefill=prefill)
         answer = yield ask
-        prefill += answer.prefill_tokens if answer is not None else 0
+        prefill += answer.prefill_tokens if answer else 0
 
 
 # -- guided ------------------------------------------------------------------------------------------------------------
@@ -185,13 +186,14 @@ def review(question: str, attempt: Trace, settings: ReviewSettings, mode: str) -
 
 def guided(question: str, attempt: Trace, settings: ReviewSettings) -> Script[Reviewed]:
     """Guided review of an attempt, in at most `settings.rounds` rounds."""
-    weight, result = settings.confidence_weight, Reviewed(note="" if attempt.steps else NO_STEPS)
-    rewritten = corrected_steps(attempt)
-    for round_number in range(settings.rounds if attempt.steps else 0):
+    if not attempt.steps:
+        return Reviewed(note=NO_STEPS)
+    weight, result, rewritten = settings.confidence_weight, Reviewed(), corrected_steps(attempt)
+    for round_number in range(settings.rounds):
         both = yield from read_odds(question, attempt, settings.prompt_folder, (weight,), rewritten)
         odds = pool(*both, weight)
         if round_number == 0:
-            result = replace(result, scores=odds, note="" if odds else "too long to review")
+            result = Reviewed(scores=odds, note="" if odds else "too long to review")
         step = next((n for n, value in enumerate(odds, 1) if value > settings.threshold), None)
         yield StepsScored(odds, step)
         if step is None:
@@ -208,9 +210,7 @@ def guided(question: str, attempt: Trace, settings: ReviewSettings) -> Script[Re
     return result
 
 
-def correct_step(
-    question: str, work: Trace, step: int, settings: ReviewSettings, sample: int = 0
-) -> Script[Reviewed]:
+def correct_step(question: str, work: Trace, step: int, settings: ReviewSettings) -> Script[Reviewed]:
     """Correct a step in the review context, starting at `<Cause>`, and solve on from there in the solve context.
 
     The work is kept without a cause, a complete correction and an answer, and if the correction comes to the same result
@@ -224,14 +224,12 @@ def correct_step(
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
         top_p=TOP_P,
-        seed=settings.seed + sample,
+        seed=settings.seed,
         stop=("</Correction>",),
     )
-    text, tokens = _text_and_tokens(reply)
-    written = parse(f"<Step1>x\n{CAUSE}{text or ''}").trace.steps[0]
+    tokens, written = reply.tokens, parse(f"<Step1>x\n{CAUSE}{reply.text}").trace.steps[0]
     cause, correction = written.cause, written.correction
-    cut = not isinstance(reply, Reply) or reply.finish == "length"
-    if cut or cause is None or correction is None:
+    if reply.finish != "stop" or cause is None or correction is None:
         return Reviewed(accused=step, tokens=tokens, note=UNREADABLE)
     yield Corrected(step, cause, correction)
     if (result := _result(wrong.text)) is not None and result == _result(correction):
@@ -240,20 +238,18 @@ def correct_step(
     pieces = tuple(step_pieces((*before, Step(correction))))
     messages = prompts.solve_messages(question, settings.prompt_folder)
     reply = yield Request(messages, pieces, max_tokens=settings.max_tokens)
-    text, more = _text_and_tokens(reply)
-    if text is None:
-        return Reviewed(accused=step, tokens=tokens, note=UNREADABLE)
-    solved = parse("".join(pieces) + text).trace
-    if solved.answer is None or (isinstance(reply, Reply) and reply.finish == "length"):
-        return Reviewed(accused=step, tokens=tokens + more, note="no answer after the correction")
-    return Reviewed(solved, (), step, cause, correction, tokens + more)
+    tokens, solved = tokens + reply.tokens, parse("".join(pieces) + reply.text).trace
+    if solved.answer is None or reply.finish != "stop":
+        return Reviewed(accused=step, tokens=tokens, note="no answer after the correction")
+    return Reviewed(solved, (), step, cause, correction, tokens)
 
 
 def correct_steps(
     student: Student, cases: Iterable[tuple[str, Trace, int]], settings: ReviewSettings
 ) -> list[Reviewed]:
     """Correct the given step of each (question, work, step); each case has its own seed."""
-    return run_together(student, [correct_step(*case, settings, n) for n, case in enumerate(cases)])
+    seeds = (replace(settings, seed=settings.seed + number) for number in count())
+    return run_together(student, [correct_step(*case, next(seeds)) for case in cases])
 
 
 def _result(text: str) -> str | None:
@@ -266,13 +262,6 @@ def _result(text: str) -> str | None:
     numbers = found[0].lstrip(" ,.:$") if found else ""
     right = right.strip().rstrip(".").rstrip()
     return right if equals and _BEGINS.match(numbers) and _BEGINS.match(right) else None
-
-
-def _text_and_tokens(reply: Reply | Scores | None) -> tuple[str | None, int]:
-    """The text of a reply, None if it failed or is missing, and how many tokens were generated."""
-    if not isinstance(reply, Reply):
-        return None, 0
-    return None if reply.finish == "error" else reply.text, reply.tokens
 
 
 # -- free --------------------------------------------------------------------------------------------------------------
@@ -291,15 +280,14 @@ def free(question: str, attempt: Trace, settings: ReviewSettings) -> Script[Revi
         top_p=TOP_P if settings.temperature > 0 else 1.0,
         seed=settings.seed,
     )
-    text, tokens = _text_and_tokens(reply)
-    if text is None:
+    if reply.finish == "error":
         return Reviewed(note=NO_REPLY)
-    review = parse(text).trace
+    review = parse(reply.text).trace
     if not review.steps or review.answer is None:
-        return Reviewed(tokens=tokens, note=UNREADABLE)
+        return Reviewed(tokens=reply.tokens, note=UNREADABLE)
     step = first_corrected(review)
     if step is None:
-        return Reviewed(tokens=tokens)
+        return Reviewed(tokens=reply.tokens)
     wrong = review.steps[step - 1]
     yield Corrected(step, wrong.cause or "", wrong.correction or "")
-    return Reviewed(corrected(review), (), step, wrong.cause, wrong.correction, tokens)
+    return Reviewed(corrected(review), (), step, wrong.cause, wrong.correction, reply.tokens)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from sclite import prompts
-from sclite.student.base import ScoreRequest, Scores
+from sclite.student.base import ScoreRequest
 from sclite.trace import CAUSE, OTHER_TAGS, Trace, corrected, corrected_steps, render, step_pieces
 
 if TYPE_CHECKING:
@@ -36,23 +36,19 @@ def read_odds(
     pieces = tuple(step_pieces(work.steps))
     review = confidence = (0.0,) * len(work.steps)
     rewritten = corrected_steps(attempt) if rewritten is None else rewritten
-    if min(weights) < 1 or rewritten:
+    if pieces and (min(weights) < 1 or rewritten):
         messages = prompts.review_messages(question, render(work), folder)
         marks, decisions = tuple(range(0, len(pieces), 2)), tuple((CAUSE, closer) for closer in pieces[1::2])
-        review = yield from _odds(ScoreRequest(messages, pieces, marks, decisions, OTHER_TAGS))
-    if any(weights):
+        review = (yield ScoreRequest(messages, pieces, marks, decisions, OTHER_TAGS)).log_odds
+    if pieces and any(weights):
         messages = prompts.solve_messages(question, folder)
         marks, written = tuple(range(-1, len(pieces) - 1, 2)), tuple((text, None) for text in pieces[::2])
-        confidence = yield from _odds(ScoreRequest(messages, pieces, marks, written))
-        confidence = tuple(-value for value in confidence)
+        found = yield ScoreRequest(messages, pieces, marks, written)
+        confidence = tuple(-value for value in found.log_odds)
+    # NaN: too long to score
+    review, confidence = (() if any(map(math.isnan, odds)) else odds for odds in (review, confidence))
     pairs = enumerate(zip(review, confidence, strict=False), 1)
     return review, tuple(r if n in rewritten else c for n, (r, c) in pairs)
-
-
-def _odds(request: ScoreRequest) -> Script[Odds]:
-    scores = (yield request) if request.marks else None
-    odds = scores.log_odds if isinstance(scores, Scores) else ()
-    return () if any(map(math.isnan, odds)) else odds
 
 
 def pool(review: Odds, confidence: Odds, weight: float) -> Odds:

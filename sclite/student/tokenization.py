@@ -5,6 +5,7 @@ The ids of a sequence are those of the generation prompt, then of each piece on 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sclite.errors import DataError
@@ -14,6 +15,15 @@ from sclite.trace import CAUSE, Trace, all_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
+
+TOKENIZER_FILE = "tokenizer.json"
+TRICKY = (
+    "\n", "\n\n", "\n \n", "  ", " 7", "  42", " 1234567890", "3.14159", "1,234.5", "x1y2", "a\tb", "- one\n- two",
+    "1. First\n2. Second\n\n   a) third", "if x:\n    return y\n", "don't we'll I'm", "…–—“”‘’", "naïve café Größe",
+    "数学的问题", "привет мир", "🙂👩‍👩‍👧", "∑ᵢ xᵢ² ≤ ∞", r"\frac{1}{2} \times \sqrt{x}", "$x^2$ and \\(y\\)",
+    "A" * 50, "0" * 30, "!?!?...", "<Step1>", "</Step12>\n", "<Answer>-0.5</Answer>\n",
+)  # fmt: skip
+"""Texts on which tokenizers differ: line ends, runs of spaces, digits after spaces, scripts, markup."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,24 @@ class TrainingSequence:
     weights: list[float]
     marks: tuple[int, ...] = ()
     accused: tuple[bool, ...] = ()
+
+
+def is_ignored(tokenizer: "Tokenizer", name: str) -> bool:
+    """Whether a tokenizer loaded from a folder or Hub ID produces other tokens than its tokenizer.json.
+
+    Transformers' classes for DeepSeek and for SmolLM2 from the Hub read that file only in part. False without one, and for
+    SentencePiece, where tokenizer.model counts.
+    """
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import cached_file
+
+    silent = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    path = cached_file(name, TOKENIZER_FILE, **silent)
+    if path is None or b'"ByteLevel"' not in Path(path).read_bytes():
+        return False
+    whole = PreTrainedTokenizerFast(tokenizer_file=path)
+    ids, other = (each(list(TRICKY), add_special_tokens=False)["input_ids"] for each in (whole, tokenizer))
+    return bool(ids != other)
 
 
 def prompt_text(tokenizer: "Tokenizer", messages: Messages, generation_prompt: bool = True) -> str:
@@ -71,10 +99,8 @@ def decision_ids(tokenizer: "Tokenizer") -> tuple[int, int]:
     """
     cause, close = (ids[0] for ids in piece_ids(tokenizer, [CAUSE, "</Step1>\n"]))
     if cause == close:
-        raise DataError(
-            "the student's vocabulary writes <Cause> and </Step with the same first token",
-            "choose another student",
-        )
+        message = "the student's vocabulary writes <Cause> and </Step with the same first token"
+        raise DataError(message, "choose another student")
     return cause, close
 
 

@@ -14,15 +14,8 @@ from sclite.errors import BudgetError, DeclinedError, TeacherError, UsageError
 from sclite.signature import differences
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.teacher.limits import Budget, Price
-from sclite.teacher.reply import CUT_IN_REASONING, EMPTY, ONLY_REASONING, REFUSAL
-from sclite.teacher.sender import (
-    REFUSED_BY_TEACHER,
-    SENT,
-    Messages,
-    NoReplyError,
-    Sender,
-    parameters_of,
-)
+from sclite.teacher.reply import CUT_IN_REASONING, EMPTY
+from sclite.teacher.sender import REFUSED_BY_TEACHER, Messages, NoReplyError, Sender, parameters_of
 
 T = TypeVar("T")  # what a check reads from a reply
 EMPTY_REPLY, CUT_OFF, REASONING_TOO_LONG = "empty_reply", "cut_off", "reasoning_too_long"
@@ -31,12 +24,7 @@ CHARACTERS_PER_TOKEN = 4.0  # of English text and formulas, roughly
 PILOT = 8  # rows
 CUT_OFF_ERROR = "it was cut off before its end, so write it shorter"
 INSPECTION_TOKENS = 60  # a verdict and a sentence
-_LESS_REASONING = {
-    **dict.fromkeys(("ollama", "ollama_chat"), "think=false"),
-    "deepseek": "reasoning_effort=none",
-    "hosted_vllm": "extra_body.chat_template_kwargs.enable_thinking=false",
-}
-"""The parameter that shortens the reasoning, by provider, where it is not `reasoning_effort=low`."""
+LESS_REASONING = "teacher.extra.reasoning_effort=low (or what your provider calls it, see docs/teachers.md)"
 _CLOSING_SECONDS = 2.0
 _VERDICT = re.compile(r"<\s*verdict\s*>\s*(accept|reject)\w*\b", re.I)
 _REASON = re.compile(r"<\s*reason\s*>(.*?)(?:</\s*reason\s*>|\Z)", re.I | re.S)
@@ -74,17 +62,6 @@ class Result(Generic[T]):
     raw: str  # the last reply in any case
     requests: int  # the number of replies
     entry: Entry | None = None  # the last reply in the ledger
-    sent: bool = field(default=False, compare=False)  # False if the ledger had all replies
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What a pilot of `rows` cost, and the estimate for `rows_left`, all of them unpaid; None if prices are unknown."""
-
-    rows: int
-    spent_usd: float | None
-    rows_left: int
-    cost_usd: float | None
 
 
 def identity(settings: config.Teacher) -> dict[str, Any]:
@@ -111,14 +88,15 @@ def refuse_other_basis(
 
 def count_unanswered(dropped: Mapping[str, int]) -> int:
     """The number of drops due to missing replies, which re-running the command requests again."""
-    return sum(dropped.get(reason, 0) for reason in ("no_reply", "unreadable_reply", EMPTY_REPLY))
+    return sum(dropped.get(reason, 0) for reason in ("no_reply", EMPTY_REPLY))
 
 
 class Teacher(AbstractContextManager["Teacher"]):
     """A LiteLLM model with the run's ledger, and an inspector if one is configured. Use as a context manager.
 
-    `prepare` is called after LiteLLM is imported, to register a custom provider; `confirm` before the rest of a stage is
-    paid for (default: no question). The event loop runs in the caller's thread, while `ask_all` waits for a result.
+    `prepare` is called after LiteLLM is imported, to register a custom provider. `confirm` (default: no question) is called
+    before the rest of a stage is paid for, with the rows done, their cost, the rows left and an estimate of theirs, in US
+    dollars, None if unknown. The event loop runs in the caller's thread, while `ask_all` waits for a result.
     """
 
     def __init__(
@@ -126,7 +104,7 @@ class Teacher(AbstractContextManager["Teacher"]):
         settings: config.Teacher,
         ledger: Ledger,
         prepare: Callable[[], None] | None = None,
-        confirm: Callable[[Forecast], bool] | None = None,
+        confirm: Callable[[int, float | None, int, float | None], bool] | None = None,
     ):
         self.settings, self.ledger, self.confirm = settings, ledger, confirm
         budget = Budget(ledger, settings.max_cost)
@@ -140,8 +118,6 @@ class Teacher(AbstractContextManager["Teacher"]):
         # not the loop's default executor, in which LiteLLM needs a thread for each call
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="check")
         self._has_warned = False
-        setting = _LESS_REASONING.get(settings.model.partition("/")[0], "reasoning_effort=low")
-        self._less_reasoning = f"teacher.extra.{setting}"
 
     def __exit__(self, *_: object) -> None:
         """Cancel calls in flight and close connections. The ledger stays open."""
@@ -204,7 +180,6 @@ class Teacher(AbstractContextManager["Teacher"]):
                 task.cancel()
         if limit_error is not None:
             raise limit_error
-        self._sender.raise_if_all_refused()
 
     def stream(self, job: Job[T], stage: str = "") -> Generator[str | Result[T], None, None]:
         """Yield the text of one reply as it arrives, then the result (alone if it is in the ledger); otherwise like `ask_all`."""
@@ -215,73 +190,66 @@ class Teacher(AbstractContextManager["Teacher"]):
             while (text := self._runner.run(texts.get())) is not None:
                 yield text
             yield task.result()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt from None  # without the CancelledError by which asyncio stops
         finally:
             task.cancel()
             self._runner.run(asyncio.wait([task], timeout=_CLOSING_SECONDS))
 
     async def _work(self, job: Job[T], stage: str, on_text: Callable[[str], None] | None = None) -> Result[T]:
         rejection: Rejection | None = None
-        entry, error, raw = None, "", ""
-        parameters, requests, enlarged, sent = dict(job.parameters), 0, False, set[str]()
-        SENT.set(sent)
+        entry: Entry | None = None
+        error, requests, parameters = "", 0, dict(job.parameters)
+        budget = own_budget = parameters.get("max_tokens", self.settings.max_tokens)
         while requests <= self.settings.repairs:
-            budget = parameters.get("max_tokens", self.settings.max_tokens)
             try:
-                asked = job.messages(error)
-                later = self._repairs(job, requests, parameters, error)
-                entry = await self._sender.reply(
-                    asked, job.sample, requests, stage, parameters, on_text, later
-                )
-                raw = entry.text
+                # the requests that may have followed a reply that was cut off, in its reasoning or after it
+                repaired = (job.messages(each) for each in (error, CUT_OFF_ERROR))
+                later = (self._sender.key(chat, job.sample, requests + 1, parameters) for chat in repaired)
+                asked = job.messages(error), job.sample, requests, stage, parameters, on_text, later
+                entry = await self._sender.reply(*asked)
                 found = await self._check(job, entry, budget, stage)
             except NoReplyError as failure:
                 # a model without a larger budget refuses it: the reasoning is to blame
-                thought = rejection is not None and rejection.reason == REASONING_TOO_LONG
-                if not thought or failure.reason != REFUSED_BY_TEACHER:
+                if budget == own_budget or failure.reason != REFUSED_BY_TEACHER:
                     rejection = Rejection(failure.reason, str(failure))
                 break
             requests += 1
             if not isinstance(found, Rejection):
-                return Result(job.id, job.sample, raw, found, None, raw, requests, entry, bool(sent))
-            rejection = found
-            if rejection.reason == REASONING_TOO_LONG:
+                return Result(job.id, job.sample, entry.text, found, None, entry.text, requests, entry)
+            if found.reason == REASONING_TOO_LONG:
+                rejection = found
                 larger = min(2 * budget, LARGEST_BUDGET, self._sender.connect().max_output_tokens)
-                if enlarged or larger <= budget:
+                if budget > own_budget or larger <= budget:
                     break
-                parameters["max_tokens"], enlarged = larger, True
                 if not self._has_warned and requests <= self.settings.repairs:
                     self._has_warned = True
                     console.note(
                         f"[yellow]warning:[/] reasoning used up a reply's whole budget of {budget} tokens; such requests are "
-                        f"sent once more with {larger}. To pay once, raise teacher.max_tokens or set {self._less_reasoning}"
+                        f"sent once more with {larger}. To pay once, raise teacher.max_tokens or set {LESS_REASONING}"
                     )
+                parameters["max_tokens"] = budget = larger
                 continue
-            repeated = error.startswith(rejection.text)  # the same messages would get the same reply
-            error = f"{rejection.text} (still so in reply {requests})" if repeated else rejection.text
-        return Result(job.id, job.sample, None, None, rejection, raw, requests, entry, bool(sent))
+            repeated = rejection == found  # the same messages would get the same reply
+            error = f"{found.text} (still so in reply {requests})" if repeated else found.text
+            rejection = found
+        raw = entry.text if entry else ""
+        return Result(job.id, job.sample, None, None, rejection, raw, requests, entry)
 
     async def _check(self, job: Job[T], entry: Entry, budget: int, stage: str) -> T | Rejection:
         """What the check read, or a rejection: by the finish reason, the check or the inspector, in this order."""
-        finish = entry.finish_reason
-        if finish != "stop":
+        if entry.finish_reason != "stop":
+            thought = (
+                f"its reasoning used up the budget of {budget} tokens: raise teacher.max_tokens, or shorten the reasoning, for "
+                f"example with --set {LESS_REASONING}"
+            )
             rejections = {
-                "length": (CUT_OFF, CUT_OFF_ERROR),
-                "content_filter": ("filtered", "a content filter stopped it"),
-                CUT_IN_REASONING: (
-                    REASONING_TOO_LONG,
-                    f"its reasoning used up the budget of {budget} tokens: raise teacher.max_tokens, or shorten the reasoning, "
-                    f"for example with --set {self._less_reasoning}",
-                ),
-                REFUSAL: (REFUSED_BY_TEACHER, f"it declines: {' '.join(entry.text.split())[:200]}"),
-                ONLY_REASONING: ("only_reasoning", "there is reasoning but no reply after it"),
-                EMPTY: (EMPTY_REPLY, "the reply is empty"),
+                "length": Rejection(CUT_OFF, CUT_OFF_ERROR),
+                "content_filter": Rejection("filtered", "a content filter stopped it"),
+                CUT_IN_REASONING: Rejection(REASONING_TOO_LONG, thought),
+                EMPTY: Rejection(EMPTY_REPLY, "the reply is empty, or there is only reasoning"),
             }
-            other = (f"finish_{finish}", f"it ended with finish reason {finish}")
-            return Rejection(*rejections.get(finish, other))
-        loop = asyncio.get_running_loop()
-        made = await loop.run_in_executor(self._threads, job.check, entry.text)
+            other = Rejection("not_finished", f"it ended with finish reason {entry.finish_reason}")
+            return rejections.get(entry.finish_reason, other)
+        made = await self._runner.get_loop().run_in_executor(self._threads, job.check, entry.text)
         if isinstance(made, Rejection) or self._inspector is None or job.inspect is None:
             return made
         chat = job.inspect(entry.text)
@@ -290,9 +258,11 @@ class Teacher(AbstractContextManager["Teacher"]):
                 judged = await self._inspector.reply(chat, job.sample, repair, f"{stage} inspection", {})
             except (TeacherError, UsageError) as error:
                 # name the inspector's own settings
-                texts = error.message, error.hint
-                named = (re.sub(r"teacher\.(price|api_base)", r"teacher.inspector_\1", x) for x in texts)
-                raise type(error)(*(x.replace("teacher.model", "teacher.inspector") for x in named)) from None
+                own = (
+                    re.sub(r"teacher\.(?=price|api_base)", "teacher.inspector_", text)
+                    for text in (error.message, error.hint)
+                )
+                raise type(error)(*(x.replace("teacher.model", "teacher.inspector") for x in own)) from None
             verdict, reason = _VERDICT.search(judged.text), _REASON.search(judged.text)
             if verdict is not None or judged.finish_reason != "stop":
                 break
@@ -307,46 +277,33 @@ class Teacher(AbstractContextManager["Teacher"]):
     # -- cost estimates --------------------------------------------------------------------------------------------
 
     def ask_after_pilot(self, jobs: Iterable[Job[T]], total: int, stage: str) -> Iterator[Result[T]]:
-        """Like `ask_all`; if the first few jobs cost money, requests the rest only if `confirm` agrees (else DeclinedError).
+        """Like `ask_all`; if the first few new jobs cost money, requests the rest only if `confirm` agrees.
 
-        `confirm` is called once.
+        Otherwise raises DeclinedError. `confirm` is called once.
         """
-        pending, done, new, paying = iter(jobs), 0, 0, 0
-        before = self.ledger.totals()
-        while self.confirm is not None and paying < PILOT and (pilot := list(islice(pending, PILOT))):
-            done += len(pilot)
-            new += sum(map(self._is_new, pilot))
-            for result in self.ask_all(pilot, stage):
-                paying += result.sent
-                yield result
-        if self.confirm is not None and paying:
-            after = self.ledger.totals()
-            rest = list(pending)
-            pending, fresh = iter(rest), sum(map(self._is_new, rest))
-            # of the others, the share that sent a repair or an inspection
-            left = fresh + round(max(0, paying - new) / max(1, done - new) * (len(rest) - fresh))
-            spent = after["cost_usd"] + after["lost_usd"] - before["cost_usd"] - before["lost_usd"]
-            known = after["unpriced"] == before["unpriced"]
-            cost_usd = spent / paying * left if known else None
-            forecast = Forecast(paying, spent if known else None, left, cost_usd)
-            if left > 0 and cost_usd != 0:
-                if not self.confirm(forecast):
-                    hint = "paid replies are kept; re-run to resume, with --yes to skip the question"
-                    raise DeclinedError(f"stopped after {done} of {total} rows, as requested", hint)
-                self.confirm = None
-        yield from self.ask_all(pending, stage)
-
-    def _repairs(
-        self, job: Job[T], requests: int, parameters: Mapping[str, Any], error: str = ""
-    ) -> Iterator[str]:
-        """The keys of the requests that may have followed a reply that was cut off, in its reasoning or after it."""
-        for each in (error, CUT_OFF_ERROR):
-            yield self._sender.key(job.messages(each), job.sample, requests + 1, parameters)
+        if self.confirm is not None:
+            jobs = list(jobs)
+            new = list(filter(self._is_new, jobs))
+            pilot, left = new[:PILOT], len(new[PILOT:])
+            if left:
+                spent, unpriced = self.ledger.spent_usd, self.ledger.totals()["unpriced"]
+                yield from self.ask_all(pilot, stage)
+                known = self.ledger.totals()["unpriced"] == unpriced
+                cost_usd = self.ledger.spent_usd - spent if known else None
+                if cost_usd != 0:
+                    if not self.confirm(PILOT, cost_usd, left, cost_usd and cost_usd / PILOT * left):
+                        hint = "paid replies are kept; re-run to resume, with --yes to skip the question"
+                        raise DeclinedError(f"stopped after {PILOT} of {total} rows, as requested", hint)
+                    self.confirm = None
+                jobs = [job for job in jobs if job not in pilot]
+        yield from self.ask_all(jobs, stage)
 
     def _is_new(self, job: Job[T]) -> bool:
         """Whether the first request of a job is not in the ledger."""
         key = self._sender.key(job.messages(""), job.sample, 0, job.parameters)
-        return self._sender.known(key, job.parameters, self._repairs(job, 0, job.parameters)) is None
+        repaired = (job.messages(each) for each in ("", CUT_OFF_ERROR))
+        later = (self._sender.key(chat, job.sample, 1, job.parameters) for chat in repaired)
+        return self._sender.known(key, job.parameters, later) is None
 
     def preview(self, jobs: Iterable[Job[T]], completion_tokens: float, stage: str) -> dict[str, Any]:
         """What these jobs would send and cost, and the first request in full; nothing is sent.
@@ -364,18 +321,16 @@ class Teacher(AbstractContextManager["Teacher"]):
         if known["requests"] and known["completion_tokens"]:
             completion_tokens = known["completion_tokens"] / known["requests"]
         prompt, completion = round(characters / CHARACTERS_PER_TOKEN), round(requests * completion_tokens)
-        prices, tokens = [self.price()], [(prompt, completion)]
+        price = self.price()
+        cost_usd = None if price is None else price.cost_usd(prompt, completion)
         if self._inspector is not None:  # it reads the prompt and the reply, and writes a sentence
-            prices.append(self._inspector.connect().price)
-            tokens.append((prompt + completion, INSPECTION_TOKENS * requests))
-        costs = [
-            None if price is None else price.cost_usd(*each)
-            for price, each in zip(prices, tokens, strict=True)
-        ]
+            read, written = prompt + completion, INSPECTION_TOKENS * requests
+            prompt, completion, price = prompt + read, completion + written, self._inspector.connect().price
+            cost_usd = None if cost_usd is None or price is None else cost_usd + price.cost_usd(read, written)
         return {
             "first_request": first,
             "requests": requests,
-            "prompt_tokens": sum(sent for sent, _ in tokens),
-            "completion_tokens": sum(written for _, written in tokens),
-            "cost_usd": None if None in costs else round(sum(filter(None, costs)), 6),
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "cost_usd": None if cost_usd is None else round(cost_usd, 6),
         }

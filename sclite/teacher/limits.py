@@ -25,39 +25,28 @@ class Price:
         return prompt_tokens * self.prompt_usd + completion_tokens * self.completion_usd
 
 
-FREE = Price(0.0, 0.0)
-
-
 class Budget:
     """A hard spending limit: a request is sent only if its maximum cost fits in addition to everything spent and reserved."""
 
     def __init__(self, ledger: Ledger, limit_usd: float | None):
-        self.ledger, self.limit_usd = ledger, limit_usd
+        self.ledger = ledger
+        self.limit_usd = math.inf if limit_usd is None else limit_usd
         self._reserved_usd = 0.0
         self._changed = asyncio.Condition()
 
     @asynccontextmanager
     async def reserve(self, max_usd: float) -> AsyncIterator[None]:
         """Reserve `max_usd` until the block ends; waits while calls in flight may turn out cheaper, else BudgetError."""
-        limit_usd = self.limit_usd
-        if limit_usd is None or max_usd == 0:
-            yield
-            return
-
-        def fits() -> bool:
-            return self.ledger.spent_usd + self._reserved_usd + max_usd <= limit_usd
-
         async with self._changed:
-            await self._changed.wait_for(lambda: fits() or self._reserved_usd <= 1e-12)
-            if not fits():
-                shown = [
-                    # four decimals, or two significant digits for less than a cent; never an exponent
-                    f"${usd:.{max(4, 1 - math.floor(math.log10(usd or 1)))}f}"
-                    for usd in (limit_usd, self.ledger.spent_usd, max_usd)
-                ]
+            while self.ledger.spent_usd + self._reserved_usd + max_usd > self.limit_usd:
+                if self._reserved_usd > 1e-12:
+                    await self._changed.wait()
+                    continue
+                if max_usd <= 0:
+                    break
                 raise BudgetError(
-                    f"the spending limit of {shown[0]} is reached: {shown[1]} is or may be spent, and the next request may cost up "
-                    f"to {shown[2]}",
+                    f"the spending limit of ${self.limit_usd:.4f} is reached: ${self.ledger.spent_usd:.4f} is or may be spent, and "
+                    f"the next request may cost up to ${max_usd:.4f}",
                     "paid replies are kept: raise the limit, for example --set teacher.max_cost=10, or lower teacher.max_tokens, then re-run "
                     "to resume",
                 )
@@ -73,7 +62,8 @@ class Budget:
 class RateLimiter:
     """At most `max_in_flight` calls at once, fewer while the endpoint is overloaded; optional limits per minute.
 
-    Additive increase, multiplicative decrease (Chiu and Jain 1989); an overload of several calls counts once.
+    Additive increase, multiplicative decrease (Chiu and Jain 1989); an overload of several calls counts once. The limits
+    per minute hold in every window of 60 seconds; a call that alone exceeds one is admitted alone.
     """
 
     def __init__(
@@ -87,8 +77,9 @@ class RateLimiter:
         self.in_flight = 0
         self._halved_at = -1.0
         self._changed = asyncio.Condition()
-        self._requests = Limit(requests_per_minute or math.inf)
-        self._tokens = Limit(tokens_per_minute or math.inf)
+        self._per_minute = requests_per_minute or math.inf, tokens_per_minute or math.inf
+        self._admitted: deque[tuple[float, float]] = deque()  # (time, tokens) in the last minute
+        self._turn = asyncio.Lock()  # first come, first served
 
     @asynccontextmanager
     async def call(self, tokens: float = 0.0) -> AsyncIterator[float]:
@@ -97,8 +88,18 @@ class RateLimiter:
             await self._changed.wait_for(lambda: self.in_flight < max(1, int(self.limit)))
             self.in_flight += 1
         try:
-            await self._requests.take(1.0)
-            await self._tokens.take(tokens)
+            async with self._turn:
+                while self._per_minute != (math.inf, math.inf):
+                    now = time.monotonic()
+                    while self._admitted and self._admitted[0][0] <= now - MINUTE_SECONDS:
+                        self._admitted.popleft()
+                    used = sum(amount for _, amount in self._admitted)
+                    requests, most_tokens = self._per_minute
+                    fits = len(self._admitted) + 1 <= requests and used + tokens <= most_tokens
+                    if fits or not self._admitted:
+                        self._admitted.append((now, tokens))
+                        break
+                    await asyncio.sleep(self._admitted[0][0] + MINUTE_SECONDS - now)
             yield time.monotonic()
         finally:
             self.in_flight -= 1
@@ -112,28 +113,3 @@ class RateLimiter:
         elif began > self._halved_at:
             self.limit = max(1.0, min(self.limit, self.in_flight) / 2)
             self._halved_at = time.monotonic()
-
-
-class Limit:
-    """A sliding window of 60 seconds that never exceeds `per_minute`; a larger amount is admitted alone."""
-
-    def __init__(self, per_minute: float):
-        self.per_minute = per_minute
-        self._taken: deque[tuple[float, float]] = deque()  # (time, amount)
-        self._sum = 0.0
-        self._turn = asyncio.Lock()  # first come, first served
-
-    async def take(self, amount: float) -> None:
-        """Wait until `amount` fits within the limit, and take it."""
-        if self.per_minute == math.inf:
-            return
-        async with self._turn:
-            while True:
-                now = time.monotonic()
-                while self._taken and self._taken[0][0] <= now - MINUTE_SECONDS:
-                    self._sum -= self._taken.popleft()[1]
-                if not self._taken or self._sum + amount <= self.per_minute:
-                    break
-                await asyncio.sleep(self._taken[0][0] + MINUTE_SECONDS - now)
-            self._taken.append((time.monotonic(), amount))
-            self._sum += amount

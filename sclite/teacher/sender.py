@@ -2,28 +2,27 @@
 
 import asyncio
 import random
-import re
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from contextvars import ContextVar
-from dataclasses import replace
 from typing import Any
 
 from sclite import config
 from sclite.prompts import Messages
 from sclite.signature import digest
-from sclite.teacher.failures import LONGEST_WAIT_SECONDS, REFUSED, STOP, Failure, read_failure, teacher_error
+from sclite.teacher.failures import REFUSED, RETRY, STOP, Failure, read_failure, teacher_error
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.teacher.limits import Budget, RateLimiter
 from sclite.teacher.provider import Provider, connect
-from sclite.teacher.reply import CUT_IN_REASONING
+from sclite.teacher.reply import CUT_IN_REASONING, EMPTY
 
-MIN_REFUSALS = 20  # like MIN_FAILURES, if each request may be to blame and others were answered
-MIN_FAILURES = 5  # different requests that must fail before the teacher is to blame
+MIN_FAILURES = (
+    20  # in a row, before the teacher is to blame: a dataset may have several bad problems in a row
+)
 REFUSED_BY_TEACHER = "refused_by_teacher"
-SENT: ContextVar[set[str]] = ContextVar("SENT")  # keys of the requests that the current job has sent
 # statuses that blame the request; with 403 or 404, a blocked key or an offline tunnel affects all requests
 _ABOUT_REQUEST = (400, 413, 422)
+_BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS = 0.5, 60.0
+_LONGEST_WAIT_SECONDS = 300.0  # a server that asks for a longer wait counts as not answering
 _TEMPLATE_TOKENS = 16  # added to each message by a chat template
 
 
@@ -58,15 +57,8 @@ class Sender:
         per_minute = settings.requests_per_minute, settings.tokens_per_minute
         self.limiter = RateLimiter(settings.concurrency, *per_minute)
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-        self._last_commit: asyncio.Task[None] | None = None
-        self._next_commit: asyncio.Task[None] | None = None
-        self._answered = self._succeeded = False  # any HTTP response; any usable reply
-        self._replied = False  # the same, not from the ledger
-        # by key: number, failure and ledger entry of the requests that were refused and after which none has succeeded
-        self._refused: dict[str, tuple[int, Failure, Entry | None]] = {}
-        self._latest = 0  # number of the latest request that has succeeded
-        self._unanswered = 0  # requests given up since the last reply
-        self._calls = 0
+        self._failures = 0  # requests that failed since the last reply
+        self._replied = False
 
     def key(self, messages: Messages, sample: int, repair: int, parameters: Mapping[str, Any]) -> str:
         """The digest that identifies a request; another reply to the same messages has another `sample` or `repair`.
@@ -79,18 +71,19 @@ class Sender:
         return digest([self.settings.model, address, chat, chosen, sample, repair])
 
     def known(self, key: str, parameters: Mapping[str, Any], later: Iterable[str] = ()) -> Entry | None:
-        """The reply in the ledger, unless it was cut off at fewer tokens than are allowed now, or refused with more.
+        """The reply in the ledger, unless it is empty, or was cut off at fewer tokens than are allowed now.
 
         A cut-off reply still counts if the ledger has a complete reply to one of the requests `later`, which followed it.
         """
         entry, limit = self.ledger.get(key), {**self.parameters, **parameters}["max_tokens"]
-        if entry is not None and entry.max_tokens is not None:
-            cut_off = entry.finish_reason in ("length", CUT_IN_REASONING) and entry.max_tokens < limit
-            cut_off = cut_off and not any(
-                e is not None and e.finish_reason == "stop" for e in map(self.ledger.get, later)
-            )
-            too_long = entry.finish_reason == REFUSED and entry.max_tokens > limit
-            return None if cut_off or too_long else entry
+        if entry is None or entry.finish_reason == EMPTY:
+            return None
+        if entry.max_tokens is None or entry.max_tokens >= limit:
+            return entry
+        followed = (self.ledger.get(each) for each in later)
+        cut_off = entry.finish_reason in ("length", CUT_IN_REASONING)
+        if cut_off and not any(each and each.finish_reason == "stop" for each in followed):
+            return None
         return entry
 
     def connect(self) -> Provider:
@@ -113,132 +106,73 @@ class Sender:
 
         Raises NoReplyError if this request fails, TeacherError if no other can succeed either, BudgetError at the limit.
         """
-        key = self.key(messages, sample, repair, parameters)
-        lock = self._locks.setdefault(key, asyncio.Lock())
+        key, settings = self.key(messages, sample, repair, parameters), self.settings
+        lock, chosen = self._locks.setdefault(key, asyncio.Lock()), {**self.parameters, **parameters}
         async with lock:
-            entry = self.known(key, parameters, later)
-            if entry is None:
-                entry = await self._call(key, messages, stage, {**self.parameters, **parameters}, on_text)
-        if entry.finish_reason == REFUSED:
-            raise NoReplyError(REFUSED_BY_TEACHER, entry.text)
-        self._succeeded = True
-        return entry
+            if (entry := self.known(key, parameters, later)) is not None:
+                return entry
+            late = 0
+            for attempt in range(1, settings.attempts_per_call + 1):
+                # each late reply is paid for: one more attempt, with twice the time
+                seconds = settings.timeout_seconds * (1 + late)
+                found = await self._send(key, messages, stage, chosen, seconds, on_text)
+                if isinstance(found, Entry):
+                    self._failures, self._replied = 0, True
+                    return found
+                failure = found
+                late += failure.late
+                # shortened by up to half, so that jobs do not all come back at once
+                backoff = min(_LONGEST_BACKOFF_SECONDS, _BACKOFF_SECONDS * 2 ** (attempt - 1))
+                wait = failure.retry_after or backoff * (1 - random.random() / 2)
+                # a stream that broke may have been shown: another attempt would repeat it
+                broken = on_text is not None and not failure.free
+                last = attempt == settings.attempts_per_call or late == 2 or broken
+                if failure.action != RETRY or last or wait > _LONGEST_WAIT_SECONDS:
+                    break
+                await asyncio.sleep(wait)
+        self._failures += 1
+        # without any response so far, a teacher that cannot be reached is to blame at once
+        reached = self._replied or failure.action == REFUSED or bool(failure.headers)
+        most = max(MIN_FAILURES, settings.concurrency) if reached else 1
+        if failure.action == STOP or self._failures >= most:
+            attempts = attempt if failure.action == RETRY else 0
+            raise teacher_error(failure, settings, self.connect().key_variable, attempts)
+        blamed = failure.action == REFUSED and failure.status in _ABOUT_REQUEST
+        raise NoReplyError(REFUSED_BY_TEACHER if blamed else "no_reply", failure.message)
 
-    async def _call(
+    async def _send(
         self,
         key: str,
         messages: Messages,
         stage: str,
         parameters: dict[str, Any],
+        seconds: float,
         on_text: Callable[[str], None] | None,
-    ) -> Entry:
-        """Send until there is a reply. The request is in the ledger before it goes out, the reply before it is used."""
-        begun: list[str] = []  # after a piece has been shown, another attempt would repeat it
-
-        def pass_on(text: str) -> None:
-            begun.append(text)
-            if on_text is not None:
-                on_text(text)
-
-        provider, settings, shown = self.connect(), self.settings, pass_on if on_text else None
+    ) -> Entry | Failure:
+        """Make one attempt. The request is in the ledger before it goes out, the reply before it is used."""
+        provider = self.connect()
         # at most one token per byte, which digits and LaTeX can reach with any tokenizer
         sizes = (_TEMPLATE_TOKENS + len(m["content"].encode(errors="surrogatepass")) for m in messages)
         limits = (sum(sizes), parameters["max_tokens"])
         max_usd = provider.price.cost_usd(*limits) if provider.price else 0.0
-        seconds_allowed, timeouts = settings.timeout_seconds, 0
-        for attempt in range(1, settings.attempts_per_call + 1):
-            async with self.budget.reserve(max_usd), self.limiter.call(sum(limits)) as began:
-                self.ledger.sent(key, stage, settings.model, max_usd)
-                SENT.get().add(key)
-                self._calls += 1
-                number = self._calls
-                await self._flush()
-                try:
-                    completion = await provider.complete(messages, parameters, seconds_allowed, shown)
-                except asyncio.CancelledError:
-                    self.ledger.given_up(key, "cancelled", max_usd)
-                    raise
-                except provider.errors as error:
-                    entry, failure = None, read_failure(error)
-                    # LiteLLM's own has status 408
-                    timeouts += isinstance(error, TimeoutError) or (
-                        failure.status == 408 and not failure.free
-                    )
-                    if failure.overload:
-                        self.limiter.record(began, overload=True)
-                    if failure.free:
-                        self.ledger.failed(key, failure.message)
-                    else:
-                        self.ledger.given_up(key, failure.message, max_usd)
-                else:
-                    self.limiter.record(began)
-                    tokens, cost_usd = provider.charge(completion, limits)
-                    usage = (*tokens, cost_usd, parameters["max_tokens"])
-                    entry = Entry(completion.text, completion.finish_reason, *usage)
-                    self.ledger.put(key, entry)  # its cost now counts
-            if entry is not None:
-                self._latest = max(self._latest, number)
-                self._settle_refusals()
-                await self._flush()  # outside the block: the next call need not wait for the disk
-                self._answered = self._succeeded = self._replied = True
-                self._unanswered = 0
-                return entry
-            self._answered = self._answered or failure.unreadable or failure.answered
-            if failure.action == STOP:
-                raise teacher_error(failure, settings, provider.key_variable)
-            if failure.action == REFUSED:
-                flagged = failure.status == 403 and re.search(
-                    "moderat|flagged", failure.message, re.IGNORECASE
-                )
-                alone = failure.status in _ABOUT_REQUEST or bool(flagged)
-                entry = Entry(failure.message, REFUSED, None, None, None, parameters["max_tokens"])
-                self._refused[key] = number, failure, entry if alone else None
-                self._settle_refusals()
-                # a dataset may have several such problems in a row
-                fewest = MIN_REFUSALS if alone and self._replied else MIN_FAILURES
-                if len(self._refused) >= max(fewest, settings.concurrency):
-                    raise teacher_error(failure, settings, provider.key_variable)
-                if alone:
-                    return entry
-                raise NoReplyError("no_reply", failure.message)
-            wait = failure.wait_seconds(attempt, random.random())
-            # each late reply is paid for: one more attempt, with twice the time
-            seconds_allowed = settings.timeout_seconds * (1 + timeouts)
-            if attempt == settings.attempts_per_call or wait > LONGEST_WAIT_SECONDS or begun or timeouts == 2:
-                break
-            await asyncio.sleep(wait)
-        if failure.unreadable and self._succeeded:  # the request is to blame, not the endpoint
-            raise NoReplyError("unreadable_reply", failure.message)
-        if timeouts == 2:
-            longer = "raise teacher.timeout_seconds"
-            failure = replace(failure, message=f"{failure.message}; {longer}")
-        self._unanswered += 1
-        if self._unanswered >= max(MIN_FAILURES, settings.concurrency) or not self._answered:
-            raise teacher_error(failure, settings, provider.key_variable, attempt)
-        raise NoReplyError("no_reply", failure.message)
-
-    def _settle_refusals(self) -> None:
-        """Once a later request has succeeded, record that earlier refused ones are to blame themselves."""
-        for key, (number, _, entry) in list(self._refused.items()):
-            if number < self._latest:
-                del self._refused[key]
-                if entry is not None:
-                    self.ledger.put(key, entry)
-
-    async def _flush(self) -> None:
-        """Wait until the ledger is on disk: one commit writes everything queued during the last one."""
-        if self._next_commit is None:
-            self._next_commit = asyncio.ensure_future(self._commit(self._last_commit))
-        await asyncio.shield(self._next_commit)
-
-    async def _commit(self, last: "asyncio.Task[None] | None") -> None:
-        if last is not None:
-            await asyncio.wait([last])
-        self._last_commit, self._next_commit = self._next_commit, None
-        await asyncio.to_thread(self.ledger.flush)  # a disk may take 10 ms
-
-    def raise_if_all_refused(self) -> None:
-        """Raise TeacherError if several different requests were refused and none has succeeded."""
-        if not self._replied and len(self._refused) >= MIN_FAILURES:
-            _, last, _ = next(reversed(self._refused.values()))
-            raise teacher_error(last, self.settings, self.connect().key_variable)
+        async with self.budget.reserve(max_usd), self.limiter.call(sum(limits)) as began:
+            self.ledger.sent(key, stage, self.settings.model, max_usd)
+            await asyncio.to_thread(self.ledger.flush)  # a disk may take 10 ms
+            try:
+                completion = await provider.complete(messages, parameters, seconds, on_text)
+            except asyncio.CancelledError:
+                self.ledger.failed(key, "cancelled", max_usd)
+                raise
+            except provider.errors as error:
+                failure = read_failure(error)
+                if failure.overload:
+                    self.limiter.record(began, overload=True)
+                self.ledger.failed(key, failure.message, None if failure.free else max_usd)
+                return failure
+            self.limiter.record(began)
+            tokens, cost_usd = provider.charge(completion, limits)
+            usage = (*tokens, cost_usd, parameters["max_tokens"])
+            entry = Entry(completion.text, completion.finish_reason, *usage)
+            self.ledger.put(key, entry)  # its cost now counts
+        await asyncio.to_thread(self.ledger.flush)  # outside the block: the next call need not wait
+        return entry

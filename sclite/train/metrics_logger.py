@@ -7,10 +7,9 @@ import math
 import resource
 import signal
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +19,23 @@ from sclite.run import write_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-FLAT, FALLING, EXPLODING, NOT_A_NUMBER = "margin_flat", "chosen_falling", "gradient_exploding", "not_a_number"
-OTHER_REFERENCE = "other_reference"
-ADVICE = {
-    FLAT: "the margin stays at 0 and dpo_loss at 0.693: the model learns nothing; raise dpo.learning_rate, or check "
-    "`sclite show pairs` for pairs with similar sides",
-    FALLING: "chosen texts become less likely, not only rejected ones: raise dpo.nll_weight or lower dpo.learning_rate",
-    EXPLODING: "the gradient norm is more than ten times its median: lower the learning rate, or raise warmup_ratio",
-    OTHER_REFERENCE: "dpo_loss does not begin at 0.693, so the reference is not the adapter that is trained: restart with "
-    "--fresh; if it happens again, please report it with the model's name",
-    NOT_A_NUMBER: "the loss or the gradient is NaN or infinite: lower the learning rate and restart this stage with --fresh",
-}
+FLAT = (
+    "the margin stays at 0 and dpo_loss at 0.693: the model learns nothing; raise dpo.learning_rate, or check "
+    "`sclite show pairs` for pairs with similar sides"
+)
+FALLING = (
+    "chosen texts become less likely, not only rejected ones: raise dpo.nll_weight or lower dpo.learning_rate"
+)
+EXPLODING = (
+    "the gradient norm is more than ten times its median: lower the learning rate, or raise warmup_ratio"
+)
+OTHER_REFERENCE = (
+    "dpo_loss does not begin at 0.693, so the reference is not the adapter that is trained: restart with --fresh; if it "
+    "happens again, please report it with the model's name"
+)
+NOT_A_NUMBER = (
+    "the loss or the gradient is NaN or infinite: lower the learning rate and restart this stage with --fresh"
+)
 PATIENCE = 20  # steps before the first warning
 LN2 = math.log(2)
 """Where DPO's loss starts: the policy is its reference (METHOD, section 4)."""
@@ -48,36 +53,22 @@ ON_THE_LINE = {
 class MetricsLogger:
     """Logs one training: call `add` after each micro-batch and `log_step` after each optimizer step.
 
-    Rows after step `resumed_from` are removed from metrics.jsonl first. `tokens` of each step, if known, tell how much
-    of the work is done.
+    Rows after step `resumed_from` are removed from metrics.jsonl first.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        phase: str,
-        progress: Progress = no_progress,
-        resumed_from: int = 0,
-        tokens: Sequence[int] = (),
-    ):
-        self.path, self.phase, self.progress, self.tokens = path, phase, progress, tokens
+    def __init__(self, path: Path, phase: str, progress: Progress = no_progress, resumed_from: int = 0):
+        self.path, self.phase, self.progress = path, phase, progress
         self.warnings: list[str] = []
         self.interrupted = False
         self._sums: dict[str, Any] = {}
         self._tokens, self._began = 0, time.monotonic()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found = read_metrics(path)
-        # every complete line; the last one may be half-written
-        lines = path.read_bytes().count(b"\n") if path.is_file() else 0
-        if (lost := lines - len(found)) > 0:
-            self.warn(f"{path}: {lost} damaged line{'s' * (lost > 1)} removed; the curves lack those steps")
-        self.rows = [row for row in found if row["step"] <= resumed_from]
+        self.rows = [row for row in read_metrics(path) if row["step"] <= resumed_from]
         write_text(path, (json.dumps(row) + "\n" for row in self.rows))
 
-    def add(self, figures: Mapping[str, Tensor | list[Tensor]], tokens: int) -> None:
-        """Add the figures of a micro-batch: its share of the step's means, or its maxima in lists."""
+    def add(self, figures: Mapping[str, Tensor], tokens: int) -> None:
+        """Add the figures of a micro-batch, its share of the step's means, and its tokens."""
         for name, value in figures.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._sums[name] = self._sums.get(name, 0.0) + value
         self._tokens += tokens
 
     def log_step(self, logs: Mapping[str, Any], step: int, total: int) -> dict[str, float]:
@@ -86,16 +77,15 @@ class MetricsLogger:
 
         found = {k: float(v) for k, v in logs.items() if isinstance(v, int | float)}
         if "loss" in logs:
-            found |= {k: float(max(v) if isinstance(v, list) else v) for k, v in self._sums.items()}
             seconds = max(time.monotonic() - self._began, 1e-9)
+            found |= {name: float(value) for name, value in self._sums.items()}
             found |= {"tokens": self._tokens, "tokens_per_second": self._tokens / seconds}
             # the peak since the last step; without a GPU, the process's peak RAM so far
             if torch.cuda.is_available():
                 peak = torch.cuda.max_memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
             else:
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                peak *= 1 if sys.platform == "darwin" else 1024
+                peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             found["memory_gb"] = peak / 1e9
             self._sums, self._tokens, self._began = {}, 0, time.monotonic()
         if "loss" in logs or "eval_loss" in logs:
@@ -103,18 +93,13 @@ class MetricsLogger:
             self.rows.append(row)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            for kind in diagnose(self.rows):
-                if ADVICE[kind] not in self.warnings:
-                    self.warn(f"step {step}: {ADVICE[kind]}", ADVICE[kind])
+            for advice in diagnose(self.rows):
+                if advice not in self.warnings:
+                    self.warnings.append(advice)
+                    self.progress(0, 0, warning=f"step {step}: {advice}")
             texts = [text.format(row[name]) for name, text in ON_THE_LINE.items() if name in row]
-            share = sum(self.tokens[:step]) / sum(self.tokens) if self.tokens else step / max(1, total)
-            self.progress(step, total, share=share, note=", ".join(texts).replace("%", " %"))
+            self.progress(step, total, note=", ".join(texts).replace("%", " %"))
         return found
-
-    def warn(self, text: str, key: str = "") -> None:
-        """Show a warning now and keep it (or `key`) for the report."""
-        self.warnings.append(key or text)
-        self.progress(0, 0, warning=text)
 
     @contextmanager
     def handle_interrupts(self) -> Iterator[None]:
@@ -123,10 +108,10 @@ class MetricsLogger:
         def interrupt(*_: object) -> None:
             self.interrupted = True
             signal.signal(signal.SIGINT, before)
-            self.warn("Ctrl-C: saving a checkpoint after this step; press it again to stop at once")
+            text = "Ctrl-C: saving a checkpoint after this step; press it again to stop at once"
+            self.progress(0, 0, warning=text)
 
-        before = signal.getsignal(signal.SIGINT)
-        signal.signal(signal.SIGINT, interrupt)
+        before = signal.signal(signal.SIGINT, interrupt)
         try:
             yield
         finally:
@@ -137,19 +122,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, none if it does not exist; skips invalid lines, such as a half-written one."""
     rows = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and {"phase", "step"} <= row.keys():
-            phase, *numbers = row.pop("phase"), *row.values()
-            if isinstance(phase, str) and all(isinstance(number, int | float) for number in numbers):
-                rows.append({"phase": phase, **row})
+        with suppress(ValueError):
+            rows.append(json.loads(line))
     return rows
 
 
 def diagnose(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is wrong with a training so far, as keys of ADVICE; `rows` are those of its metrics.jsonl, in order."""
+    """What is wrong with a training so far, with advice; `rows` are those of its metrics.jsonl, in order."""
     steps = [row for row in rows if "loss" in row]
     if not steps:
         return []

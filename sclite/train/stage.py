@@ -9,18 +9,18 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sclite import prompts
-from sclite.config import Config, Student, TrainingStage
+from sclite.config import Config, Student
 from sclite.errors import DataError, UsageError
 from sclite.progress import Progress, no_progress
 from sclite.records import Drop
 from sclite.run import Report, Run, timed
 from sclite.signature import differences, digest
-from sclite.student.adapters import adapter_weights
+from sclite.student.adapters import adapter_weights, record_origin
 from sclite.student.loader import (
     EMBEDDED,
     check_tokenizer,
@@ -31,12 +31,10 @@ from sclite.student.loader import (
     read_config,
     select_backend,
 )
-from sclite.student.log_probs import check_log_probs, check_padding_free
-from sclite.student.origin import chat_digest, record_origin
+from sclite.student.log_probs import check_log_probs
 from sclite.student.tokenization import piece_ids
-from sclite.train.checkpoints import Checkpoints, sync_folder
-from sclite.train.micro_batch import choose_micro_batch
-from sclite.train.trainer import TrainingTask, train_adapter
+from sclite.train.memory import choose_micro_batch
+from sclite.train.trainer import Checkpoints, TrainingTask, sync_folder, train_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -87,48 +85,40 @@ class TrainingJob:
     fresh: bool = False
     progress: Progress = no_progress
     longest: int = 0  # tokens of the longest row that is trained
-    report: Report = field(init=False)
-    inputs: dict[str, Any] = field(init=False)
-    settings: TrainingStage = field(init=False)
 
     def __post_init__(self) -> None:
         self.report, self.settings = Report(self.stage), self.config.stage(self.stage)
         self.inputs = training_inputs(self.config, self.run, self.stage, self.unseen)
 
-    def warn(self, text: str) -> None:
-        """Show a warning above the progress line."""
-        self.progress(0, 0, warning=text)
+    def drop_long_rows(
+        self, lengths: Sequence[int], keys: Sequence[tuple[str, int | None]] = (), what: str = "rows"
+    ) -> list[int]:
+        """Numbers of the rows that fit in max_length; nothing is ever truncated. `lengths` are in tokens.
 
-    def warn_of_long_rows(self, what: str, lengths: Sequence[int]) -> None:
-        """Before the first step, warn about rows that are too long, with the setting to raise. `lengths` are in tokens."""
-        limit = self.settings.max_length
-        if long := sum(length > limit for length in lengths):
-            skipped = f"{long} of {len(lengths)} {what} have more than {limit} tokens and are skipped"
-            self.warn(f"{skipped} (the longest has {max(lengths)}): raise {self.stage}.max_length")
-
-    def drop_long_rows(self, keys: Sequence[tuple[str, int | None]], lengths: Sequence[int]) -> list[int]:
-        """Numbers of the rows that fit in max_length; nothing is ever truncated.
-
-        The others are listed in dropped.jsonl by their `keys` (id, sample), counted in the report, and warned about.
+        A warning counts the others; if they have `keys` (id, sample), dropped.jsonl lists them and the report counts them.
         """
-        self.warn_of_long_rows("rows", lengths)
         limit, reason = self.settings.max_length, "longer_than_max_length"
+        fitting = [number for number, tokens in enumerate(lengths) if tokens <= limit]
+        if long := len(lengths) - len(fitting):
+            skipped = f"{long} of {len(lengths)} {what} have more than {limit} tokens and are skipped"
+            remedy = f"(the longest has {max(lengths)}): raise {self.stage}.max_length"
+            self.progress(0, 0, warning=f"{skipped} {remedy}")
         drops = [
             Drop(
                 stage=self.stage,
                 id=id,
                 sample=sample,
                 reason=reason,
-                detail=f"{tokens} tokens, the limit is {limit}",
+                detail=f"{n} tokens, the limit is {limit}",
             )
-            for (id, sample), tokens in zip(keys, lengths, strict=True)
-            if tokens > limit
+            for (id, sample), n in zip(keys, lengths, strict=False)
+            if n > limit
         ]
-        self.run.replace_drops(self.stage, drops)
+        if keys:
+            self.run.replace_drops(self.stage, drops)
         if drops:
             self.report.dropped[reason] = len(drops)
-        fitting = [number for number, tokens in enumerate(lengths) if tokens <= limit]
-        self.longest = max((lengths[number] for number in fitting), default=0)
+        self.longest = max([self.longest, *(lengths[number] for number in fitting)])
         return fitting
 
     def train(self, prepare: Callable[[TrainingJob, Tokenizer], BuildTask]) -> Report:
@@ -167,10 +157,7 @@ class TrainingJob:
                     shutil.copytree(adapter, folder)
             else:
                 quiet_libraries(config.student)
-                import torch
-
-                if warning := checkpoints.prepare(inputs, "cuda" if torch.cuda.is_available() else "cpu"):
-                    self.warn(warning)
+                checkpoints.prepare(inputs)
                 name = model_name(config.student)
                 if not Path(name).is_dir():
                     self.progress(0, 0, note=f"loading {name} (downloads it unless it is cached)")
@@ -181,21 +168,16 @@ class TrainingJob:
                 base = fetch_model(name)  # before training, since the network may be gone afterwards
                 model = cast("PeftModel", load_student(config, stage, adapter, train=True)[0])
                 (ids,) = piece_ids(tokenizer, ["1 + 1 = 2. How much is 2 + 3?"])
-                check_log_probs(model, ids)
-                check_padding_free(model, ids, bool(self.settings.padding_free))
-                steps, best, warned = train_adapter(
-                    model, build_task(model, micro_batch), self.settings, checkpoints,
-                    run.path(f"{stage}/metrics.jsonl"), seed=config.seed, micro_batch=micro_batch,
-                    progress=self.progress,
-                )  # fmt: skip
+                check_log_probs(model, ids, self.settings.padding_free)
+                task, metrics = build_task(model, micro_batch), run.path(f"{stage}/metrics.jsonl")
+                steps = train_adapter(model, task, checkpoints, metrics, micro_batch, self.progress)
+                report.counts["steps"] = steps
                 # save it, after removing the manifest of an older adapter
                 run.mark_started(stage)
                 run.path(f"done/{stage}.json").unlink(missing_ok=True)
                 with _new_folder(run.path(f"{stage}/adapter")) as folder:
                     model.save_pretrained(str(folder))
-                    record_origin(model, base, folder, chat_digest(tokenizer))
-                report.counts["steps"] = steps
-                report.figures |= {"best_step": best, "warnings": warned}
+                    record_origin(model, base, folder)
                 if adapter is None:
                     layers = (name.rpartition(".")[2] for name in model.targeted_module_names)
                     report.figures["lora"] = list(dict.fromkeys(layers))

@@ -6,11 +6,13 @@ halving the micro-batch and doubling the accumulation does not change any gradie
 
 from __future__ import annotations
 
-import hashlib
+import ctypes
 import importlib.util
+import json
 import math
 import os
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,19 +23,20 @@ from typing import TYPE_CHECKING, Any
 
 from sclite.config import TrainingStage
 from sclite.errors import GpuMemoryError, ScliteError, UsageError
+from sclite.files import sync, write_text
 from sclite.progress import Progress, no_progress
 from sclite.student.adapters import load_adapter
-from sclite.student.cuda_memory import is_out_of_memory, return_freed_memory
+from sclite.student.cuda_memory import is_out_of_memory
 from sclite.student.log_probs import mixed_precision
-from sclite.train.checkpoints import Checkpoints
 from sclite.train.losses import LossTerm, weighted_loss
 from sclite.train.metrics_logger import MetricsLogger
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-FEW_STEPS = 10
 EVAL_ROWS = 200  # at most; more would add little
+MARK = "whole.json"
+FEW_STEPS = 10
 WINDOW = 50  # optimizer steps whose rows are sorted by length together
 
 
@@ -41,45 +44,39 @@ WINDOW = 50  # optimizer steps whose rows are sorted by length together
 class TrainingTask:
     """What a stage trains on. `lengths` are tokens per row, `counts` what each row adds to the denominators, by name.
 
-    `collate` makes a batch of row numbers, `losses` are computed from the model and a batch, and `held_out` are the
-    numbers of the rows for the evaluation loss.
+    `collate` makes a batch of row numbers, and `losses` are computed from the model and a batch.
     """
 
     phase: str
+    settings: TrainingStage
+    seed: int
     lengths: Sequence[int]
     counts: Sequence[Mapping[str, int]]
     collate: Callable[[Sequence[int]], Any]
     losses: Callable[[Any, Any], dict[str, LossTerm]]
-    held_out: Sequence[int] = ()
 
     def totals(self, numbers: Sequence[int]) -> Counter[str]:
         """The denominators of these rows together."""
         return sum((Counter(self.counts[number]) for number in numbers), Counter[str]())
 
-    def order(self, settings: TrainingStage, seed: int) -> list[int]:
-        """The numbers of the rows that are trained, in order (`training_order`)."""
-        held_out = set(self.held_out)
-        rows = [number for number in range(len(self.lengths)) if number not in held_out]
-        lengths = [self.lengths[number] for number in rows]
-        order = training_order(lengths, settings.batch_size, settings.num_train_epochs, seed)
-        return [rows[place] for place in order]
 
-
-def training_order(lengths: Sequence[int], batch: int, epochs: float, seed: int) -> list[int]:
+def training_order(
+    lengths: Sequence[int], batch: int, epochs: float, seed: int, held_out: Sequence[int] = ()
+) -> list[int]:
     """Row numbers, `batch` for each optimizer step, over `epochs` epochs; the last step may be smaller.
 
     The order depends only on the seed: a step has the same rows whatever the micro-batch, and a resumed training
     continues at the exact row. Rows of similar length (in tokens) share a step, to minimize padding. The step with the
     longest row comes first: running out of memory shows at once, not after an hour.
     """
-    draw = random.Random(seed)
-    wanted = max(1, round(epochs * len(lengths))) if lengths and epochs > 0 else 0
+    draw, rows = random.Random(seed), sorted({*range(len(lengths))} - {*held_out})
+    wanted = max(1, round(epochs * len(rows))) if rows and epochs > 0 else 0
     numbers: list[int] = []
     while len(numbers) < wanted:
-        epoch = list(range(len(lengths)))
+        epoch = [*rows]
         draw.shuffle(epoch)
         numbers += epoch
-    numbers = numbers[:wanted]
+    del numbers[wanted:]
     steps: list[list[int]] = []
     for start in range(0, wanted, WINDOW * batch):
         window = sorted(numbers[start : start + WINDOW * batch], key=lambda i: -lengths[i])
@@ -99,89 +96,110 @@ def held_out_rows(count: int, share: float, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(range(count), wanted)) if wanted >= 4 else []
 
 
+class Checkpoints:
+    """The checkpoints of one training: folder/checkpoint-STEP.
+
+    The trainer writes a checkpoint file by file, so a kill can leave half of one. A complete one gets a mark, written last:
+    the inputs of the training. Others are never resumed from.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.inputs: Mapping[str, Any] = {}
+
+    def path(self, step: int) -> Path:
+        """The folder of the checkpoint of a step."""
+        return self.folder / f"checkpoint-{step}"
+
+    def step(self) -> int:
+        """The step of the last complete checkpoint, 0 without one."""
+        marks = self.folder.glob(f"checkpoint-*/{MARK}")
+        return max((int(mark.parent.name.partition("-")[2]) for mark in marks), default=0)
+
+    def recorded_inputs(self) -> dict[str, Any] | None:
+        """The inputs of the training that these checkpoints belong to; None without a complete one."""
+        path = self.path(self.step()) / MARK
+        return json.loads(path.read_text(encoding="utf-8"))["inputs"] if path.is_file() else None
+
+    def prepare(self, inputs: Mapping[str, Any]) -> None:
+        """Remove checkpoints that are incomplete or have other inputs."""
+        self.inputs = inputs
+        if self.recorded_inputs() != inputs:
+            self.delete()
+        for path in self.folder.glob("checkpoint-*"):
+            if not (path / MARK).is_file():
+                shutil.rmtree(path)
+
+    def mark(self, step: int) -> None:
+        """Record that the checkpoint of this step is complete, once its files are on disk."""
+        sync_folder(self.path(step))
+        write_text(self.path(step) / MARK, json.dumps({"inputs": self.inputs}) + "\n")
+
+    def delete(self) -> None:
+        """Remove all checkpoints."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush every file of a folder, and the entries of the folder and its parent, to disk."""
+    for path in [*folder.rglob("*"), folder, folder.parent]:
+        sync(path)
+
+
 def train_adapter(
     model: PeftModel,
     task: TrainingTask,
-    settings: TrainingStage,
     checkpoints: Checkpoints,
     metrics: Path,
-    *,
-    seed: int,
     micro_batch: int,
     progress: Progress = no_progress,
-) -> tuple[int, int | None, list[str]]:
+) -> int:
     """Train the model's adapter in place, from its last complete checkpoint if there is one; logs steps to `metrics`.
 
-    Returns (steps, the step whose weights are kept or None without an evaluation, warnings). Raises GpuMemoryError,
-    ScliteError if nothing was learned, KeyboardInterrupt after Ctrl-C, once a checkpoint is saved.
+    Returns the number of steps; the weights are those of the best one, if there is an evaluation. Raises GpuMemoryError,
+    ScliteError if weights are no numbers, KeyboardInterrupt after Ctrl-C, once a checkpoint is saved.
     """
     from transformers import EarlyStoppingCallback
 
-    phase, order, size = task.phase, task.order(settings, seed), settings.batch_size
-    lengths = [task.lengths[number] for number in order]
-    tokens = [sum(lengths[start : start + size]) for start in range(0, len(order), size)]
-    step = checkpoints.step()
-    logger = MetricsLogger(metrics, phase, progress, resumed_from=step, tokens=tokens)
-    arguments = training_arguments(
-        model, task, settings, checkpoints.folder, rows=len(order), micro_batch=micro_batch, seed=seed
-    )
-    trainer = build_trainer(model, task, arguments, order, logger, checkpoints)
-    if task.held_out and settings.early_stopping_patience:
+    phase, settings, step = task.phase, task.settings, checkpoints.step()
+    held_out = held_out_rows(len(task.lengths), settings.eval_share, task.seed)
+    batch, epochs = settings.batch_size, settings.num_train_epochs
+    order = training_order(task.lengths, batch, epochs, task.seed, held_out)
+    logger = MetricsLogger(metrics, phase, progress, resumed_from=step)
+    trainer = build_trainer(model, task, order, held_out, micro_batch, logger, checkpoints)
+    if held_out and settings.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
-    if (steps := len(tokens)) < FEW_STEPS:
+    if (steps := math.ceil(len(order) / batch)) < FEW_STEPS:
         remedy = f"raise {phase}.num_train_epochs, lower {phase}.batch_size, or add problems"
-        plural = "s" * (steps != 1)
-        logger.warn(f"{phase}: only {steps} optimizer step{plural}, too few to learn much: {remedy}")
-    before = _weights_hash(model)
+        progress(0, 0, warning=f"{phase}: only {steps} optimizer steps, too few to learn much: {remedy}")
     with catch_out_of_memory(phase, micro_batch), logger.handle_interrupts():
         trainer.train(resume_from_checkpoint=str(checkpoints.path(step)) if step else None)
     if logger.interrupted:
         raise KeyboardInterrupt
-    last, best = trainer.state.global_step, trainer.state.best_global_step  # None without an evaluation
+    last, best = trainer.state.global_step, trainer.state.best_global_step
     if best and best != last:
-        if checkpoints.path(best).is_dir():
-            load_adapter(model, checkpoints.path(best))
-        else:
-            logger.warn(f"the best checkpoint (step {best}) was damaged: keeping the last step")
-            best = last
-    finite = _is_finite(model)
-    if finite and _weights_hash(model) != before:
-        return last, best, logger.warnings
-    reason, change = "training did not change the adapter", "raise"
-    if not finite:
-        reason, change = "weights of the adapter are NaN or infinite after the last step", "lower"
-    checkpoints.delete()  # they are just as useless, and the next run would resume from them
-    rate = f"{phase}.learning_rate (now {settings.learning_rate:g})"
-    raise ScliteError(f"{phase}: {reason}", f"{change} {rate} and re-run")
+        load_adapter(model, checkpoints.path(best))
+    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
+        checkpoints.delete()  # they are just as useless, and the next run would resume from them
+        rate = f"{phase}.learning_rate (now {settings.learning_rate:g})"
+        message = f"{phase}: weights of the adapter are NaN or infinite after the last step"
+        raise ScliteError(message, f"lower {rate} and re-run")
+    return last
 
 
 def training_arguments(
-    model: PeftModel,
-    task: TrainingTask,
-    settings: TrainingStage,
-    out: Path,
-    *,
-    rows: int,
-    micro_batch: int,
-    seed: int,
+    model: PeftModel, task: TrainingTask, out: Path, steps: int, evaluates: bool, micro_batch: int
 ) -> dict[str, Any]:
-    """transformers' TrainingArguments. `rows` are those of all epochs together; checkpoints go to `out`.
-
-    TensorBoard's files, if it is enabled, go to tensorboard/ next to it.
-    """
+    """transformers' TrainingArguments. Checkpoints go to `out`, TensorBoard's files to tensorboard/ next to it."""
     import torch
 
-    if settings.tensorboard:
-        if not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
-            raise UsageError(
-                "tensorboard is enabled but not installed",
-                "pip install tensorboard, or disable it: metrics.jsonl is written either way",
-            )
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(out.with_name("tensorboard"))
-    cuda, evaluates = torch.cuda.is_available(), bool(task.held_out)
-    dtype = mixed_precision(model)
-    assert settings.batch_size % micro_batch == 0, f"{micro_batch} does not divide {settings.batch_size}"
-    every = math.ceil(math.ceil(rows / settings.batch_size) / settings.checkpoints)
+    installed = any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX"))
+    if task.settings.tensorboard and not installed:
+        hint = "pip install tensorboard, or disable it: metrics.jsonl is written either way"
+        raise UsageError("tensorboard is enabled but not installed", hint)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(out.with_name("tensorboard"))
+    cuda, dtype = torch.cuda.is_available(), mixed_precision(model)
+    settings, every = task.settings, math.ceil(steps / task.settings.checkpoints)
     return {
         "output_dir": str(out),
         "per_device_train_batch_size": micro_batch,
@@ -209,23 +227,9 @@ def training_arguments(
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_pin_memory": False,
-        "seed": seed,
-        "data_seed": seed,
+        "seed": task.seed,
+        "data_seed": task.seed,
     }
-
-
-def _is_finite(model: PeftModel) -> bool:
-    """Whether no trainable weight is NaN or infinite."""
-    return all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
-
-
-def _weights_hash(model: PeftModel) -> str:
-    """A hash of the trainable weights."""
-    found = hashlib.sha256()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            found.update(parameter.detach().cpu().numpy().tobytes())
-    return found.hexdigest()
 
 
 @contextmanager
@@ -242,20 +246,22 @@ def catch_out_of_memory(phase: str, micro_batch: int) -> Iterator[None]:
 def build_trainer(
     model: PeftModel,
     task: TrainingTask,
-    arguments: dict[str, Any],
     order: Sequence[int],
+    held_out: Sequence[int],
+    micro_batch: int,
     logger: MetricsLogger,
     checkpoints: Checkpoints,
 ) -> Any:
     """transformers' Trainer whose rows, losses and order come from a task.
 
-    `order` has the row numbers, one optimizer step after another.
+    `order` has the row numbers, one optimizer step after another; `held_out` those for the evaluation loss.
     """
     import torch
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-    batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
+    batch, out = task.settings.batch_size, checkpoints.folder
     totals = [task.totals(order[start : start + batch]) for start in range(0, len(order), batch)]
+    arguments = training_arguments(model, task, out, len(totals), bool(held_out), micro_batch)
 
     class AdapterTrainer(Trainer):
         def create_scheduler(self, num_training_steps, optimizer=None):
@@ -286,13 +292,13 @@ def build_trainer(
             return loss.detach()
 
         def evaluate(self, *_, **__):
-            size, rows, found = self.args.per_device_train_batch_size, task.held_out, {"eval_loss": 0.0}
+            found = {"eval_loss": 0.0}
             was_training = model.training
             model.eval()
-            for start in range(0, len(rows), size):
-                part = task.collate(rows[start : start + size])
+            for start in range(0, len(held_out), micro_batch):
+                part = task.collate(held_out[start : start + micro_batch])
                 with torch.no_grad(), self.accelerator.autocast():
-                    loss, _ = weighted_loss(task.losses(model, part), task.totals(rows))
+                    loss, _ = weighted_loss(task.losses(model, part), task.totals(held_out))
                 found["eval_loss"] += float(loss)
             model.train(was_training)
             self.log(dict(found))
@@ -312,8 +318,12 @@ def build_trainer(
 
         def on_step_end(self, args, state, control, model, **_):
             if model.device.type == "cpu":
-                return_freed_memory()
-            if not _is_finite(model):  # before a checkpoint with such weights replaces a good one
+                # return freed heap memory to the system, or the heap grows with every new row length; a lower mmap threshold
+                # keeps it smaller still, but costs 10 % more CPU time in page faults
+                ctypes.CDLL(None).malloc_trim(0)
+            trained = (p for p in model.parameters() if p.requires_grad)
+            # before a checkpoint with such weights replaces a good one
+            if not all(bool(p.isfinite().all()) for p in trained):
                 control.should_training_stop = True
                 control.should_save = control.should_evaluate = False
             elif logger.interrupted:
@@ -330,7 +340,7 @@ def build_trainer(
         model=model,
         args=TrainingArguments(**arguments),
         train_dataset=list(order),
-        eval_dataset=list(task.held_out),
+        eval_dataset=list(held_out),
         data_collator=lambda numbers: {"numbers": numbers, "batch": task.collate(numbers)},
         callbacks=[StepCallback()],
     )

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from sclite.threads import wait_briefly
+from sclite.cores import wait_briefly
 from tests.benchmarks.turns import Turn, argument_parser, median_ratio, take_turns
 
 BATCH = 16
@@ -26,20 +26,19 @@ def train(side: str, folder: str, micro: int, steps: int) -> None:
     """Train one side for this many steps, in turns."""
     from sclite import prompts
     from sclite.config import Config
-    from sclite.quickstart import grammar, problem_sets, tutor
+    from sclite.quickstart import grammar, stories, tutor
     from sclite.student.loader import load_student, load_tokenizer
     from sclite.student.tokenization import encode_solution
-    from sclite.train.checkpoints import Checkpoints
-    from sclite.train.micro_batch import choose_micro_batch
+    from sclite.train.memory import choose_micro_batch
     from sclite.train.sft import supervised_task
     from sclite.train.stage import quiet_libraries
-    from sclite.train.trainer import train_adapter, training_order
+    from sclite.train.trainer import Checkpoints, train_adapter, training_order
 
     stage = {"batch_size": BATCH, "num_train_epochs": 1, "eval_share": 0, "checkpoints": 1}
     config = Config.model_validate({"student": {"model": folder, "backend": "plain"}, "sft": stage})
     quiet_libraries()
     rows, tokenizer = [], load_tokenizer(folder)
-    for problem in problem_sets.problem_set("train", steps * BATCH):
+    for problem in stories.problem_set("train", steps * BATCH):
         trace = tutor.template(grammar.solve(problem.question))
         rows.append(encode_solution(tokenizer, prompts.solve_messages(problem.question), trace))
     chosen = choose_micro_batch(config, "sft", max(len(row.ids) for row in rows))
@@ -57,9 +56,8 @@ def train(side: str, folder: str, micro: int, steps: int) -> None:
         path = Path(place)
         if side.startswith("sclite"):
             train_adapter(
-                model, supervised_task("sft", rows, tokenizer.pad_token_id), config.sft,
-                Checkpoints(path / "checkpoints"), path / "metrics.jsonl", seed=0, micro_batch=chosen,
-                progress=step_done,
+                model, supervised_task("sft", config.sft, 0, rows, tokenizer.pad_token_id),
+                Checkpoints(path / "checkpoints"), path / "metrics.jsonl", chosen, progress=step_done,
             )  # fmt: skip
         else:
             plain(model, tokenizer, [rows[i] for i in order], micro, path, step_done)

@@ -23,20 +23,19 @@ SHAPE = {  # Qwen2.5-1.5B
 }  # fmt: skip
 REFERENCE = """
 from sclite.export.reference import compute_references
-compute_references(base, adapter, [(list(range(4, 204)), 190), (list(range(9, 309)), 290)], layered={})"""
+compute_references(base, adapter, [(list(range(4, 204)), 190), (list(range(9, 309)), 290)])"""
 STEPS = {
-    "imports": "import torch, transformers, peft, safetensors.torch, llama_cpp, sclite.export.layers",
+    "imports": "import torch, transformers, peft, safetensors.torch, llama_cpp, sclite.export.weights",
     "ours: merge": """
 from sclite.export.merge import merge
 merge(base, adapter, folder / "ours", outtype="f16")""",
     "ours: convert": """
 import shutil
-from sclite.export.gguf import check_convertible, convert_model
-check_convertible(base)
+from sclite.export.gguf import convert_model
 convert_model(folder / "ours", folder / "ours.gguf", outtype="f16")
 shutil.rmtree(folder / "ours")""",
     "ours: quantize": """
-from sclite.export.quantize import quantize
+from sclite.export.gguf import quantize
 quantize(folder / "ours.gguf", folder / "ours-q.gguf", quant)""",
     "by hand: merge": """
 import torch
@@ -60,8 +59,7 @@ parameters.ftype = getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + quant.upper())
 parameters.nthread = os.cpu_count()
 source, out = str(folder / "hand.gguf").encode(), str(folder / "hand-q.gguf").encode()
 assert llama_cpp.llama_model_quantize(source, out, parameters) == 0""",
-    "one layer at a time": REFERENCE.format(True),
-    "whole model": REFERENCE.format(False),
+    "one layer at a time": REFERENCE,
 }
 
 

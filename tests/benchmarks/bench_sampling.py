@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from sclite.threads import wait_briefly
+from sclite.cores import wait_briefly
 from tests.benchmarks.turns import argument_parser, median_ratio
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     from sclite import prompts
     from sclite.config import Config
     from sclite.export.model import write_sampling_gguf
-    from sclite.quickstart.problem_sets import problem_set
+    from sclite.quickstart.stories import problem_set
     from sclite.student.base import Request, Student
     from sclite.student.hf_model import HFModel
     from sclite.student.llama_cpp.engine import Engine

@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 
 from sclite import prompts
-from sclite.quickstart.problem_sets import problem_set
+from sclite.quickstart.stories import problem_set
 from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine
 
@@ -70,10 +70,11 @@ def measure_decoding(model: str, clients: int, prefix: int = 128) -> None:
         def decode(count: int, place: int, sequence: int | None = None) -> tuple[float, float]:
             """Wall and CPU seconds per token of one token in each of `count` sequences, or as many in one `sequence`."""
             one = sequence is not None
-            scheduler.tokens[:count] = range(100, 100 + count)
-            scheduler.positions[:count] = range(place, place + count) if one else place
-            scheduler.owners[:count] = sequence if one else range(count)
-            scheduler.outputs[:count] = not one
+            batch = scheduler.batch
+            for n in range(count):
+                batch.token[n], batch.pos[n] = 100 + n, place + n if one else place
+                batch.n_seq_id[n], batch.seq_id[n][0] = 1, sequence if one else n
+                batch.logits[n] = not one
             scheduler.batch.n_tokens = count
             wall, cpu = time.monotonic(), time.process_time()
             assert scheduler.api.llama_decode(scheduler.context, scheduler.batch) == 0

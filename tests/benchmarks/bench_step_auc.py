@@ -46,9 +46,11 @@ def request_of(outcome: Outcome, shown: str) -> ScoreRequest:
 
 def score(engine: Engine, outcomes: Sequence[Outcome], shown: str) -> tuple[list[Odds], float]:
     """The review's log-odds of the steps of each answer, and the mean tokens of a prompt."""
-    found = engine.score([request_of(outcome, shown) for outcome in outcomes])
+    requests = [request_of(outcome, shown) for outcome in outcomes]
+    lengths = [len(engine.chat_ids(request.messages)) for request in requests]
+    found = engine.score(requests)
     scores = sorted(found, key=lambda each: each.index)
-    return [each.log_odds for each in scores], float(np.mean([each.prompt_tokens for each in scores]))
+    return [each.log_odds for each in scores], float(np.mean(lengths))
 
 
 def measure(outcomes: Sequence[Outcome], sides: Iterable[tuple[str, Sequence[Odds]]]) -> None:

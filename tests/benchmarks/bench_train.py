@@ -135,8 +135,7 @@ def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def longest(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Two steps of one row, as long as 24 GB allow according to the memory model; if that fails, of shorter ones."""
-    from sclite.train.memory import Setting
-    from sclite.train.micro_batch import largest_length
+    from sclite.train.memory import Setting, largest_length
     from tests.train.architectures import recipe_architecture
 
     rows = []

@@ -72,7 +72,7 @@ def solved_rows(count: int, full: bool, longest: int) -> list[Any]:
 def bundles(count: int, full: bool, longest: int) -> list[Any]:
     """Pairs as DPO trains them: decisions in the middle, the last 15 % as the content, and a solved row each."""
     from sclite.student.tokenization import TrainingSequence
-    from sclite.train.bundle import Bundle
+    from sclite.train.dpo import Bundle
 
     draw, made = random.Random(2), []
     solved = solved_rows(count, full, longest)
@@ -149,26 +149,24 @@ def load_ours(config: Any, case: Case) -> tuple[Any, Any]:
 
 def ours(model: Any, tokenizer: Any, config: Any, case: Case, turn: Turn | None = None) -> dict[str, Any]:
     """Our trainer, through Unsloth or on the plain path."""
-    from sclite.train.checkpoints import Checkpoints
     from sclite.train.dpo import preference_task
     from sclite.train.losses import reference_log_probs
     from sclite.train.metrics_logger import read_metrics
     from sclite.train.sft import supervised_task
-    from sclite.train.trainer import train_adapter
+    from sclite.train.trainer import Checkpoints, train_adapter
 
     settings, count = case_config(config, case).stage(case.stage), case.steps * case.batch
     if case.stage == "sft":
         rows = solved_rows(count, case.full, case.length)
-        task = supervised_task("sft", rows, tokenizer.pad_token_id)
+        task = supervised_task("sft", settings, 0, rows, tokenizer.pad_token_id)
     else:
         pairs = bundles(count, case.full, case.length)
         reference = reference_log_probs(model, pairs, tokenizer, case.micro)
-        task = preference_task(settings, pairs, reference, tokenizer)
+        task = preference_task(settings, 0, pairs, reference, tokenizer)
     with TemporaryDirectory() as place:
         metrics = Path(place) / "metrics.jsonl"
         train_adapter(
-            model, task, settings, Checkpoints(Path(place) / "checkpoints"), metrics,
-            seed=0, micro_batch=case.micro,
+            model, task, Checkpoints(Path(place) / "checkpoints"), metrics, case.micro,
             progress=lambda _, steps, **__: turn.step_done() if turn and steps else None,
         )  # fmt: skip
         found = read_metrics(metrics)
@@ -248,8 +246,7 @@ def script(model: Any, tokenizer: Any, _: Any, case: Case, turn: Turn | None = N
 def in_the_model(geometry_name: str, backend: str, case: Case) -> dict[str, Any]:
     """The memory model's estimate for a case."""
 
-    from sclite.train.memory import Setting, estimate
-    from sclite.train.micro_batch import largest_length
+    from sclite.train.memory import Setting, estimate, largest_length
     from tests.train.architectures import recipe_architecture
 
     found = recipe_architecture(geometry_name)

@@ -33,7 +33,7 @@ class Scripted(Student):
                 yield Reply(index, self.texts[kind], 5, 20, self.finish, prefill_tokens=2)
 
     def score(self, requests):
-        yield Scores(0, self.scores or (float("nan"),) * len(requests[0].marks), 5, prefill_tokens=3)
+        yield Scores(0, self.scores or (float("nan"),) * len(requests[0].marks), prefill_tokens=3)
 
 
 CORRECTING = {"text": WRONG, "scores": (-2.0, 3.0, -1.0), "correction": CORRECTION}

@@ -9,7 +9,6 @@ import select
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,8 @@ from sclite.chat.answer import Settings
 from sclite.chat.conversation import KEYS, Chat
 from sclite.config import Config
 from sclite.errors import DATA, DONE, NETWORK, DataError, TeacherError, UsageError
-from sclite.quickstart.problem_sets import problem_set
-from sclite.quickstart.tutor_provider import MODEL
+from sclite.quickstart.stories import problem_set
+from sclite.quickstart.tutor import MODEL
 from sclite.records import Feedback, Pair, Review
 from sclite.run import Run
 from sclite.trace import Step, Trace, render
@@ -58,13 +57,8 @@ def test_a_pipe_gets_one_answer_per_question_or_the_whole_reply_without_one(monk
     out, err = capsys.readouterr()
     assert out == "5 [/red]␛[2J 6\n\n5 [/red]␛[2J 6\n"
     assert "error: cannot answer the question" in err
-    lines = ("How many?", "", "And now?")
-    assert chatted(monkeypatch, run, Scripted(text="It is\nnine."), lines=lines) == DONE
-    out, err = capsys.readouterr()
-    assert out == "It is nine.\nIt is nine.\n"
-    notes = [" ".join(part.split()) for part in err.split("note: ")[1:]]
-    assert [note.partition(":")[0] for note in notes] == ["line 1", "line 3"]
-    assert "no answer can be read from the reply" in notes[0]
+    assert chatted(monkeypatch, run, Scripted(text="It is\nnine."), lines=("How many?", "")) == DONE
+    assert capsys.readouterr().out == "It is nine.\n"
 
 
 def test_json_gives_one_object_per_question(monkeypatch, capsys, run):
@@ -73,7 +67,7 @@ def test_json_gives_one_object_per_question(monkeypatch, capsys, run):
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert (first["answer"], first["accused"], first["correction"]) == ("6", 2, "4 + 1 = 5")
     assert first["step_scores"] == [-2.0, 3.0, -1.0]
-    assert (first["tokens"], first["prefill_tokens"]) == (15, 9)
+    assert first["tokens"] == 15
     assert second["error"] == "cannot answer the question: too long"
     for question in ("How many?", None):  # alone, or in a pipe
         chatted(monkeypatch, run, Scripted(), question=question, as_json=True, off="review is off: why")
@@ -120,20 +114,18 @@ def test_a_session_with_an_endpoint_never_asks_for_scores(terminal):
     for typed, shown in (
         ("", "openai/large"), ("/set mode guided", "/set mode free"), ("/correct on", "review is on"),
         ("How many?", "4 + 1 = 5"), ("/why", "only the steps of a GGUF"), ("/set temperature 3", "from 0 to 2"),
-        ("/load ~nobody-here/x", "is not a file name"), ("?", "settings of /set"),
+        ("/load none.json", "none.json: No such file"), ("/save /", "Is a directory"), ("?", "settings of /set"),
     ):  # fmt: skip
         terminal.send(typed and f"{typed}\r")
         terminal.wait(shown)
         terminal.wait(CLEARED)
-    terminal.send("/set te\t")
-    terminal.wait("mperature")
-    terminal.send("\x03/EXIT\r")
+    terminal.send("/EXIT\r")
     terminal.wait("left")
 
 
 @pytest.fixture
 def chat(run):
-    return Chat(Scripted(**CORRECTING), 512, Path("x.gguf"), run, Settings())
+    return Chat(Scripted(**CORRECTING), 512, Path("x.gguf"), "x.gguf", run, Settings())
 
 
 def test_questions_are_solved_alone_unless_history_is_on(chat):
@@ -150,47 +142,21 @@ def test_questions_are_solved_alone_unless_history_is_on(chat):
     assert chat.answers[-1].question == "And then?"
 
 
-def test_oldest_questions_are_dropped_from_a_history_that_is_too_long(chat):
+def test_a_history_that_is_too_long_says_how_to_clear_it(chat):
     chat.command("/set history on")
     chat.ask("old " + "word " * 60)
-    chat.ask("new " + "word " * 60)
-    asked = chat.student.asked[-1].messages[-1]["content"]
-    assert "new" in asked
-    assert "old" not in asked
-    chat.command("/set history off")
-    chat.command("/good")
-    (judged,) = chat.run.read("feedback.jsonl", Feedback)
-    assert judged.question == "new " + "word " * 60
-    chat.command("/set history on")
-    with pytest.raises(DataError, match="cannot answer the question: too long"):
-        chat.ask("word " * 100)
-    assert [answer.complete for answer in chat.answers] == [True, True, False]
+    with raises(DataError, "cannot answer the question: too long", hint="/clear the history"):
+        chat.ask("new " + "word " * 60)
+    assert [answer.complete for answer in chat.answers] == [True, False]
+    chat.command("/clear")
+    with raises(DataError, "cannot answer the question: too long", hint="shorten the question"):
+        chat.ask("new " + "word " * 100)
 
 
-def test_history_that_leaves_no_room_for_the_answer_loses_its_oldest_question(chat):
-    """llama.cpp ends an answer at the end of the context, before max_tokens."""
-
-    class Full(Scripted):
-        def generate(self, requests):
-            for reply in super().generate(requests):
-                full = requests[0].messages[-1]["content"].count("word") > 60
-                yield replace(reply, finish="length") if full else reply
-
-    chat.student = Full()
-    chat.command("/set history on")
-    chat.ask("old " + "word " * 40)
-    answer = chat.ask("new " + "word " * 40)
-    assert (answer.complete, "old" in answer.asked) == (True, False)
-    assert answer.first.finish == "stop"
-
-
-def test_failed_call_of_an_endpoint_is_not_repeated_with_less_history(chat):
+def test_a_failed_call_of_an_endpoint_is_an_error_of_the_teacher(chat):
     chat.context = 0
-    chat.command("/set history on")
-    chat.ask("How many?")
     with raises(TeacherError, "too long", hint="ask again"):
         chat.ask("word " * 100)
-    assert len(chat.student.asked) == 3 + 1  # the first with its correction and the rest, then the second
 
 
 def test_set_and_correct_change_the_next_request(chat, capsys):
@@ -300,20 +266,16 @@ def test_why_lists_the_probability_of_each_step(chat, capsys):
 
 def test_saved_conversations_can_be_loaded(chat, tmp_path):
     answer = chat.ask("How many?")
-    chat.command(f"/save '{tmp_path}/my chat.json'")
+    chat.command(f"/save {tmp_path}/my chat.json")
     chat.command("/clear")
     assert chat.answers == []
-    chat.command(f"/load '{tmp_path}/my chat.json'")
+    chat.command(f"/load {tmp_path}/my chat.json")
     assert chat.answers == [answer]
     (tmp_path / "other.json").write_text('[{"question": 3}]')
-    for wrong in (tmp_path / "none.json", tmp_path / "other.json"):
-        with pytest.raises(DataError):
-            chat.command(f"/load {wrong}")
-    with pytest.raises(DataError, match="cannot be written"):
-        chat.command(f"/save {tmp_path}")
-    for named in ("~nobody-here/x", "", "'x", "x y"):
-        with pytest.raises(UsageError, match="a file name"):
-            chat.command(f"/load {named}")
+    with raises(DataError, "is not a saved conversation", hint="/save"):
+        chat.command(f"/load {tmp_path}/other.json")
+    with pytest.raises(UsageError, match="/load needs a file name"):
+        chat.command("/load")
 
 
 def test_verdicts_go_to_the_feedback_of_the_run(chat, run):
@@ -324,10 +286,6 @@ def test_verdicts_go_to_the_feedback_of_the_run(chat, run):
     assert (bad.good, good.good) == (False, True)
     assert (bad.question, bad.attempt, bad.accused) == ("How many?", WRONG, 2)
     assert "5 + 1 = 6" in bad.final
-    run.path("feedback.jsonl").unlink()
-    run.path("feedback.jsonl").mkdir()
-    with pytest.raises(DataError, match="cannot be written"):
-        chat.command("/bad")
 
 
 def test_compare_shows_the_base_models_answer_or_how_to_get_it(chat, capsys, monkeypatch, tmp_path):
@@ -336,19 +294,18 @@ def test_compare_shows_the_base_models_answer_or_how_to_get_it(chat, capsys, mon
         chat.command("/compare")
     chat.path = tmp_path / "x.gguf"
     (tmp_path / "base-q8_0.gguf").touch()
-    monkeypatch.setattr(conversation, "Engine", lambda *_, **__: Scripted(text="It is 9."))
+    monkeypatch.setattr(conversation, "open_gguf", lambda *_: Scripted(text="It is 9."))
     capsys.readouterr()
     chat.command("/compare")
     out = capsys.readouterr().out
     assert "It is 9." in out
-    assert "answer 7" in out
-    assert "after review 6" in out
+    assert "answer 7, after review 6" in out
 
 
-def test_unknown_commands_suggest_a_similar_one(chat, capsys):
+def test_help_lists_the_commands(chat, capsys):
     with pytest.raises(UsageError, match="unknown command: /clera") as error:
         chat.command("/clera")
-    assert error.value.hint == "/clear"
+    assert "/help" in error.value.hint
     chat.command("/Help")
     out = capsys.readouterr().out
     for name in "help clear retry undo set correct compare why save load good bad bye".split():  # noqa: SIM905
@@ -409,8 +366,7 @@ class Slow(Scripted):
             time.sleep(60)
         if "four" in asked:
             lines = asked.partition("four")[2].count("\\n")
-            quotes = asked.partition("four")[2].count('"')
-            yield Reply(0, f"read {lines} line ends, {quotes} quotes{' and U+FFFD' * ('\ufffd' in asked)}", 5, 20, "stop")
+            yield Reply(0, f"read {lines} line ends{' and U+FFFD' * ('\ufffd' in asked)}", 5, 20, "stop")
         else:
             yield from super().stream(ask, cancel, pieces)
 
@@ -446,9 +402,6 @@ def test_a_session_takes_pastes_and_survives_errors_and_ctrl_c(terminal, tmp_pat
     terminal.send("\r")
     terminal.wait("read 4 line ends")
     terminal.wait(CLEARED)
-    terminal.send('"""four? He asked: "why""""\r')
-    terminal.wait(", 2 quotes")
-    terminal.wait(CLEARED)
     os.write(terminal.ours, b"four caf\xe9s\r")
     terminal.wait("and U+FFFD")
     terminal.wait(CLEARED)
@@ -475,7 +428,6 @@ def test_a_session_takes_pastes_and_survives_errors_and_ctrl_c(terminal, tmp_pat
     assert terminal.process.wait(timeout=30) == 0
     history = (tmp_path / "sclite" / "chat_history").read_text()
     assert "still here?" in history
-    assert "+How many?\n+\n" not in history  # a pasted line end would move the text out of a small window
 
 
 @pytest.mark.parametrize("terminal", [{"TERM": "dumb"}, {"NO_COLOR": "1"}], indirect=True, ids=str)
@@ -486,11 +438,6 @@ def test_steps_appear_without_colours_or_cursor_control(terminal):
     shown = terminal.wait("tokens/s")
     assert "4 + 1 = 5" in shown
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", shown)
-    pasted = "four\r\r; echo apples\r\rHow many?"  # a dumb terminal does not mark it
-    terminal.send(f"\x1b[200~{pasted}\x1b[201~" if CLEARED in shown else pasted)
-    time.sleep(0.5)
-    terminal.send("\r")
-    terminal.wait("read 4 line ends")
     terminal.send("/bye\r")
     terminal.wait("left")
 
@@ -539,6 +486,6 @@ def test_answer_judged_bad_in_a_terminal_becomes_a_pair(sclite, tmp_path):
     assert "31 - 12 = 19" in review.correction
     before = {path: path.read_bytes() for path in run.folder.glob("*.jsonl")}
     again = sclite(*command)
-    assert "Chat feedback: 0 good, 1 bad" in again.out
+    assert "feedback: 0 good, 1 bad" in again.err
     assert {path: path.read_bytes() for path in before} == before
     assert json.loads(run.path("done/feedback.json").read_text())["counts"] == {"good": 0, "bad": 1}

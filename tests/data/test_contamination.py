@@ -7,8 +7,7 @@ import pytest
 
 from sclite.config import Config
 from sclite.context import Context
-from sclite.data.contamination import build_index, find_contaminated, find_overlap
-from sclite.data.problems import gather_problems
+from sclite.data.problems import build_index, find_overlap, gather_problems
 from sclite.errors import DataError, NetworkError
 from sclite.evaluation import held_out
 from sclite.progress import ProgressDisplay
@@ -67,7 +66,7 @@ def test_rows_to_avoid_need_no_answer_and_ignore_the_limit(write, run):
     other = write("b.jsonl", {"problem": "Second?"})
     chosen = settings(f"problems.source={source}", f'problems.avoid=["{one}", "{other}"]')
     assert [p.question for p in gather_problems(chosen, run)] == ["First?"]
-    chosen = settings(f"problems.source={source}", f"problems.avoid={other}")
+    chosen = settings(f"problems.source={source}", f'problems.avoid=["{other}"]')
     assert len(gather_problems(chosen, run)) == 2
 
 
@@ -101,13 +100,12 @@ def test_unreachable_evaluation_set_is_an_error_with_an_alternative(write, run, 
     assert "as eval.source" in error.value.hint
     assert "--set eval.source= skips" in error.value.hint
     with pytest.raises(DataError, match=r"problems\.avoid, whose .*none\.jsonl does not exist"):
-        gather_problems(settings(f"problems.source={source}", "problems.avoid=none.jsonl"), run)
+        gather_problems(settings(f"problems.source={source}", 'problems.avoid=["none.jsonl"]'), run)
 
 
 def test_evaluation_skips_and_counts_problems_that_were_trained_on(write, run):
-    problems = [Problem(id=i, question=q, answer="1") for i, q in (("a", LONG), ("b", "Why?"), ("c", "Who?"))]
-    training = iter([("t1", "What?"), ("t2", f"Once {LONG}"), ("t3", "WHY"), ("t4", LONG)])
-    assert find_contaminated(problems, training) == {"a": "t2", "b": "t3"}
+    index = build_index([("t1", "What?"), ("t2", f"Once {LONG}"), ("t3", "WHY"), ("t4", LONG)])
+    assert [find_overlap(question, index) for question in (LONG, "Why?", "Who?")] == ["t2", "t3", None]
     rows = [plain(f"What is {i} + {i}?", id=f"e{i}") for i in range(60)]
     rows += [plain(f"{LONG}?", id="long"), plain("Own?", id="own")]
     run.replace("problems.jsonl", [Problem(id="t1", question=f"Well. {LONG}", answer="1")])
@@ -156,15 +154,14 @@ def test_imported_problems_that_were_trained_on_stay(write, run):
 
 
 @pytest.mark.parametrize(("key", "gone"), [("eval.source", False), ("problems.avoid", True)])
-def test_run_keeps_its_problems_if_others_are_to_be_avoided(write, run, capsys, key, gone):
+def test_run_keeps_its_problems_if_others_are_to_be_avoided(write, run, key, gone):
     source = write("p.jsonl", *(plain(f"What is {n} + {n}?") for n in range(9)))
     before = gather_problems(settings(f"problems.source={source}", "problems.limit=4"), run)
     if gone:
         os.remove(source)
-    chosen = settings(f"problems.source={source}", f"{key}={write('e.jsonl', plain('What is 1 + 1?'))}")
+    other = write("e.jsonl", plain("What is 1 + 1?"))
+    chosen = settings(f"problems.source={source}", f'{key}=["{other}"]' if gone else f"{key}={other}")
     assert gather_problems(chosen, run, reread=gone) == before == run.read("problems.jsonl", Problem)
-    said = capsys.readouterr().err
-    assert "has changed since the problems were read: `sclite build-data`, with the same --limit" in said
 
 
 @pytest.mark.parametrize("own", [False, True])

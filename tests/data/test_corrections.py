@@ -151,7 +151,7 @@ def test_stage_without_a_usable_reply_keeps_its_teacher_too(run, grader):
     fill(run, wrong=2)
 
     def answer(request, nth):
-        return fail(500, "down") if "w0: " in request["messages"][-1]["content"] else say("I do not know.")
+        return fail(500, "down") if "w1: " in request["messages"][-1]["content"] else say("I do not know.")
 
     with TeacherServer(answer) as server:
         with pytest.raises(DataError, match="no wrong attempt could be corrected"):

@@ -27,8 +27,8 @@ def write_imported(run, grader, path):
     return write_attempts(settings, run, problems=PROBLEMS, student=None, grader=grader)
 
 
-def load(grader, path, drops=None):
-    return import_attempts(Path(path), PROBLEMS, grader, [] if drops is None else drops)
+def load(grader, path):
+    return import_attempts(Path(path), PROBLEMS, grader, [])
 
 
 def test_imported_attempts_keep_labels_and_get_a_verdict(run, grader, write):
@@ -58,7 +58,7 @@ def test_imported_attempts_keep_labels_and_get_a_verdict(run, grader, write):
      '{"question": "What is 1 + 1?", "steps": [NaN]}', '{"question": "What is 1 + 1?", "steps": ["\\ud83d"]}',
      '{"question": 7, "steps": ["a"]}', "[1]", "not JSON", json.dumps(work()), json.dumps(work("a", " ")),
      json.dumps(work("a", first_error_step=2)), json.dumps(work("a", first_error_step=-2)),
-     json.dumps(work("a", first_error_step="first")), json.dumps(work("a", label=0))],
+     json.dumps(work("a", first_error_step="first"))],
 )  # fmt: skip
 def test_unusable_row_is_skipped_with_file_and_line(run, grader, tmp_path, row):
     path = tmp_path / "mine.jsonl"
@@ -74,12 +74,13 @@ def test_unusable_row_is_skipped_with_file_and_line(run, grader, tmp_path, row):
         load(grader, path)
 
 
-def test_gzipped_attempts_are_read_without_lines_that_are_not_utf8(run, grader, tmp_path):
+def test_gzipped_attempts_are_read_if_they_are_utf8(run, grader, tmp_path):
     path, row = tmp_path / "mine.jsonl.gz", json.dumps(GOOD).encode() + b"\n"
-    path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + row + row.replace(b'"1"', b'"caf\xe9"')))
-    assert write_imported(run, grader, path).dropped == {"row_not_readable": 1}
-    (drop,) = run.read("dropped.jsonl", Drop)
-    assert drop.detail.endswith("line 2: the text is not UTF-8")
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + row))
+    assert write_imported(run, grader, path).counts["attempts"] == 1
+    path.write_bytes(gzip.compress(row.replace(b'"1"', b'"caf\xe9"')))
+    with pytest.raises(DataError, match="not UTF-8"):
+        load(grader, path)
 
 
 def test_row_with_an_unknown_question_is_skipped(run, grader, write):
@@ -89,7 +90,9 @@ def test_row_with_an_unknown_question_is_skipped(run, grader, write):
     assert report.dropped == {"question_unknown": 1}
     (drop,) = run.read("dropped.jsonl", Drop)
     assert json.loads(drop.raw) == rows[1]
-    with pytest.raises(DataError, match="none of its questions is among the run's problems"):
+    with pytest.raises(
+        DataError, match=r"no usable row: 1 question_unknown; .* is not among the run's problems"
+    ):
         load(grader, write("other.jsonl", rows[1]))
     with pytest.raises(DataError, match="does not exist"):
         load(grader, "none.jsonl")
@@ -97,21 +100,17 @@ def test_row_with_an_unknown_question_is_skipped(run, grader, write):
 
 @pytest.mark.parametrize("label", [0, -1])
 def test_label_without_an_error_makes_the_attempt_right(grader, write, label):
-    rows = [work(step, first_error_step=label) for step in ("two", "so 2", "so 3")]
-    drops: list[Drop] = []
-    found = load(grader, write("mine.jsonl", *rows), drops)
+    rows = [work(step, first_error_step=label) for step in ("two", "so 2")]
+    found = load(grader, write("mine.jsonl", *rows))
     # the first has no readable answer and gets the right one
     expected = [(0, True, None, "2"), (1, True, None, "2")]
     assert [(r.sample, r.correct, r.first_error, r.answer) for r in found] == expected
     assert not parse(found[0].trace).issues
-    assert [(d.id, d.reason) for d in drops] == [("line 3", "label_contradicts_answer")]
 
 
-def test_labelled_step_makes_the_attempt_wrong_and_other_columns_are_refused(grader, write):
+def test_labelled_step_makes_the_attempt_wrong(grader, write):
     (found,) = load(grader, write("mine.jsonl", work("1 + 1 = 3", "so 2", first_error_step=1)))
     assert (found.correct, found.first_error) == (False, 1)
-    with pytest.raises(DataError, match=r"has `label` but no `first_error_step`: .*add 1"):
-        load(grader, write("mine.jsonl", {"problem": "What is 1 + 1?", "steps": ["3"], "label": 0}))
 
 
 def test_labels_are_read_for_an_evaluation(write):
@@ -121,6 +120,6 @@ def test_labels_are_read_for_an_evaluation(write):
         ("What is 1 + 1?", 2, 1),
         ("What is 1 + 1?", 1, 0),
     ]
-    for row, said in ((work("3"), "has no labels"), (work("3", label=0), "line 1: it has `label` but no")):
+    for row, said in ((work("3"), "has no labels"), (work(), "line 1: steps: List should have at least 1")):
         with pytest.raises(DataError, match=said):
             read_labelled(Path(write("other.jsonl", row)))

@@ -219,19 +219,6 @@ def test_damaged_problems_are_restored_from_their_source_or_named(write, run, ow
         assert path.read_bytes() == whole
 
 
-def test_a_file_has_several_names(write, run, capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    write("p.jsonl", plain(1), plain(2))
-    before = gather_problems(load(None, ["problems.source=p.jsonl"], {}), run)
-    run.path("sft").mkdir()
-    write("e.jsonl", plain(1))
-    for name in ("./p.jsonl", str(tmp_path / "p.jsonl")):
-        for reread in (False, True):
-            chosen = load(None, [f"problems.source={name}", "eval.source=e.jsonl"], {})
-            assert gather_problems(chosen, run, reread=reread) == before
-    assert capsys.readouterr().err == ""
-
-
 def test_own_problems_can_be_removed_for_those_of_a_source(write, run):
     run.replace("problems.jsonl", [Problem(id="own", **plain(1))])
     gather_problems(config.Config(), run)

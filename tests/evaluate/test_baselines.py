@@ -71,7 +71,7 @@ def test_step_scores_weigh_the_votes_and_choose_the_best_sample(measure):
         def score(self, requests):
             for i, request in enumerate(requests):
                 steps = [request.pieces[mark].rstrip()[-1] for mark in request.marks]
-                yield Scores(i, tuple(odds[step] for step in steps), 9)
+                yield Scores(i, tuple(odds[step] for step in steps))
 
     samples = (trace(9, "ea"), trace(9, "a"), trace(1, "b"), trace(9, "c"), trace(9, "ce"), trace(2, "d"))
     found = measure("dpo", Reviewer(*samples), count=2)

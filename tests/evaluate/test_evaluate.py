@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 
 from sclite.config import Config
-from sclite.evaluate.answers import solve_problems
+from sclite.evaluate.answers import first_pass, harm_warning, measure_first_pass, solve_problems
 from sclite.evaluate.evaluate import HeldOut, evaluate_model
-from sclite.evaluate.first_pass import first_pass, first_pass_warning, measure_first_pass
 from sclite.evaluate.metrics import Outcome, compute_metrics
 from sclite.evaluate.threshold import FittedThreshold, store_threshold
-from sclite.inspect.summaries import print_example, print_results
+from sclite.inspect import summaries
+from sclite.inspect.summaries import print_results
+from sclite.quickstart import flow
 from sclite.records import Problem
 from sclite.run import Run
-from sclite.student.work_counter import WorkCounter
+from sclite.student.recorder import WorkCounter
 from sclite.trace import Step, Trace, render
 from tests.toy import SameVerdict, ScriptedStudent
 
@@ -82,10 +83,10 @@ def test_free_and_guided_reviews_have_files_of_their_own(run, gguf):
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "n", "warned"), [(60, 50, 100, True), (60, 51, 100, False), (5, 4, 5, False)]
+    ("before", "after", "n", "warned"), [(60, 48, 100, True), (60, 52, 100, False), (5, 4, 5, False)]
 )
 def test_a_warm_up_that_harms_solving_is_reported(run, before, after, n, warned):
-    """Wilson's interval of 60 of 100 is 0.502 to 0.691 (statsmodels), that of 5 of 5 begins at 0.566."""
+    """The 95 % interval of 60 of 100 is about 0.50 to 0.70, that of 5 of 5 begins at 0.48."""
 
     class Grader:
         def equal_many(self, pairs):
@@ -95,11 +96,11 @@ def test_a_warm_up_that_harms_solving_is_reported(run, before, after, n, warned)
     for stage, grader.right in (("sft", before), ("warmup", after)):
         for _ in range(2):  # measured once
             measure_first_pass(Config(), run, stage, student, PROBLEMS[:n], grader)
-        assert first_pass(run, stage)["right"] == grader.right / n
+        assert first_pass(run, stage)["acc_t1"] == grader.right / n
     assert len(student.requests) == 2 * n
     assert {request.max_tokens for request in student.requests} == {Config().attempts.max_tokens}
-    warning = first_pass_warning(run)
-    assert ("first answers worse, 60 → 50 % of 100 held-out problems right" in warning) == warned
+    warning = harm_warning("the warm-up", first_pass(run, "sft"), first_pass(run, "warmup"))
+    assert warning.startswith("the warm-up made first answers worse, 60.0 → 48.0 % right; ") == warned
 
 
 def test_an_answer_that_was_cut_off_is_not_reviewed_as_in_chat(run, evaluate_student):
@@ -157,34 +158,30 @@ def test_a_threshold_fitted_on_more_problems_replaces_older_figures(evaluate_stu
     assert (figures["threshold"], figures["fitted"]["problems"], figures["off"]) == (0.5, 400, "")
 
 
-def test_example_prefers_an_answer_and_a_located_step(capsys):
-    step = "<Step1>2 + 2 = 5</Step1>"
-    whole = f"{step}\n<Answer>5</Answer>"
-    given = {"id": "p", "gold": "4", "correct1": False, "accused": 1, "format_ok": True}
+def test_the_quickstart_shows_an_example_preferably_with_a_located_step(run, sclite, monkeypatch):
+    given = {"id": "p", "gold": "4", "correct1": False, "accused": 1, "format_ok": True, "cause": "It is 4."}
     given |= {"second": "<Step1>2 + 2 = 4</Step1>\n<Answer>4</Answer>", "correction": "2 + 2 = 4"}
+    given |= {"first": "<Step1>2 + 2 = 5</Step1>\n<Answer>5</Answer>", "step_scores": (3.0,)}
     rows = {
-        "broken": {"first": step, "correct2": True, "true_step": 1},
-        "astray": {"first": whole, "correct2": True, "true_step": None},
-        "spoilt": {"first": whole, "correct2": False, "true_step": 1},
-        "best": {"first": whole, "correct2": True, "true_step": 1, "cause": "It is 4."},
+        "astray": {"correct2": True, "true_step": None},
+        "spoilt": {"correct2": False, "true_step": 1},
+        "best": {"correct2": True, "true_step": 1},
     }
     made = {name: Outcome(question=f"{name}?", **row, **given) for name, row in rows.items()}
 
-    def shown(*names):
-        print_example([made[name] for name in names])
-        return capsys.readouterr().out
+    monkeypatch.setattr(flow, "quickstart", lambda *_, **__: {"models": {"dpo": {"rows": "dpo.jsonl"}}})
+    monkeypatch.setattr(summaries, "print_results", lambda *_: None)
 
-    best = shown("broken", "astray", "spoilt", "best")
-    assert "best?" in best
-    assert "answer 5 → 4 (right: 4)" in best
-    assert "why wrong  It is 4." in best
-    assert "astray?" in shown("broken", "astray", "spoilt")
-    broken = shown("broken", "spoilt")
-    assert "broken?" in broken
-    assert "answer – → 4 (right: 4)" in broken
-    assert "why wrong" not in broken
-    assert "corrected  2 + 2 = 4" in broken
-    assert shown("spoilt") == "No answer was corrected in this evaluation.\n"
+    def shown(*names):
+        run.replace("dpo.jsonl", [made[name] for name in names])
+        return sclite("quickstart", "--run", run.folder).out
+
+    best = shown("astray", "spoilt", "best")
+    for line in ("(right: 4)", "  best?", "  ✗  1  95% 2 + 2 = 5", "why It is 4.", "  →  1      2 + 2 = 4"):
+        assert line in best
+    assert "answer 4  (was 5)" in best
+    assert "astray?" in shown("astray", "spoilt")
+    assert shown("spoilt").startswith("No answer was corrected in this evaluation.\n")
 
 
 def table_of(capsys, outcomes, **figures):
@@ -214,6 +211,6 @@ def test_table_has_dashes_for_ungraded_answers_and_the_cost_of_the_review(capsys
 
 def test_steps_corrected_in_the_first_answer_count_as_corrected():
     own = Trace((Step("1 + 1 = 3", None, "Too many.", "1 + 1 = 2"),), None, "2")
-    first = solve_problems(ScriptedStudent(render(own)), PROBLEMS[:1], Config(), SameVerdict(True))
-    assert [step.text for step in first.parsed[0].work.steps] == ["1 + 1 = 2"]
-    assert first.correct == [True]
+    (answer,) = solve_problems(ScriptedStudent(render(own)), PROBLEMS[:1], Config(), SameVerdict(True))
+    assert [step.text for step in answer.parsed.work.steps] == ["1 + 1 = 2"]
+    assert answer.correct is True

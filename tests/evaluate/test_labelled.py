@@ -5,7 +5,7 @@ import math
 import pytest
 
 from sclite.config import Config
-from sclite.evaluate.labelled import measure_labelled
+from sclite.evaluate.evaluate import measure_labelled
 from sclite.inspect.summaries import print_results
 from sclite.run import Run
 from sclite.student.base import Scores
@@ -28,7 +28,7 @@ class Reviewer(ScriptedStudent):
     def score(self, requests):
         for i, request in enumerate(requests):
             texts = [request.pieces[mark].partition(">")[2].strip() for mark in request.marks]
-            yield Scores(i, tuple(ODDS[text] for text in texts), 9)
+            yield Scores(i, tuple(ODDS[text] for text in texts))
 
 
 def test_shares_of_located_and_accepted_work(capsys, monkeypatch):

@@ -6,9 +6,8 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
-from sclite.evaluate.metrics import NEVER, Outcome, auc, compare_outcomes, compute_metrics, harmonic_mean
+from sclite.evaluate.metrics import Outcome, auc, compare_outcomes, compute_metrics
 
 VERDICTS = st.sampled_from([True, False, None])
 
@@ -70,13 +69,13 @@ def test_undefined_figures_are_none_and_not_zero():
     assert set(figures.values()) == {None}
     figures = compute_metrics(outcomes((True, True)))
     assert figures["acceptance"] == 1.0
-    for name in ("auc", "location", "location_f1", "correction_rate_own"):
+    assert figures["auc"] is None
+    for name in ("location", "location_f1", "correction_rate_own"):
         assert figures[name] is None
         assert figures[f"{name}_interval"] is None
 
 
 def test_location_and_acceptance_follow_the_labels():
-    assert (harmonic_mean(0.0, 0.0), harmonic_mean(0.5, 1.0)) == (0.0, pytest.approx(2 / 3))
     rows = [
         outcome(False, True, 0, accused=2, true_step=2, true_known=True),  # located and fixed
         outcome(False, False, 1, accused=3, true_step=3, true_known=True),  # located
@@ -98,22 +97,10 @@ def test_location_and_acceptance_follow_the_labels():
     assert (right_steps["location"], right_steps["acceptance"]) == (None, None)
 
 
-def test_auc_uses_only_labelled_scores_and_resampled_problems():
+def test_auc_uses_only_labelled_scores():
     rows = [outcome(False, False, 0, step_scores=(-1.0, 2.0, 9.0), step_labels=(False, True))]
     rows += [outcome(True, True, 1, step_scores=(2.0, -3.0), step_labels=(False, False))]
     assert compute_metrics(rows)["auc"] == pytest.approx((1 + 0.5 + 1) / 3)
-    steps = [(-1.0, False), (0.0, True), (1.0, False), (2.0, True)] * 25
-    rows = [outcome(not w, True, k, step_scores=(s,), step_labels=(w,)) for k, (s, w) in enumerate(steps)]
-    figures = compute_metrics(rows)
-    low, high = figures["auc_interval"]
-    assert figures["auc"] == 0.75
-    assert 0.6 < low < 0.72 < 0.78 < high < 0.9
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, NEVER, -NEVER])
-def test_scores_are_finite(value):
-    with pytest.raises(ValidationError):
-        outcome(True, True, step_scores=(value,))
 
 
 def test_intervals_match_the_binomial_and_depend_only_on_the_seed():
@@ -126,9 +113,6 @@ def test_intervals_match_the_binomial_and_depend_only_on_the_seed():
     assert figures["acc_t2_interval"] == pytest.approx([0.83157, 1.0], abs=1e-5)
     rows = outcomes(*[(True, True), (False, True), (False, False)] * 20)
     assert compute_metrics(rows, seed=0) == compute_metrics(rows, seed=0) != compute_metrics(rows, seed=1)
-    figures = compute_metrics(rows, bootstrap=0)
-    assert figures["acc_t1"] == pytest.approx(1 / 3)
-    assert {v for k, v in figures.items() if k.endswith("_interval")} == {None}
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,7 +8,7 @@ from sclite import evaluation
 from sclite.config import Config
 from sclite.context import Context
 from sclite.data import problems
-from sclite.evaluate.results import result_folder, summaries
+from sclite.evaluate.evaluate import result_folder, summaries
 from sclite.records import Problem
 
 

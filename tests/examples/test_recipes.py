@@ -18,7 +18,7 @@ from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, S
 from sclite.export.datasets import FOLDER, export_data
 from sclite.records import Pair, Problem
 from sclite.student.loader import load_tokenizer
-from sclite.train.bundle import build_bundles
+from sclite.train.dpo import build_bundles
 from tests.toy import CHATML, export_config, make_run, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,8 +13,7 @@ from sclite.cli import app
 from sclite.config import keys
 from sclite.inspect.plan import STAGES
 from sclite.settings import load
-from sclite.train.memory import estimate
-from sclite.train.micro_batch import choose, wanted_setting
+from sclite.train.memory import choose, estimate, wanted_setting
 from tests.train.architectures import RECIPES, recipe_architecture
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples/recipes"

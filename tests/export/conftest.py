@@ -1,5 +1,9 @@
 """Fixtures for the export tests: the tiny student, and llama.cpp's converter if this machine has it."""
 
+import os
+from importlib.metadata import version
+from pathlib import Path
+
 import pytest
 
 from sclite.export import gguf
@@ -14,6 +18,8 @@ def student(folder):
 @pytest.fixture(scope="session")
 def converter():
     """llama.cpp's converter if it is already on this machine; tests download nothing."""
-    if not (gguf.cache_folder() / gguf.SCRIPT).is_file():
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "sclite" / f"llama.cpp-{version('llama_cpp_python')}"
+    if not (folder / gguf.SCRIPT).is_file():
         pytest.skip("llama.cpp's converter is not on this machine; `sclite export` downloads it")
-    return gguf.cache_folder()
+    return folder

@@ -28,16 +28,13 @@ TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_to
 MORE = (
     ("suauauau", "Rules:\n- one\n- two ", "1\n", "A.\n\nB.", "x", " y", "z\t", "w", "{"),
     ("uauau", "\n\nQ1", "A1 ", "Q2", "<Step1>2 + 3 = 5\n</Step1>", "Q3"),
-    ("suauaua", "Rule.", "u", "a\n", "u", "\na", "u", "<Answer>5</Answer>\n"),
+    ("suauau", "Rule.", "u", "<Answer>5</Answer>", "u", "a", "u"),
 )
 REFUSED = {
     "CohereForAI-c4ai-command-r-plus-tool_use": "cannot render",
-    "CohereForAI-c4ai-command-r7b-12-2024-tool_use": "more than roles and contents",
     "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": "cannot render",
     "NousResearch-Hermes-3-Llama-3.1-8B-tool_use": "cannot render",
     "fireworks-ai-llama-3-firefunction-v2": "cannot render",
-    "trl/cohere2": "more than roles and contents",
-    "trl/cohere2_training": "more than roles and contents",
     "trl/idefics3": "content of the user's",
     "trl/idefics3_training": "content of the user's",
     "trl/llava_next": "cannot render",
@@ -103,14 +100,13 @@ def test_small_template_renders_what_the_original_renders(formats, templates):
     for name, form in formats[0].items():
         original, small = renderer(templates[name]), renderer(form.jinja(), bos_token="no such token")
         for kind, chat in chats().items():
-            for answer in (True, False):
-                wanted, text = original(chat, answer), small(chat, answer)
-                own = chat[0]["role"] == "system" and chat[0]["content"]
-                if text != wanted and form.dropped and not own:
-                    defaults.append(name)
-                    wanted = wanted.replace(form.dropped, "", 1)
-                if text != wanted:
-                    wrong.append((name, kind, answer))
+            wanted, text = original(chat, True), small(chat, True)
+            if text != wanted and chat[0]["role"] != "system":
+                defaults.append(name)  # the original writes a system prompt of its own
+                if wanted.startswith(form.start) and wanted.endswith(text.removeprefix(form.start)):
+                    continue
+            if text != wanted:
+                wrong.append((name, kind))
     assert wrong == []
     assert {"Qwen-Qwen2.5-7B-Instruct", "meta-llama-Llama-3.1-8B-Instruct"} <= set(defaults)
 
@@ -135,10 +131,12 @@ def test_go_template_renders_the_same_prompt(formats, tmp_path, cache):
     for name, form in formats[0].items():
         small = renderer(form.jinja())
         for kind, chat in chats().items():
-            open_answer = chat[-1]["content"] if chat[-1]["role"] == "assistant" else ""
-            prompt = small(chat[:-1] if open_answer else chat, True).removeprefix("<s>")
-            wanted.append((name, kind, prompt + open_answer))
-            rows.append({"Template": form.go_template("<s>"), "Messages": chat})
+            if any(message["content"] != message["content"].strip() for message in chat):
+                continue  # Go templates do not strip
+            for answer in ("", "It is"):
+                open_answer = [{"role": "assistant", "content": answer}] if answer else []
+                wanted.append((name, kind, small(chat, True).removeprefix("<s>") + answer))
+                rows.append({"Template": form.go_template("<s>"), "Messages": [*chat, *open_answer]})
     (tmp_path / "main.go").write_text(PROGRAM)
     environment = {**os.environ, "GO111MODULE": "off", "GOCACHE": str(cache.mkdir("go"))}
     given = {"cwd": tmp_path, "env": environment, "input": json.dumps(rows)}
@@ -185,7 +183,6 @@ def test_turns_are_found_and_bos_that_is_the_start_of_a_turn_stays(formats):
     tokens = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     form = derive_format(renderer(SMOLLM2, **tokens), "<|im_start|>")
     assert form.start == ""
-    assert form.dropped == "<|im_start|>system\nYou are SmolLM.<|im_end|>\n"
     text = renderer(form.jinja())(CHATS["user alone"], True)
     assert text == "<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n"
     assert "<|im_start|>user" in form.go_template("<|im_start|>")

@@ -7,14 +7,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from sclite.errors import DataError
 from sclite.export import merge as module
 from sclite.export.merge import merge
-from sclite.export.tensors import BaseWeights, Tensors
-from sclite.student.backends import nf4_config
-from sclite.student.origin import read_origin, record_origin
+from sclite.export.weights import BaseWeights
+from sclite.student.adapters import ORIGIN_FILE, Origin, record_origin
 from tests.toy import LINEAR, merged_by_peft, raises, random_adapter, tiny_llama
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 256}
@@ -26,7 +25,7 @@ RANKS, ALPHAS = {"q_proj": 2, "layers.1.mlp.up_proj": 3}, {"layers.0.self_attn.v
 
 
 def read(folder):
-    tensors = Tensors(folder)
+    tensors = BaseWeights(folder)
     return {name: tensors[name] for name in tensors}
 
 
@@ -74,8 +73,11 @@ def test_merge_equals_the_merge_of_peft(student, tmp_path, settings, tied):
     assert any((found[name] - before[name]).abs().max() > 0.1 for name in found)
     if base == student:
         for path in student.iterdir():
-            if path.suffix in (".model", ".json", ".jinja"):
-                assert (tmp_path / "merged" / path.name).read_bytes() == path.read_bytes()
+            other = tmp_path / "merged" / path.name
+            if path.suffix == ".json":
+                assert json.loads(other.read_text()) == json.loads(path.read_text())
+            elif path.suffix in (".model", ".jinja"):
+                assert other.read_bytes() == path.read_bytes()
 
 
 def test_sharded_models_are_read_and_written(student, tmp_path, monkeypatch):
@@ -147,12 +149,10 @@ def test_adapter_that_peft_would_reload_differently_is_rejected(student, tmp_pat
     assert not (tmp_path / "merged").exists()
 
 
-def test_gptq_weights_and_a_folder_without_a_model_are_rejected(copy_of, tmp_path):
+def test_gptq_weights_are_rejected(copy_of, tmp_path):
     gptq = copy_of("gptq", quantization_config={"quant_method": "gptq", "bits": 4})
     with raises(DataError, "gptq", hint="unquantized"):
         merge(gptq, None, tmp_path / "merged")
-    with pytest.raises(DataError, match="has no model"):
-        merge(tmp_path / "absent", None, tmp_path / "merged")
 
 
 def test_saved_head_of_a_tied_model_is_merged_as_peft_reloads_it(student, tmp_path):
@@ -168,13 +168,11 @@ def test_adapter_of_other_weights_or_another_base_is_rejected(student, adapter, 
     model = AutoModelForCausalLM.from_pretrained(student)
     record_origin(model, student, adapter)
     merge(student, adapter, tmp_path / "merged")
-    model.save_pretrained(tmp_path / "sharded", max_shard_size="2MB")
-    merge(tmp_path / "sharded", adapter, tmp_path / "merged")  # the same weights in other files
     with pytest.raises(DataError, match="not trained on the weights"):
         merge(tiny_llama(tmp_path / "other", seed=5), adapter, tmp_path / "merged")
     path = adapter / "adapter_model.safetensors"
     save_file({key.replace("layers.1", "layers.7"): each for key, each in load_file(path).items()}, path)
-    with pytest.raises(DataError, match=r"layers\.7.*does not have"):
+    with pytest.raises(DataError, match=r"does not fit .*layers\..* is in only one"):
         merge(student, adapter, tmp_path / "merged")
 
 
@@ -185,7 +183,7 @@ def test_prefixed_weights_are_found_among_those_of_multi_token_prediction(studen
     prefix = lambda name: name.replace("model.", "model.language_model.", 1)  # noqa: E731
     prefixed = {prefix(name): each for name, each in load_file(path).items()}
     save_file({**prefixed, f"mtp.{layer}": prefixed[prefix(f"model.{layer}")].clone()}, path)
-    assert BaseWeights(tmp_path / "base").find(f"model.{layer}", "training") == prefix(f"model.{layer}")
+    assert BaseWeights(tmp_path / "base").find(f"model.{layer}") == prefix(f"model.{layer}")
 
 
 def test_weights_of_a_vision_tower_are_not_recorded(tmp_path):
@@ -193,12 +191,13 @@ def test_weights_of_a_vision_tower_are_not_recorded(tmp_path):
     text = {**SHAPE, "num_hidden_layers": 1, "num_key_value_heads": 2, "head_dim": 16}
     config = AutoConfig.for_model("gemma3", text_config=text, vision_config=VISION, mm_tokens_per_image=4)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    settings = {"quantization_config": nf4_config(), "dtype": torch.bfloat16, "device_map": {"": "cpu"}}
+    in_nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    settings = {"quantization_config": in_nf4, "dtype": torch.bfloat16, "device_map": {"": "cpu"}}
     model = AutoModelForCausalLM.from_pretrained(tmp_path, **settings)
     in_4_bits = [name for name, layer in model.named_modules() if type(layer).__name__ == "Linear4bit"]
     assert any("vision" in name for name in in_4_bits)
     record_origin(model, tmp_path, tmp_path)
-    modules = read_origin(tmp_path).nf4
+    modules = Origin.model_validate_json((tmp_path / ORIGIN_FILE).read_bytes()).nf4
     assert len(modules) == 7
     assert not [name for name in modules if "vision" in name]
 
@@ -206,15 +205,14 @@ def test_weights_of_a_vision_tower_are_not_recorded(tmp_path):
 def test_damaged_adapter_error_names_the_file(student, adapter, tmp_path):
     path = adapter / "adapter_model.safetensors"
     whole = path.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", whole[:4], b"\xff" * 64):
+    for damaged in (whole[: len(whole) // 2], b"", b"\xff" * 64):
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"adapter_model\.safetensors is damaged") as error:
+        with raises(DataError, "the adapter in .* cannot be read", hint="--fresh"):
             merge(student, adapter, tmp_path / "merged")
-        assert error.value.hint == f"delete {adapter} and run `sclite train` again"
     path.write_bytes(whole)
-    for settings in ("{", "[]", '{"peft_type": "LORA"}', '{"peft_type": "LORA", "lora_alpha": "x"}'):
+    for settings in ("{", "[]", '{"peft_type": "IA3"}'):
         (adapter / "adapter_config.json").write_text(settings)
-        with pytest.raises(DataError, match=r"adapter_config\.json"):
+        with pytest.raises(DataError, match=r"the adapter in .* cannot be read"):
             merge(student, adapter, tmp_path / "merged")
 
 

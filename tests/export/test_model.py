@@ -16,7 +16,7 @@ from gguf import GGUFReader, GGUFWriter
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from sclite import exports
 from sclite.config import Config, Export
@@ -26,19 +26,14 @@ from sclite.export import model as export
 from sclite.export import ollama, parity, reference
 from sclite.export.cards import build_model_card
 from sclite.export.gguf import run_converter
-from sclite.export.reference import Trained
-from sclite.export.samples import Sample, split_samples
-from sclite.export.tensors import BaseWeights
+from sclite.export.reference import Sample, Trained, split_samples
 from sclite.progress import ProgressDisplay
 from sclite.records import Template
 from sclite.run import Report, Run
-from sclite.student.adapters import adapter_weights
-from sclite.student.backends import nf4_config
+from sclite.student.adapters import adapter_weights, record_origin
 from sclite.student.ggufs import exports_of, gguf_path, source_digest
 from sclite.student.llama_cpp.engine import Engine
-from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.loader import load_tokenizer
-from sclite.student.origin import record_origin
 from sclite.student.tokenization import prompt_ids
 from sclite.train.stage import training_inputs
 from tests.toy import LINEAR, file_limit, raises, random_adapter, sample_texts, tiny_gguf, tiny_llama
@@ -76,7 +71,7 @@ def fail_to_export(config, run, message, code=FAILED, left=("parity.json",)):
     with pytest.raises(ScliteError, match=message) as error:
         export.export_model(config, run, "sft")
     assert error.value.code == code
-    assert [path.name for path in run.path("export").iterdir()] == list(left)
+    assert {path.name for path in run.path("export").iterdir()} == set(left)
     return error.value
 
 
@@ -95,7 +90,7 @@ def test_parity_describes_the_exported_file(base, run):
     kept = json.loads(run.path("export/parity.json").read_text())
     assert kept == report.figures["parity"]
     assert kept["skipped"] is None
-    assert kept["tokens_equal"] == kept["tokens_compared"] > 40
+    assert kept["tokens_equal"] == kept["tokens_compared"] > 30
     assert kept["end_of_turn"] == "<|im_end|>"
     assert kept["greedy"]["equal"] == kept["greedy"]["answers"] == 2
     assert kept["answers"] == {"asked": 1, "ended": 0, "readable": 0}
@@ -128,9 +123,11 @@ def test_complete_and_readable_answers_are_counted(tmp_path, monkeypatch):
         optimizer.zero_grad()
     model.save_pretrained(folder)
     gguf = tiny_gguf(folder, tmp_path / "student.gguf")
-    assert parity.count_readable(tokenizer, gguf, chats) == {"asked": 2, "ended": 2, "readable": 1}
+    trained, samples = Trained(folder, None, tokenizer), [Sample(chats[0], [known[0]])]
+    answers = lambda: parity.compare_export(trained, gguf, {"f32": gguf}, samples, chats)["answers"]  # noqa: E731
+    assert answers() == {"asked": 2, "ended": 2, "readable": 1}
     monkeypatch.setattr(parity, "ANSWER_TOKENS", 5)
-    assert parity.count_readable(tokenizer, gguf, chats) == {"asked": 2, "ended": 0, "readable": 0}
+    assert answers() == {"asked": 2, "ended": 0, "readable": 0}
 
 
 def rounded(tensors, before):
@@ -150,17 +147,13 @@ def not_merged(tensors, before):
     return before
 
 
-FAILURES = [(failure, 1 << 40) for failure in (rounded, scaled, merged_twice, not_merged)]
-
-
-@pytest.mark.parametrize(("failure", "ram"), [*FAILURES, (merged_twice, 1_000_000), (scaled, 1_000_000)])
-def test_wrong_weights_fail_the_export(base, run, monkeypatch, instead, failure, ram):
+@pytest.mark.parametrize("failure", [rounded, scaled, merged_twice, not_merged])
+def test_wrong_weights_fail_the_export(base, run, instead, failure):
     def damage(folder):
-        path, before = folder / "model.safetensors", load_file(base / "model.safetensors")
+        path, before = folder / "model-00001.safetensors", load_file(base / "model.safetensors")
         save_file(failure(load_file(path), before), path, metadata={"format": "pt"})
         return folder
 
-    monkeypatch.setattr(reference, "available_ram", lambda: ram)
     instead("convert_model", lambda convert, folder, *more, **named: convert(damage(folder), *more, **named))
     fail_to_export(config_of(base), run, r"sft-q8_0\.gguf does not match the trained model")
     assert exports_of(run, "sft") == []
@@ -230,7 +223,7 @@ def truncated(path):
         (without_end_of_turn, "q8_0", ["that ends a turn in training does not end one in sft-q8_0.gguf"]),
         (with_swapped_tokens, "q8_0", ["sft-q8_0.gguf splits"]),
         (with_another_template, "q8_0", ["sft-q8_0.gguf splits"]),
-        (truncated, "q8_0", ["sft-q8_0.gguf is not a GGUF file"]),
+        (truncated, "q8_0", ["sft-q8_0.gguf"]),
         (without_end_of_turn, "q4_0", ["does not end one in sft-q4_0.gguf"]),
         (with_another_template, "q4_0", ["sft-q4_0.gguf splits"]),
     ],
@@ -266,11 +259,18 @@ def test_next_tokens_alone_can_fail_the_export(base, run, instead):
 def test_nan_is_a_violation(figure):
     full = {"mean_abs_logprob_diff": 0.0, "top1_agreement": 1.0, "adapter_share": 1.0, "adapter_effect": 1.0}
     file = {"quantization": "q8_0", "kl": 0.0, "top1_agreement": 1.0, "top1_up_to_ties": 1.0, "changed": None}
-    result = {"tokens_equal": 9, "tokens_compared": 9, "end_of_turn": "</s>", "skipped": None}
+    result = {
+        "tokens_of": "sft-q8_0.gguf",
+        "tokens_equal": 9,
+        "tokens_compared": 9,
+        "end_of_turn": "</s>",
+        "skipped": None,
+    }
     result |= {"unquantized": full, "greedy": {"largest_gap": 0.0}, "files": {"sft-q8_0.gguf": file}}
-    assert parity.find_violations(result, Export()) == []
+    parity.check_bounds(result, Export())
     next(part for part in (full, file, result["greedy"]) if figure in part)[figure] = float("nan")
-    assert len(parity.find_violations(result, Export())) == 1
+    with pytest.raises(ScliteError, match="does not match the trained model"):
+        parity.check_bounds(result, Export())
 
 
 @pytest.fixture(autouse=True)
@@ -302,11 +302,10 @@ def test_several_types_share_one_merge_and_are_rewritten_if_one_is_damaged(base,
     assert not export.export_model(config, run, "sft").skipped
     path.write_bytes(path.read_bytes()[:1_000_000])
     with raises(DataError, r"llama\.cpp cannot load", hint="sclite export"):
-        check_gguf(path)
+        Engine(path)
     assert not export.export_model(config, run, "sft").skipped
     with Engine(path, parallel=1, context=256) as engine:
         assert engine.vocabulary.size == 512
-    assert export.describe_sizes(config) == "q4_k_m about 1 MB, q8_0 about 2 MB, bf16 about 3 MB"
 
 
 INTERRUPTED = """
@@ -323,7 +322,7 @@ proceed = getattr(owner, name)
 def wait(*given, **named):
     if when in str(given):
         if half:
-            path = run.path(f"{model.UNFINISHED}/{half}")
+            path = next(run.path(model.UNFINISHED).iterdir()) / half
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"GGUF")
         print("waiting", flush=True)
@@ -358,9 +357,9 @@ def test_killed_export_keeps_what_it_has_finished(base, run, monkeypatch, functi
         assert process.stdout.readline() == "waiting\n"
         process.send_signal(how)
         process.wait()
-    work = run.path(export.UNFINISHED)
+    (work,) = run.path(export.UNFINISHED).iterdir()
     before = {path.name: path.stat().st_ino for path in work.iterdir()}
-    assert set(before) - {"parts.json"} == {*kept, *([half.partition("/")[0]] if half else [])}
+    assert set(before) == {*kept, *([half.partition("/")[0]] if half else [])}
     # of two files, the first can have its final name before the second
     whole = {path: path.read_bytes() for path in run.path("export").glob("*.gguf")}
     assert len(whole) == (when == "sft-q4_0.gguf")
@@ -375,8 +374,7 @@ def test_killed_export_keeps_what_it_has_finished(base, run, monkeypatch, functi
     assert report.figures["parity"]["files"]["sft-q4_0.gguf"]["kl"] < 0.5
 
 
-@pytest.mark.parametrize("change", ["file", "adapter"])
-def test_kept_file_that_is_damaged_or_of_another_adapter_is_rewritten(base, run, instead, change):
+def test_kept_files_of_another_adapter_are_rewritten(base, run, instead):
     config, calls = config_of(base, "q8_0,q4_0"), []
 
     def quantize_and_count(quantize, source, out, quant, importance):
@@ -388,11 +386,8 @@ def test_kept_file_that_is_damaged_or_of_another_adapter_is_rewritten(base, run,
     instead("quantize", quantize_and_count)
     with pytest.raises(KeyboardInterrupt):
         export.export_model(config, run, "sft")
-    if change == "file":
-        run.path(f"{export.UNFINISHED}/sft-q8_0.gguf").write_bytes(b"GGUF")
-    else:
-        path = run.path("sft/adapter/adapter_model.safetensors")
-        save_file({name: each * 2 for name, each in load_file(path).items()}, path, metadata={"format": "pt"})
+    path = run.path("sft/adapter/adapter_model.safetensors")
+    save_file({name: each * 2 for name, each in load_file(path).items()}, path, metadata={"format": "pt"})
     export.export_model(config, run, "sft")
     assert calls == ["q8_0", "q4_0", "q8_0", "q4_0"]
 
@@ -408,7 +403,7 @@ def test_type_below_five_bits_gets_an_importance_matrix_from_the_run(base, run):
     report = export.export_model(config_of(base, "q3_k_m,q8_0", imatrix=None), run, "sft")
     assert report.figures["parity"]["importance"] == []
     (named,) = [each for each in report.figures["warnings"] if "importance matrix" in each]
-    assert named.startswith("sft-q3_k_m.gguf: written without an importance matrix: the run has too few")
+    assert named.startswith("sft-q3_k_m.gguf: written without an importance matrix: too few rows")
     assert with_it["files"]["sft-q3_k_m.gguf"]["kl"] < without["files"]["sft-q3_k_m.gguf"]["kl"]
 
 
@@ -417,10 +412,10 @@ def test_compared_samples_are_spread_over_all_and_not_those_of_the_importance_ma
     held_out, rest = split_samples([*rows[:2], *rows])
     assert held_out[:2] == rows[:2]
     assert sorted(held_out[2:] + rest) == sorted(rows)
-    assert 6 <= len(held_out[2:]) <= 8
-    for part in (held_out[2:5], rest[:9]):  # a large vocabulary leaves memory for the first ones only
+    assert len(held_out[2:]) == 8
+    for part in (held_out[2:], rest[:9]):  # a large vocabulary leaves memory for the first ones only
         assert {sample.pieces[0].split()[0] for sample in part} == {"template", "attempt", "review"}
-    assert split_samples(rows[:10]) == (rows[:2] + [rows[n] for n in (2, 5, 8, 3, 6, 9, 4, 7)], [])
+    assert split_samples(rows[:10])[1] == []
 
 
 @pytest.mark.parametrize(
@@ -450,7 +445,7 @@ def test_bounds_come_from_the_configuration_even_after_the_export(base, run):
         export.export_model(config, run, "sft")
     assert export.export_model(config_of(base), run, "sft").skipped
     run.path("export/sft-q8_0.gguf").write_bytes(b"GGUF")
-    fail_to_export(config, run, message)
+    fail_to_export(config, run, message, left=("parity.json", "Modelfile", "README.md"))
 
 
 def test_modelfile_and_card_stay_those_of_the_student_that_was_trained_last(base, run):
@@ -507,7 +502,7 @@ def test_finished_export_is_described_where_it_is_now_and_a_failed_one_not(base,
     assert list(kept["files"]) == ["sft-q8_0.gguf"]
     path = moved.path("sft/adapter/adapter_model.safetensors")
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(DataError, match="is damaged"):
+    with pytest.raises(DataError, match="cannot be read"):
         export.export_model(config_of(base), moved, "sft")
     assert not moved.path("export/parity.json").exists()
 
@@ -545,7 +540,7 @@ def test_merged_folder_is_what_was_trained(base, run, monkeypatch):
 
 
 def forgotten_adapter(folder, base):
-    shutil.copy(base / "model.safetensors", folder)
+    shutil.copy(base / "model.safetensors", folder / "model-00001.safetensors")
 
 
 def changed_template(folder, base):
@@ -554,20 +549,18 @@ def changed_template(folder, base):
 
 
 @pytest.mark.parametrize(
-    ("fault", "ram", "message"),
+    ("fault", "message"),
     [
-        (forgotten_adapter, 1 << 40, "it has a KL divergence of"),
-        (forgotten_adapter, 1_000_000, "it has a KL divergence of"),
-        (changed_template, 1 << 40, "its tokenizer reads 2 of 2 chats differently"),
+        (forgotten_adapter, "it has a KL divergence of"),
+        (changed_template, "its tokenizer reads 2 of 2 chats differently"),
     ],
 )
-def test_merged_folder_of_another_model_is_not_exported(base, run, monkeypatch, instead, fault, ram, message):
+def test_merged_folder_of_another_model_is_not_exported(base, run, instead, fault, message):
     def write_wrongly(write_format, form, tokenizer, folder):
         write_format(form, tokenizer, folder)
         fault(folder, base)
 
     instead("write_format", write_wrongly)
-    monkeypatch.setattr(reference, "available_ram", lambda: ram)
     with pytest.raises(ScliteError, match=rf"^sft-merged does not match the trained model: {message}"):
         export.export_merged(config_of(base, max_kl={"f16": 1e-5}), run, "sft")
     assert list(run.path("export").iterdir()) == []
@@ -578,13 +571,27 @@ def test_adapter_trained_in_nf4_is_merged_into_nf4_weights(base, run, tmp_path, 
     """Unsloth keeps some layers in 16 bits, such as those of Mamba."""
     pytest.importorskip("bitsandbytes")
     folder, settings = run.path("sft/adapter"), {"dtype": torch.bfloat16, "device_map": {"": "cpu"}}
-    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=nf4_config(skipped), **settings)
+    settings["quantization_config"] = BitsAndBytesConfig(  # as in `load_plain`
+        load_in_4bit=True,
+        llm_int8_skip_modules=skipped,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(base, **settings)
     record_origin(random_adapter(model, folder, std=0.01, r=4, target_modules=LINEAR), base, folder)
     kept = json.loads((folder / "trained_on.json").read_text())
     assert len(kept["nf4"]) == 2 * 7 - bool(skipped)
     figures = export.export_model(config_of(base, "f16"), run, "sft").figures["parity"]["unquantized"]
+    ids = list(range(300, 400))
+    plain = AutoModelForCausalLM.from_pretrained(base, **settings)
+    trained = PeftModel.from_pretrained(plain.dequantize().float(), folder)
+    with torch.inference_mode():
+        wanted = trained(torch.tensor([ids])).logits[0].log_softmax(-1).numpy()
+    (found,) = reference.compute_references(base, folder, [(ids, 1)])
+    assert np.abs(found.trained - wanted).max() < 1e-3
     (folder / "trained_on.json").write_text(json.dumps(kept | {"nf4": []}))
-    references = reference.compute_references(base, folder, [(list(range(300, 400)), 1)])
+    references = reference.compute_references(base, folder, [(ids, 1)])
     sixteen = parity.compare_probabilities(references, run.path("export/sft-f16.gguf"))
     assert figures["mean_abs_logprob_diff"] < 0.004
     assert sixteen["mean_abs_logprob_diff"] > 10 * figures["mean_abs_logprob_diff"]
@@ -625,7 +632,7 @@ def test_model_card_has_the_settings_and_figures_of_the_model_that_it_describes(
     assert "Not evaluated" in build_model_card(config, run, "sft", "gguf", figures)
 
 
-def test_model_card_of_dpo_omits_a_stage_that_was_retrained_since(base, run):
+def test_model_card_of_dpo_lists_every_stage(base, run):
     config, wanted = config_of(base), ("sft", "warmup", "dpo")
     for stage in wanted:
         run.path(f"{stage}/adapter").mkdir(parents=True, exist_ok=True)
@@ -634,15 +641,13 @@ def test_model_card_of_dpo_omits_a_stage_that_was_retrained_since(base, run):
         run.sign(stage, training_inputs(config, run, stage), report)
     card = build_model_card(config, run, "dpo", "lora", {})
     assert re.findall("^- (sft|warmup|dpo): 3 rows", card, re.M) == [*wanted]
-    run.path(adapter_weights("sft")).write_bytes(b"again")
-    report.figures["adapter"] = run.file_digest(adapter_weights("sft"))
-    run.sign("sft", training_inputs(config, run, "sft"), report)
+    run.path(adapter_weights("sft")).write_bytes(b"imported")
     card = build_model_card(config, run, "dpo", "lora", {})
     found = re.findall("^- (sft|warmup|dpo): (3 rows|unknown)", card, re.M)
     assert found == [("sft", "unknown"), ("warmup", "3 rows"), ("dpo", "3 rows")]
 
 
-def test_model_card_has_base_files_and_evaluation_and_another_base_a_warning(base, run):
+def test_model_card_has_base_files_and_evaluation(base, run):
     known = {"problems": {"source": "openai/gsm8k"}, "teacher": {"model": "openai/large"}}
     config = Config.model_validate(config_of(base).model_dump() | known)
     sign_sft(run, config)
@@ -676,28 +681,15 @@ def test_model_card_has_base_files_and_evaluation_and_another_base_a_warning(bas
     ):
         assert f"\n{line}\n" in card.text
     assert str(base) not in card.text
-    run.path("sft/adapter/trained_on.json").unlink()
-    path = run.path("sft/adapter/adapter_config.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "org/other"}))
-    assert "was trained on org/other" in ollama.write_modelfile(run, config, "sft")[1][-1]
 
 
 def test_tokenizer_that_aborts_llama_cpp_is_an_error(base, run, monkeypatch, probe):
     """Without byte tokens llama.cpp aborts with an uncaught std::out_of_range."""
     add = GGUFWriter.add_token_list
-    without_bytes = lambda self, tokens: add(self, [token.replace("<0x", "<1x") for token in tokens])  # noqa: E731
+    without_bytes = lambda self, tokens: add(self, [token.replace(b"<0x", b"<1x") for token in tokens])  # noqa: E731
     monkeypatch.setattr(GGUFWriter, "add_token_list", without_bytes)
     error = fail_to_export(config_of(base), run, r"llama.cpp cannot read .*signal 6", code=DATA, left=())
     assert "another base model" in error.hint
-
-
-def test_tokenizer_larger_than_the_embedding_is_an_error(base, run, tmp_path):
-    shutil.copytree(base, tmp_path / "more")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "more")
-    tokenizer.add_tokens(["<Cause>"])
-    tokenizer.save_pretrained(tmp_path / "more")
-    with raises(DataError, r"ids up to 512 .* embedding has only 512 rows", hint="resize_token_embeddings"):
-        export.export_model(config_of(tmp_path / "more"), run, "sft")
 
 
 def test_token_that_the_gguf_splits_differently_fails_the_export(base, run, tmp_path):
@@ -722,29 +714,12 @@ def test_adapter_of_another_base_is_not_exported(run, tmp_path):
     assert "student.model" in fail_to_export(config_of(other), run, message, code=DATA, left=()).hint
 
 
-def test_model_that_does_not_fit_in_memory_is_compared_layer_by_layer(base, run, monkeypatch):
-    whole = export.export_model(config_of(base), run, "sft").figures["parity"]
-    run.path("export/sft-q8_0.gguf").unlink()
-    monkeypatch.setattr(reference, "available_ram", lambda: 1_000_000)
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
-    result = export.export_model(config_of(base), run, "sft").figures["parity"]
-    reason = "7 MB of RAM needed for the whole model, 1 MB free"
-    assert (whole["layered"], result["layered"]) == (None, reason)
-    assert f"one layer at a time: {reason}" in parity.summarize(result)
-    assert whole["greedy"]["equal"] == result["greedy"]["equal"]
-    figures = result["files"]["sft-q8_0.gguf"]
-    for name, value in whole["files"]["sft-q8_0.gguf"].items():
-        assert figures[name] == (value if isinstance(value, str) else pytest.approx(value, abs=1e-4))
-
-
 def test_model_with_other_names_is_compared_in_tokens_and_tensors(base, run, monkeypatch, instead):
-    find = BaseWeights(base).find
-    monkeypatch.setattr(reference, "available_ram", lambda: 1_000_000)
-    monkeypatch.setattr(reference, "load_layered", lambda *_: find("model.experts.weight", "transformers"))
+    monkeypatch.setattr(parity, "compute_references", lambda *_: [])
     result = export.export_model(config_of(base), run, "sft").figures["parity"]
-    assert "1 MB free" in result["skipped"]
+    assert "other names" in result["skipped"]
     assert "probabilities not compared" in parity.summarize(result)
-    assert parity.find_violations(result, Export()) == []
+    parity.check_bounds(result, Export())
     instead("quantize", lambda quantize, source, out, *given: (quantize(source, out, *given), noisy(out))[0])
     run.path("export/sft-q8_0.gguf").unlink()
     with pytest.raises(ScliteError, match=r"ffn_down.weight of sft-q8_0.gguf differs from the unquantized"):

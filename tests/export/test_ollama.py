@@ -2,48 +2,61 @@
 
 import json
 import re
+import shutil
 import stat
 
 import pytest
 
-from sclite import settings
-from sclite.data.problems import split_problems
+from sclite.config import Config
 from sclite.errors import DONE, FAILED, NETWORK, USAGE, DataError, ScliteError, UsageError
-from sclite.export.chat_format import derive_format
-from sclite.export.ollama import build_modelfile, create_model
-from sclite.records import Problem
+from sclite.export.ollama import check_ollama, create_model, write_modelfile
 from sclite.run import Run
 from sclite.student.base import Request
-from sclite.student.chat_template import render_chat
 from sclite.student.llama_cpp.engine import Engine
 from tests.replay import Answer, TeacherServer
-from tests.toy import CHATML
+from tests.toy import CHATML, tiny_gguf
 
 
-def test_modelfile_has_template_system_prompt_stop_and_context():
-    text = build_modelfile("m.gguf", "{{ .Prompt }}", system="Be right.", stop="</s>", num_ctx=4096)
-    assert text.splitlines() == [
-        "FROM ./m.gguf",
-        'TEMPLATE """{{ .Prompt }}"""',
+@pytest.fixture
+def written(run, student, tmp_path):
+    """Writes the Modelfile of a student whose folder and settings are changed, and returns its text."""
+
+    def write(template=CHATML, **settings):
+        folder = shutil.copytree(student, tmp_path / "student", dirs_exist_ok=True)
+        (folder / "chat_template.jinja").write_text(template)
+        run.path("export").mkdir(parents=True, exist_ok=True)
+        tiny_gguf(folder, run.path("export/base-f16.gguf"))
+        tree = {"student": {"model": str(folder)}, "export": {"quant": "f16", "num_ctx": 512}, **settings}
+        path, _ = write_modelfile(run, Config.model_validate(tree), "base")
+        return path.read_text()
+
+    return write
+
+
+def test_modelfile_has_template_system_prompt_stop_and_context(written, tmp_path):
+    system = tmp_path / "prompts/student_system.txt"
+    system.parent.mkdir()
+    system.write_text("Be right.")
+    lines = written(prompts={"folder": str(system.parent)}).splitlines()
+    assert lines[0] == "FROM ./base-f16.gguf"
+    assert lines[1].startswith('TEMPLATE """{{ range ')
+    assert lines[-5:] == [
         'SYSTEM """Be right."""',
-        'PARAMETER stop "</s>"',
-        "PARAMETER num_ctx 4096",
+        'PARAMETER stop "<|im_end|>"',
+        "PARAMETER num_ctx 512",
         "PARAMETER temperature 0",
         "PARAMETER repeat_penalty 1",
     ]
-    assert "TEMPLATE" not in build_modelfile("m.gguf", "")
-
-
-def test_no_text_escapes_from_a_modelfile_that_cannot_hold_it():
-    for given in ({"system": 'say """'}, {"system": 'say "stop"'}, {"stop": '"'}):
+    for folder, text in (("quotes", 'say """ now'), ("end", 'say "stop"')):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "student_system.txt").write_text(text)
         with pytest.raises(DataError, match="cannot contain"):
-            build_modelfile("m.gguf", "", **given)
+            written(prompts={"folder": str(tmp_path / folder)})
+
+
+def test_no_text_of_a_template_escapes_from_the_modelfile(written):
     injected = '"""\nADAPTER /etc/passwd\n{{ .System }}'
-    own = f"message['role'] + '{injected}\n' + "
-    jinja = CHATML.replace("message['role'] + '\n' + ", own)
-    form = derive_format(lambda chat, answer: render_chat(jinja, chat, generation_prompt=answer))
-    assert injected in form.system.before
-    found = build_modelfile("m.gguf", form.go_template(), system="Solve.")
+    found = written(CHATML.replace("message['role'] + '\n' + ", f"message['role'] + '{injected}\n' + "))
     quoted = r'{{ "<|im_start|>system\"\"\"\nADAPTER /etc/passwd\n{{ .System }}\n" }}{{ .Content }}'
     assert found.count('"""') == 4
     assert not any(line.startswith("ADAPTER") for line in found.splitlines())
@@ -86,7 +99,7 @@ def test_ollama_create_runs_and_its_error_is_reported(program, tmp_path):
         create_model("bad", tmp_path / "Modelfile")
     for name in ("-f", "--help", "a\nb", "a b", ""):
         with pytest.raises(UsageError, match="not a valid model name"):
-            create_model(name, tmp_path / "Modelfile")
+            check_ollama(name)
 
 
 def serve_modelfile(body):
@@ -112,7 +125,6 @@ def serve_modelfile(body):
         ("parts later", DONE, r"^Ollama agrees for \d+ of \d+ greedy tokens, up to .* by \d+\.\d\d nats"),
         ("longer prompt", FAILED, r"it gets a prompt of \d+ tokens instead of"),
         ("other beginning", FAILED, "it begins with 'QQ"),
-        ("thinks", FAILED, "it thinks before it answers"),
     ],
 )
 def test_created_model_is_asked_and_compared(sclite, student, program, monkeypatch, change, code, said):
@@ -123,8 +135,6 @@ def test_created_model_is_asked_and_compared(sclite, student, program, monkeypat
             del found["prompt_eval_count"]
         elif change == "longer prompt":
             found["prompt_eval_count"] += 4
-        elif change == "thinks":
-            message["thinking"] = "Well."
         elif change != "nothing":
             at = len(message["content"]) // 2 if change == "parts later" else 0
             message["content"] = message["content"][:at] + "QQ" + message["content"][at:]
@@ -142,21 +152,6 @@ def test_created_model_is_asked_and_compared(sclite, student, program, monkeypat
             assert reply["prompt_tokens"] == reply["ollama_prompt_tokens"] > 50
             assert reply["equal_tokens"] == reply["tokens"]
             assert len(server.requests) == 2
-
-
-def test_question_is_one_that_nothing_was_trained_on(sclite, student, program, monkeypatch):
-    rows = [Problem(id=f"p{n}", question=f"{n} + {n}?", answer=str(2 * n)) for n in range(200)]
-    Run(".").replace("rows.jsonl", rows)
-    given = ("--set", "problems.source=rows.jsonl", "--set", f"student.model={student}")
-    config = settings.load(None, given[1::2])
-    kept = {problem.question for problem in split_problems(config, rows).fit}
-    Run("runs/default").replace("problems.jsonl", rows)
-    with TeacherServer(lambda body, nth: Answer(body=serve_modelfile(body))) as server:
-        monkeypatch.setenv("OLLAMA_HOST", server.url.removesuffix("/v1"))
-        assert sclite("export", "--ollama", "mine", "--quant", "f16", *given).code == DONE
-        (asked,) = server.requests
-    assert 50 <= len(kept) < 200
-    assert sum(question in asked["messages"][0]["content"] for question in kept) == 1
 
 
 def test_stopped_ollama_is_reported_after_the_export(sclite, student, program, monkeypatch):

@@ -18,10 +18,10 @@ from sclite.export import model as export
 from sclite.export import parity
 from sclite.records import Template
 from sclite.run import Run
+from sclite.student.adapters import record_origin
 from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.loader import load_student, load_tokenizer
-from sclite.student.origin import record_origin
 from sclite.student.tokenization import prompt_ids
 from tests.toy import sample_texts
 
@@ -125,13 +125,13 @@ def test_merge_rounded_to_bfloat16_fails_the_export(trained, tmp_path, monkeypat
     merge = export.merge
 
     def rounded(*given, **named):
-        path = merge(*given, **named) / "model.safetensors"
+        path = merge(*given, **named) / "model-00001.safetensors"
         tensors = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
         save_file(tensors, path, metadata={"format": "pt"})
         return path.parent
 
     monkeypatch.setattr(export, "merge", rounded)
-    with pytest.raises(ScliteError, match="not the base with the adapter added once") as error:
+    with pytest.raises(ScliteError, match="does not match the trained model") as error:
         export.export_model(config_of(base, "f16"), Run(tmp_path / "run"), "sft")
     print(f"\n{error.value.message}")
     assert error.value.code == FAILED

@@ -234,8 +234,9 @@ def test_a_worker_ends_when_its_parent_is_killed(hung):
         import time, sclite.grading.grader as grader
         class Shown(grader.HelperProcess):
             def start(self):
-                super().start()
-                print(self.process.pid, flush=True)
+                process = super().start()
+                print(process.pid, flush=True)
+                return process
         grader.HelperProcess = Shown
         grader.Grader(seconds=1.5).equal({TOWER if hung else "x+1"!r}, "5")
         print("idle", flush=True)

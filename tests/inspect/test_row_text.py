@@ -52,7 +52,7 @@ WRONG = {"72 / 2 = 38": "red"}
     [
         (
             Review(id="p1", sample=3, step=2, cause="c", correction="d", trace=REVIEW, requests=2),
-            "5/9  p1  sample 3  wrong at step 2  2 requests\nHow many [bold]?\ngold answer 36\n<Step1>",
+            "5/9  p1  sample 3  wrong at step 2\nHow many [bold]?\ngold answer 36\n<Step1>",
             "</Answer>\n\n",
             {**WRONG, "5/9": "dim"},
         ),

@@ -1,9 +1,11 @@
 """Choosing and counting rows, and their errors."""
 
+import json
+
 import pytest
 
 from sclite.errors import DataError, UsageError
-from sclite.inspect.rows import FILES, choose_rows, count_rows
+from sclite.inspect.rows import FILES, choose_rows
 from sclite.records import Attempt, Drop, Pair, Problem, Review, Template
 from sclite.run import Run
 from tests.toy import raises
@@ -37,8 +39,9 @@ def ids(run: Run, what: str, **choice) -> list[str]:
     return [row.id for _, row in choose_rows(run, what, **choice)[1]]
 
 
-def test_the_overview_counts_rows_kinds_and_reasons(full):
-    found = {each.pop("what"): each for each in count_rows(full)}
+def test_the_overview_counts_rows_kinds_and_reasons(full, sclite):
+    shown = json.loads(sclite("show", "--run", full.folder, "--json").out)["rows"]
+    found = {each.pop("what"): each for each in shown}
     assert found["problems"] == {"rows": 4, "kinds": {}, "reasons": {}}
     assert found["attempts"] == {"rows": 4, "kinds": {"wrong": 2, "right": 1, "unknown": 1}, "reasons": {}}
     assert found["reviews"]["kinds"] == {"correction": 1, "confirmation": 1}
@@ -55,10 +58,9 @@ def test_rows_are_chosen_by_reason_kind_id_prefix_first_and_limit(full):
     assert ids(full, "problems", id="p3") == ["p3"]
     assert ids(full, "problems", id="3") == []
     assert ids(full, "drops", reason="no_steps", id="p9") == []  # no error: the reason is known
-    assert choose_rows(full, "attempts", kind="wrong", first=2)[1] == [(2, attempt(3, False))]
-    total, rows = choose_rows(full, "problems", first=2, limit=2)
-    assert (total, [number for number, _ in rows]) == (4, [2, 3])
-    assert ids(full, "problems", first=9, limit=1) == []
+    assert choose_rows(full, "attempts", kind="wrong")[1][1] == (2, attempt(3, False))
+    total, rows = choose_rows(full, "problems", limit=2)
+    assert (total, [number for number, _ in rows]) == (4, [1, 2])
 
 
 @pytest.mark.parametrize(
@@ -67,12 +69,8 @@ def test_rows_are_chosen_by_reason_kind_id_prefix_first_and_limit(full):
         ({"what": "templats"}, "templats", ", ".join(FILES)),
         ({"what": "drops", "reason": "lek"}, "--reason lek", "leak (2), no_steps (1)"),
         ({"what": "attempts", "kind": "bad"}, "--kind bad", "wrong (2), right (1), unknown (1)"),
-        (
-            {"what": "problems", "kind": "bad"},
-            "--kind does not apply to problems",
-            "attempts, reviews, pairs",
-        ),
-        ({"what": "pairs", "reason": "leak"}, "--reason applies to drops", "sclite show drops"),
+        ({"what": "problems", "kind": "bad"}, "--kind bad", "--kind applies to attempts, reviews, pairs"),
+        ({"what": "pairs", "reason": "leak"}, "--reason leak", "--reason applies to drops"),
     ],
 )
 def test_an_unknown_choice_names_the_known_ones(full, choice, message, hint):
@@ -80,13 +78,11 @@ def test_an_unknown_choice_names_the_known_ones(full, choice, message, hint):
         choose_rows(full, **choice)
 
 
-def test_a_missing_run_names_the_runs_beside_it_and_a_damaged_row_its_line(full):
-    full.write_json("run.toml", {})
-    with raises(DataError, "nowhere does not exist", hint=str(full.folder)):
-        count_rows(Run(full.folder.parent / "nowhere"))
-    with pytest.raises(DataError) as error:
-        count_rows(Run(full.folder / "deeper/nowhere"))
-    assert "sclite build-data" in error.value.hint
+def test_a_missing_run_and_a_damaged_row_are_reported(full, sclite):
+    missing = sclite("show", "--run", "nowhere")
+    assert missing.code == DataError.code
+    assert "nowhere does not exist" in missing.error
+    assert "sclite build-data" in missing.hint
     with open(full.path("problems.jsonl"), "a") as file:
         file.write("no JSON\n")
     with pytest.raises(DataError, match=r"problems\.jsonl, line 5"):  # whatever is chosen

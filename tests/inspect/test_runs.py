@@ -44,7 +44,8 @@ def test_the_last_stage_of_a_run_in_training_is_the_one_in_progress(sclite, tmp_
 
 
 def test_a_damaged_run_or_an_evaluation_of_no_model_hides_no_other_run(sclite, tmp_path):
-    evaluated(tmp_path / "runs/a").write_json("eval/a/summary.json", {"models": {}, "n": 40})
+    summary = {"models": {}, "n": 40, "folder": "eval/a"}
+    evaluated(tmp_path / "runs/a").write_json("eval/a/summary.json", summary)
     evaluated(tmp_path / "runs/b").path("run.toml").write_text("[student\n")
     first, second = json.loads(sclite("runs", str(tmp_path / "runs"), "--json").out)["runs"]
     assert (first["error"], first["acc_t1"]) == ("", None)

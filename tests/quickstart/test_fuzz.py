@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sclite.quickstart.problem_sets import problem_set
+from sclite.quickstart.stories import problem_set
 from tests.damages import damages, survive
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from sclite import config, prompts
 from sclite.data.corrections import check_review
 from sclite.data.templates import check_template
-from sclite.quickstart import tutor, tutor_provider
+from sclite.quickstart import tutor
 from sclite.quickstart.grammar import solve
 from sclite.quickstart.stories import generate
 from sclite.records import Attempt
@@ -117,8 +117,8 @@ def test_other_problems_are_declined_and_work_without_steps_gets_a_reply():
 def test_tutor_is_reached_through_litellm_free_of_charge(tmp_path):
     chats = [prompts.teacher_messages(p.question, p.solution, p.answer) for p in PROBLEMS[:12]]
     jobs = [Job(str(n), lambda error, chat=chat: chat, lambda reply: None) for n, chat in enumerate(chats)]
-    settings = config.Teacher(model=tutor_provider.MODEL)
-    with Ledger(tmp_path / "ledger") as ledger, Teacher(settings, ledger, tutor_provider.register) as teacher:
+    settings = config.Teacher(model=tutor.MODEL)
+    with Ledger(tmp_path / "ledger") as ledger, Teacher(settings, ledger, tutor.register) as teacher:
         results = {int(result.id): result.text for result in teacher.ask_all(jobs)}
         totals = ledger.totals()
     assert results == {number: tutor.reply(chat) for number, chat in enumerate(chats)}

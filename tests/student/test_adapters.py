@@ -20,7 +20,6 @@ SMALL = {
     "pad_token_id": 2, "bos_token_id": None, "eos_token_id": 2,
 }  # fmt: skip
 GROUPED = {**SMALL, "num_key_value_heads": 2}
-FALCON = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 DELTA = ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
 VISION = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -31,12 +30,10 @@ FAMILIES = {
     "llama": (GROUPED, LINEAR),
     "qwen2": (GROUPED, LINEAR),
     "qwen3": ({**GROUPED, "head_dim": 16}, LINEAR),
-    "mistral": (GROUPED, LINEAR),
     "gemma3_text": ({**GROUPED, "head_dim": 16}, LINEAR),
     "phi3": (GROUPED, ["o_proj", "qkv_proj", "gate_up_proj", "down_proj"]),
     "gpt2": ({**SMALL, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024}, ["c_attn", "c_proj", "c_fc"]),
-    "falcon": (SMALL, FALCON),
-    "gpt_neox": (SMALL, FALCON),
+    "gpt_neox": (SMALL, ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]),
     "qwen3_5_text": (
         {**GROUPED, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"],
          "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
@@ -44,9 +41,8 @@ FAMILIES = {
         [*LINEAR, *DELTA],
     ),
     "mixtral": ({**GROUPED, "num_local_experts": 4}, LINEAR[:4]),
-    "falcon_h1": ({**GROUPED, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16}, [*LINEAR, "in_proj"]),
 }  # fmt: skip
-TRAINED = [name for name in FAMILIES if name not in ("mixtral", "falcon_h1")]
+TRAINED = [name for name in FAMILIES if name != "mixtral"]
 
 
 def kind_of(name):

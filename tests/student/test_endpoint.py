@@ -1,6 +1,5 @@
 """A student behind a real HTTP endpoint: requests, replies, and the cost of a re-run."""
 
-import json
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +12,7 @@ from sclite.student.base import Request, ScoreRequest
 from sclite.student.endpoint import Endpoint
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger
-from tests.replay import BROKEN, Answer, TeacherServer, fail, say
+from tests.replay import BROKEN, TeacherServer, fail, say
 
 TRACE = "<Step1>1 + 1 = 2\n</Step1>\n<Answer>2</Answer>"
 
@@ -184,14 +183,6 @@ def test_abandoned_stream_is_given_up_and_frees_the_endpoint(run):
         wait.set()
 
 
-def test_endpoint_that_does_not_stream_is_named(run):
-    whole = Answer(200, json.dumps(say(TRACE).body).encode())
-    with TeacherServer(lambda body, nth: whole) as server, student(run, server.url) as endpoint:
-        *_, reply = endpoint.stream(request("1?"))
-    assert (reply.text, reply.finish) == ("", "error")
-    assert "may not support streaming" in reply.error
-
-
 def test_stream_that_breaks_is_not_repeated_after_its_first_words(run):
     replies = iter([say("good"), replace(say("one two three four"), broken=True)])
     with TeacherServer(lambda body, nth: next(replies)) as server:
@@ -206,7 +197,7 @@ def test_stream_that_breaks_is_not_repeated_after_its_first_words(run):
 def test_attempts_at_an_endpoint_with_a_price_are_confirmed_like_templates(run):
     priced = TeacherServer(lambda body, nth: say("2"))
     with priced as server, student(run, server.url, price=(1, 1)) as endpoint:
-        endpoint.teacher.confirm = lambda forecast: False
+        endpoint.teacher.confirm = lambda *forecast: False
         with pytest.raises(DeclinedError, match="of 30 rows"):
             list(endpoint.generate([request(str(n)) for n in range(30)]))
         assert len(server.requests) < 30

@@ -15,11 +15,15 @@ from transformers import AutoTokenizer
 from sclite.config import Sft, Student
 from sclite.errors import DataError, DeviceError, NetworkError
 from sclite.student import loader
+from sclite.student.base import Request
+from sclite.student.hf_model import HFModel
 from sclite.student.loader import (
+    check_tokenizer,
     fetch_model,
     is_padding_free,
     load_student,
     load_tokenizer,
+    read_config,
     select_backend,
     select_gpu,
 )
@@ -39,8 +43,10 @@ def test_stateful_layers_are_never_padding_free():
     assert is_padding_free(shaped(), asked, "plain")
     assert not is_padding_free(shaped(), Sft(), "plain")
     assert not is_padding_free(shaped("linear_attention", "full_attention"), Sft(), "unsloth")
-    with pytest.raises(DataError, match="would mix the rows"):
-        is_padding_free(shaped("linear_attention"), asked, "unsloth")
+    assert not is_padding_free(shaped(family="gemma2"), Sft(), "unsloth")
+    for mixing in (shaped("linear_attention"), shaped(family="gemma2")):
+        with pytest.raises(DataError, match="would mix the rows"):
+            is_padding_free(mixing, asked, "unsloth")
 
 
 def test_weights_that_could_not_be_merged_are_refused_before_they_are_loaded(tmp_path):
@@ -70,7 +76,6 @@ def changed_tokenizer(folder, change):
     return toy_config(folder)
 
 
-@pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -81,18 +86,18 @@ def changed_tokenizer(folder, change):
         (lambda t: t.add_special_tokens({"pad_token": "[PAD]"}), r"'\[PAD\]' is 512"),
     ],
 )
-def test_token_without_embedding_is_rejected_before_loading_weights(tmp_path, change, said, train):
-    config = changed_tokenizer(tmp_path / "student", change)
-    (tmp_path / "student/model.safetensors").unlink()
+def test_token_without_embedding_is_rejected(tmp_path, change, said):
+    name = changed_tokenizer(tmp_path / "student", change).student.model
     with raises(DataError, said, hint="resize_token_embeddings"):
-        load_student(config, "sft", train=train)
+        check_tokenizer(load_tokenizer(name), read_config(name), name)
 
 
 def test_special_tokens_may_lack_embeddings_or_be_missing(tmp_path):
     torch.backends.cuda.enable_cudnn_sdp(True)
     extra = {"additional_special_tokens": ["<image_soft_token>"]}
     config = changed_tokenizer(tmp_path / "student", lambda t: t.add_special_tokens(extra))
-    assert load_student(config, "sft")[0].config.vocab_size == 512
+    model, tokenizer = load_student(config, "sft")
+    check_tokenizer(tokenizer, model.config, "it")
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.flash_sdp_enabled()
     config = changed_tokenizer(tmp_path / "endless", lambda t: setattr(t, "eos_token", None))
@@ -193,3 +198,14 @@ def test_adapter_does_not_convert_the_16_bit_inputs_of_autocast(tmp_path, monkey
     with torch.autocast("cpu", torch.bfloat16):
         model(input_ids=torch.tensor([[1, 2, 3]]))
     assert seen == {torch.bfloat16}
+
+
+ASK = Request(({"role": "user", "content": "Tom has 20 nuts. He buys 11 more."},), max_tokens=40)
+
+
+def test_settings_of_the_checkpoint_change_nothing(folder):
+    model, tokenizer = load_student(toy_config(folder, student={"load_in_4bit": False}), "sft")
+    student = HFModel(model, tokenizer)
+    before = list(student.generate([ASK]))
+    model.generation_config.repetition_penalty = 5.0
+    assert list(HFModel(model, tokenizer).generate([ASK])) == before

@@ -5,10 +5,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sclite.errors import DataError
-from sclite.student.log_probs import check_log_probs, check_padding_free, hidden_states, pad, token_log_probs
+from sclite.student.log_probs import check_log_probs, hidden_states, pad, token_log_probs
 from sclite.student.tokenization import TrainingSequence
-from sclite.train.sft import train_sft
-from tests.toy import raises, toy_config, write_toy
+from tests.toy import raises
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -18,7 +17,6 @@ SCALED = {
     "llama": {},
     "granite": {"logits_scaling": 8.0},
     "cohere": {"logit_scale": 0.0625},
-    "hyperclovax": {"logits_scaling": 0.125},
     "falcon_h1": {"lm_head_multiplier": 0.25, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     "gemma2": {"final_logit_softcapping": 5.0, "head_dim": 16},
 }
@@ -46,28 +44,4 @@ def test_scaled_and_capped_logits_are_those_of_transformers(family):
 def test_family_whose_logits_are_computed_otherwise_is_refused():
     model = built("recurrent_gemma", logits_soft_cap=2.0, head_dim=16)
     with raises(DataError, "recurrent_gemma models compute their logits"):
-        check_log_probs(model.train(), list(range(3, 23)))
-    assert model.training
-
-
-def test_rows_are_padded_if_the_model_would_mix_them(monkeypatch):
-    model, ids = built("llama"), list(range(3, 23))
-    model.padding_free = True
-    check_padding_free(model, ids, asked=True)
-    assert model.padding_free
-    decoder = model.get_decoder()
-    forward = decoder.forward  # without positions that restart, the second row sees the first
-    monkeypatch.setattr(decoder, "forward", lambda **given: forward(**given | {"position_ids": None}))
-    with pytest.raises(DataError, match="llama models would mix the rows") as error:
-        check_padding_free(model, ids, asked=True)
-    assert error.value.hint == "unset padding_free"
-    check_padding_free(model, ids, asked=False)
-    assert not model.padding_free
-
-
-def test_logits_are_checked_before_the_first_step(folder, run, monkeypatch):
-    monkeypatch.setattr("sclite.student.log_probs._logit_scale", lambda _: 2.0)
-    write_toy(run)
-    with pytest.raises(DataError, match="llama models compute their logits"):
-        train_sft(toy_config(folder), run)
-    assert not run.path("sft/adapter").exists()
+        check_log_probs(model, list(range(3, 23)))

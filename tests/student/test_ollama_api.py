@@ -17,10 +17,7 @@ from tests.replay import TeacherServer
         (":1234", "http://127.0.0.1:1234"),
         ("http://box", "http://box:80"),
         ("https://box/", "https://box:443"),
-        ("[::1]:5", "http://[::1]:5"),
-        ("::1", "http://[::1]:11434"),
         ("https://box/ollama/", "https://box:443/ollama"),
-        (" ' box' ", "http://box:11434"),
     ],
 )
 def test_address_is_read_as_ollama_does(monkeypatch, given, url):

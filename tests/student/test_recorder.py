@@ -1,11 +1,12 @@
-"""Replies of an interrupted command are not requested again."""
+"""Replies of an interrupted command are not requested again; a student's work is counted."""
 
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
 from sclite.student.base import Request, ScoreRequest
-from sclite.student.recorder import recorded
+from sclite.student.recorder import WorkCounter, recorded
 from tests.toy import ScriptedStudent
 
 REQUESTS = [Request(({"role": "user", "content": text},), seed=n) for n, text in enumerate("abc")]
@@ -46,3 +47,15 @@ def test_another_model_or_a_damaged_line_is_requested_again(interrupted):
             assert len(list(student.generate(REQUESTS))) == 3
             raise KeyboardInterrupt
         assert len(again.requests) == asked
+
+
+def test_replies_and_scores_pass_unchanged_and_are_counted():
+    seen = []
+    student = WorkCounter(ScriptedStudent("a", "b", "c"), 2, 2, lambda *counts: seen.append(counts))
+    assert {reply.text for reply in student.generate(REQUESTS[:2])} == {"a", "b"}
+    assert [found.log_odds for found in student.score(SCORES)] == [(-5.0,)] * 2
+    assert seen[:2] == [(1, 1 / 6, "1 texts written"), (2, 2 / 6, "2 texts written")]
+    assert seen[2:] == [(2, 3 / 6, "2 texts written, 1 reviewed"), (2, 4 / 6, "2 texts written, 2 reviewed")]
+    corrections = [replace(request, pieces=("<Step1>1 + 1 = 2\n",)) for request in REQUESTS]
+    assert len(list(student.generate(corrections))) == 3  # more than scores
+    assert seen[-1] == (2, 1.0, "5 texts written, 2 reviewed")

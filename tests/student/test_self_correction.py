@@ -42,7 +42,7 @@ class Scripted:
             work = requests[index].messages[-1]["content"].partition("Work to check:\n")[2]
             texts = [parse(text).trace.steps[0].text for text, other in requests[index].options if not other]
             written = tuple(self.confidence.get(text, 0.0) for text in texts)
-            yield Scores(index, self.odds(work) if work else written, 10)
+            yield Scores(index, self.odds(work) if work else written)
 
     def generate(self, requests):
         self.requests += requests
@@ -212,6 +212,7 @@ NO_CORRECTION = ("no tags at all", "only a cause</Cause>", "</Cause>\n<Correctio
 )
 def test_unreadable_review_keeps_the_first_answer(correction, rest, finish, note):
     last = "length" if finish == "cut" else "stop"
+    finish = "stop" if finish == "cut" else finish
     student = Scripted(odds=accuse_38, corrections=[correction], rest=rest, finish=finish, last=last)
     (got,) = review(student, WRONG)
     assert (got.trace, got.accused, got.note, got.scores) == (None, 2, note, (-4.0, 3.0, -4.0))
@@ -373,18 +374,10 @@ def test_samples_of_one_correction_have_different_seeds():
         ("a</Cause>", None),
         ("<Correction>b</Correction>", None),
         ("", None),
-        (None, None),
     ],
 )
 def test_corrections_are_parsed_leniently(text, read):
-    """The last, None, is no reply."""
-
-    class Silent(Scripted):
-        def generate(self, requests):
-            return iter(())
-
-    student = Silent() if text is None else Scripted(corrections=[text])
-    (got,) = correct_steps(student, [(QUESTION, WRONG, 2)], ReviewSettings())
+    (got,) = correct_steps(Scripted(corrections=[text]), [(QUESTION, WRONG, 2)], ReviewSettings())
     assert (got.cause, got.correction) == (read or (None, None))
     assert got.note == (UNREADABLE if read is None else "")
 

@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from sclite.student import loader
-from sclite.student.log_probs import check_padding_free, hidden_states, pad, token_log_probs
+from sclite.student.log_probs import hidden_states, pad, token_log_probs
 from sclite.student.tokenization import TrainingSequence
 from tests.toy import toy_config
 
@@ -74,7 +74,6 @@ def measure(folder: Path, backend: str) -> dict[str, Any]:
     model: Any = loader.load_student(config, "sft", folder / "adapter", train=True)[0]
     draw = torch.Generator().manual_seed(1)
     drawn = [torch.randint(3, 512, (length,), generator=draw).tolist() for length in (40, 17, 29)]
-    check_padding_free(model, drawn[0], asked=False)
     batch = pad([TrainingSequence(ids, [0.0] * 5 + [1.0] * (len(ids) - 5)) for ids in drawn], 0)
     log_probs, _ = token_log_probs(model, hidden_states(model, batch), batch)
     log_probs.mean().backward()

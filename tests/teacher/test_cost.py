@@ -6,7 +6,7 @@ import pytest
 
 from sclite.errors import BudgetError, DeclinedError, TeacherError, UsageError
 from sclite.settings import load
-from sclite.teacher.client import PILOT, Job, Rejection
+from sclite.teacher.client import PILOT, Job
 from sclite.teacher.ledger import Ledger
 from tests.replay import BROKEN, Answer, TeacherServer, job, say
 
@@ -35,19 +35,17 @@ def test_limit_is_never_exceeded_and_calls_in_flight_are_completed(teacher_of, a
         assert len(server.requests) == first + 40
 
 
-def test_limit_needs_a_price_of_at_least_0_and_a_small_one_has_no_exponent(asked, ask):
+def test_limit_needs_a_price_of_at_least_0(ask):
     for price in ("[-1000, 2]", "[1, -0.1]", "[nan, 1]", "[inf, 1]"):
         for section in ("teacher", "attempts"):
             with pytest.raises(UsageError, match=f"{section}.price"):
                 load(None, [f"{section}.price={price}"], {}, own_file=False)
-    with pytest.raises(BudgetError, match=r"limit of \$0\.000010 is reached"):
-        asked(cheap, [job(1)], **PRICE, max_cost=1e-5)
     with pytest.raises(UsageError, match="is unknown") as caught:
         ask("http://teacher.example/v1", [job(1)], max_cost=1)
     assert "teacher.price" in caught.value.hint
 
 
-def test_lost_reply_costs_its_maximum_and_a_long_one_its_length(asked, ledger):
+def test_lost_reply_costs_its_maximum_and_a_long_one_its_tokens(asked, ledger):
     settings = {"timeout_seconds": 0.2, "attempts_per_call": 1, "max_cost": 1, "repairs": 0}
     with pytest.raises(TeacherError, match="does not answer after 1 attempt: "):
         asked(lambda request, nth: say("late", seconds=3), [job(1)], **PRICE, **settings)
@@ -55,7 +53,7 @@ def test_lost_reply_costs_its_maximum_and_a_long_one_its_length(asked, ledger):
     assert (totals["sent"], totals["given_up"], totals["requests"]) == (1, 1, 0)
     assert totals["lost_usd"] == pytest.approx(RESERVED)
     asked(lambda request, nth: say("word " * 500, tokens=(10, 500)), [job(1)], **PRICE)
-    assert ledger.totals()["cost_usd"] >= 500 * 10 / 1e6
+    assert ledger.totals()["cost_usd"] == pytest.approx((10 * 1 + 500 * 10) / 1e6)
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -73,7 +71,7 @@ INF, NAN = float("inf"), float("nan")
 
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize(
-    "counts", [None, (0, 0), (-11, 7), ("11", "7"), (11, INF), (NAN, 7), (11, True), (11, 101), (2**64, 7)]
+    "counts", [None, (0, 0), (-11, 7), ("11", "7"), (11, INF), (NAN, 7), (11, True), (2**64, 7)]
 )
 def test_implausible_counts_cost_what_was_reserved(asked, ledger, counts, direct):
     names = ("prompt_tokens", "completion_tokens", "total_tokens")
@@ -127,46 +125,33 @@ def test_no_tokenizer_exceeds_the_bound_on_prompt_tokens(asked, ledger, text):
 def test_rest_is_requested_only_if_the_forecast_is_confirmed(teacher_of):
     seen, jobs = [], [job(i) for i in range(30)]
     with TeacherServer(cheap) as server, teacher_of(server, **PRICE) as teacher:
-        teacher.confirm = seen.append
+        teacher.confirm = lambda *forecast: seen.append(forecast)
         with pytest.raises(DeclinedError, match=f"stopped after {PILOT} of 30 rows"):
             list(teacher.ask_after_pilot(jobs, 30, "templates"))
         assert len(server.requests) == PILOT
-        assert seen[0].rows_left == 30 - PILOT
-        assert seen[0].cost_usd == pytest.approx(0.00011 * (30 - PILOT))
-        teacher.confirm = lambda _: True
+        left = 30 - PILOT
+        assert seen == [(PILOT, pytest.approx(0.00011 * PILOT), left, pytest.approx(0.00011 * left))]
+        teacher.confirm = lambda *forecast: True
         assert len(list(teacher.ask_after_pilot(jobs, 30, "templates"))) == len(server.requests) == 30
 
 
 def test_forecast_after_an_interruption_counts_the_rows_that_are_not_paid_for(teacher_of):
-    """Of 200 rows, every fourth is new; the pilot ends with the eighth of these, and 42 more follow."""
+    """Of 200 rows, every fourth is new; the pilot requests eight of these, and 42 more follow."""
     seen, jobs = [], [job(i) for i in range(200)]
     with TeacherServer(cheap) as server, teacher_of(server, **PRICE) as teacher:
         list(teacher.ask_all([each for i, each in enumerate(jobs) if i % 4], "corrections"))
-        teacher.confirm = seen.append
-        with pytest.raises(DeclinedError, match="stopped after 32 of 200 rows"):
+        teacher.confirm = lambda *forecast: seen.append(forecast)
+        with pytest.raises(DeclinedError, match="stopped after 8 of 200 rows"):
             list(teacher.ask_after_pilot(jobs, 200, "corrections"))
         assert len(server.requests) == 150 + 8
-    assert (seen[0].rows, seen[0].rows_left) == (8, 42)
-    assert seen[0].spent_usd == pytest.approx(8 * 0.00011)
-    assert seen[0].cost_usd == pytest.approx(42 * 0.00011)
-
-
-def test_forecast_counts_rows_of_which_only_the_repair_is_new(teacher_of):
-    seen, jobs = [], [job(i, lambda reply: Rejection("bad", "It is bad.")) for i in range(40)]
-    with TeacherServer(lambda body, nth: say("bad", tokens=(10, 10))) as server:
-        with teacher_of(server, **PRICE, repairs=0) as teacher:
-            list(teacher.ask_all(jobs, "templates"))
-        with teacher_of(server, **PRICE, repairs=1) as teacher:
-            teacher.confirm = seen.append
-            with pytest.raises(DeclinedError):
-                list(teacher.ask_after_pilot(jobs, 40, "templates"))
-        assert len(server.requests) == 40 + 8
-    assert (seen[0].rows, seen[0].rows_left) == (8, 32)
-    assert seen[0].cost_usd == pytest.approx(32 * 0.00011)
+        assert seen == [(8, pytest.approx(8 * 0.00011), 42, pytest.approx(42 * 0.00011))]
+        teacher.confirm = lambda *forecast: True
+        results = teacher.ask_after_pilot(jobs, 200, "corrections")
+        assert sorted(int(result.id) for result in results) == list(range(200))
 
 
 def test_no_question_if_all_is_free_or_in_the_ledger(teacher_of):
-    def confirm(forecast):
+    def confirm(*forecast):
         raise AssertionError
 
     with TeacherServer(cheap) as server:

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from sclite.teacher import limits
-from sclite.teacher.limits import Limit, RateLimiter
+from sclite.teacher.limits import RateLimiter
 
 
 def test_overload_halves_the_limit_down_to_one_call_and_successes_raise_it():
@@ -43,18 +43,19 @@ def test_calls_in_flight_never_exceed_the_limit(allowed):
     assert max(seen) == allowed
 
 
-def test_limit_per_minute_holds_in_every_window(monkeypatch):
+@pytest.mark.parametrize("limits_per_minute", [(5, None), (None, 5 * 7)])
+def test_limits_per_minute_hold_in_every_window(monkeypatch, limits_per_minute):
     monkeypatch.setattr(limits, "MINUTE_SECONDS", 0.2)
     times = []
 
     async def run():
-        limit = Limit(5)
+        limiter = RateLimiter(12, *limits_per_minute)
 
-        async def take():
-            await limit.take(1)
-            times.append(time.monotonic())
+        async def call():
+            async with limiter.call(tokens=7):
+                times.append(time.monotonic())
 
-        await asyncio.gather(*(take() for _ in range(12)))
+        await asyncio.gather(*(call() for _ in range(12)))
 
     asyncio.run(run())
     assert len(times) == 12
@@ -65,9 +66,9 @@ def test_amount_above_the_limit_is_admitted_alone(monkeypatch):
     monkeypatch.setattr(limits, "MINUTE_SECONDS", 0.05)
 
     async def run():
-        limit = Limit(10)
-        await limit.take(3)
-        await limit.take(50)
-        await limit.take(1)
+        limiter = RateLimiter(3, tokens_per_minute=10)
+        for tokens in (3, 50, 1):
+            async with limiter.call(tokens):
+                pass
 
     asyncio.run(asyncio.wait_for(run(), 5))

@@ -95,7 +95,7 @@ def test_extra_is_json_toml_or_a_dotted_key(setting, tmp_path):
         ('{"a": [{"b": null}]}', "null, NaN and Infinity are not allowed"),
         ('{"a": NaN}', "null, NaN and Infinity are not allowed"),
         ('{"a": 1', "this is not a JSON object"),
-        ("7", "this is not an object"),
+        ("7", "input should be a valid dictionary"),
     ],
 )  # fmt: skip
 def test_parameter_that_sclite_sets_or_cannot_store_is_refused(value, message):
@@ -190,7 +190,7 @@ def test_reasoning_without_a_reply_or_a_larger_budget_is_reported(asked):
     results, _ = asked(answer, [job(1)])
     assert "used up the budget of 100 tokens" in results[0].rejection.text
     results, _ = asked(lambda request, nth: thought(f"<think>{THOUGHT}"), [job(1)], repairs=0)
-    assert (results[0].rejection.reason, results[0].text) == ("only_reasoning", None)
+    assert (results[0].rejection.reason, results[0].text) == ("empty_reply", None)
 
 
 def test_larger_budget_is_reserved_against_the_limit(ask, ledger):

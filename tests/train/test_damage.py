@@ -1,16 +1,15 @@
-"""Damaged checkpoints, adapters, metrics and references: training resumes from the last intact one, with a warning."""
+"""Damaged adapters, metrics and references: training recomputes them or refuses to go on."""
 
-import json
 import os
 
 import pytest
 
 from sclite.errors import DataError
 from sclite.run import Run
-from sclite.train.checkpoints import Checkpoints
 from sclite.train.metrics_logger import read_metrics
 from sclite.train.sft import train_sft
-from tests.toy import LONG, TRAIN, Said, adapter, largest_change, metrics_of, part_of, toy_config, train_all
+from sclite.train.trainer import Checkpoints
+from tests.toy import LONG, TRAIN, Said, adapter, largest_change, part_of, toy_config, train_all
 
 FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth")
 
@@ -72,47 +71,22 @@ def cut(path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
 
-@pytest.mark.parametrize(("name", "harm"), [*((name, flip) for name in FILES), ("optimizer.pt", cut)])
-def test_training_resumes_from_the_checkpoint_before_a_damaged_one(whole, stopped, name, harm):
-    run = stopped("sft", 4)
-    harm(run.path(f"sft/checkpoints/checkpoint-4/{name}"))
-    said = resume(whole, run, "sft")
-    assert f"checkpoint-4 ({name} is damaged); training resumes from step 3" in said[0]
-    assert [row["step"] for row in metrics_of(run, "sft")] == [1, 2, 3, 4, 5, 6]
-
-
-def test_if_every_checkpoint_is_damaged_training_starts_over(whole, stopped):
-    run = stopped("sft", 4)
-    cut(run.path("sft/checkpoints/checkpoint-4/whole.json"))
-    run.path("sft/checkpoints/checkpoint-3/optimizer.pt").unlink()
-    said = resume(whole, run, "sft")
-    assert "checkpoint-4 (whole.json is damaged), checkpoint-3 (optimizer.pt is missing)" in said[0]
-    assert said[0].endswith("training starts over")
-
-
-@pytest.mark.parametrize(
-    "harm", ["digit", *(pytest.param(harm, marks=pytest.mark.slow) for harm in ("cut", "shape"))]
-)
-def test_a_damaged_reference_is_recomputed_to_the_same_values(whole, stopped, harm):
+def test_a_damaged_reference_is_recomputed_to_the_same_values(whole, stopped):
     run = stopped("dpo", 3)
-    path = run.path("dpo/reference.json")
-    kept = json.loads(path.read_text())
-    next(iter(kept["log_probs"].values()))["decisions"][0][0] += 1.0
-    path.write_text({"digit": json.dumps(kept), "cut": path.read_text()[:-40], "shape": "[]"}[harm])
-    said = resume(whole, run, "dpo")
-    assert "reference.json is damaged: recomputing the reference" in " ".join(said)
+    cut(run.path("dpo/reference.json"))
+    resume(whole, run, "dpo")
     now, before = (r.read_json("dpo/reference.json")["log_probs"] for r in (run, whole[1]))
     assert now == before
 
 
-def test_damaged_lines_of_metrics_are_removed_and_counted(whole, stopped):
+def test_damaged_lines_of_metrics_are_removed(whole, stopped):
     run = stopped("sft", 4)
     path = run.path("sft/metrics.jsonl")
     lines = path.read_text().splitlines()
-    lines[1], lines[2] = lines[1][: len(lines[1]) // 2], '["not", "a row"]'
-    path.write_text("\n".join([*lines, '{"phase": "sft", "step": "5"}', '{"phase": "sf']))
-    assert "metrics.jsonl: 3 damaged lines removed" in resume(whole, run, "sft")[0]
-    assert [row["step"] for row in read_metrics(path)] == [1, 4, 5, 6]
+    lines[1] = lines[1][: len(lines[1]) // 2]
+    path.write_text("\n".join([*lines, '{"phase": "sf']))
+    resume(whole, run, "sft")
+    assert [row["step"] for row in read_metrics(path)] == [1, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("stage", TRAIN)

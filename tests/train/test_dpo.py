@@ -14,10 +14,9 @@ from sclite.student import tokenization
 from sclite.student.loader import load_student, load_tokenizer
 from sclite.student.log_probs import pad
 from sclite.student.step_scores import read_odds
-from sclite.student.tokenization import TrainingSequence, decision_ids, piece_ids, prompt_ids
+from sclite.student.tokenization import TrainingSequence, piece_ids, prompt_ids
 from sclite.trace import open_piece, parse, render
-from sclite.train.bundle import build_bundles, collate
-from sclite.train.dpo import train_dpo, with_replay
+from sclite.train.dpo import build_bundles, train_dpo, with_replay
 from sclite.train.losses import pair_log_probs, reference_log_probs
 from sclite.train.sft import solve_rows, train_sft
 from sclite.train.warmup import train_warmup
@@ -75,7 +74,6 @@ def test_dpo_starts_at_ln_2_with_zero_margins_and_learns_the_toy_pairs(run, repo
     first, *_ = rows = metrics_of(run, "dpo")
     assert first["dpo_loss"] == pytest.approx(math.log(2), abs=1e-3)
     assert first["margin"] == pytest.approx(0, abs=1e-3)
-    assert first["margin_max"] < 2e-3
     assert first["loss"] > first["dpo_loss"]  # the likelihood terms are in the loss and not in dpo_loss
     assert [row["step"] for row in rows] == list(range(1, report.counts["steps"] + 1))
     assert rows[-1]["dpo_loss"] < rows[0]["dpo_loss"] - 0.05
@@ -87,7 +85,7 @@ def test_dpo_starts_at_ln_2_with_zero_margins_and_learns_the_toy_pairs(run, repo
     assert largest_change(adapter(run, "warmup"), adapter(run, "dpo")) > 0
 
 
-def test_the_reference_is_the_start_for_the_trained_reviews(config, run, report, bundles, folder, tmp_path):
+def test_the_reference_is_the_start(config, run, report, bundles):
     model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"))
     kept = run.read_json("dpo/reference.json")["log_probs"]
     shown = []
@@ -95,11 +93,6 @@ def test_the_reference_is_the_start_for_the_trained_reviews(config, run, report,
     assert shown == [f"reference of {n} of 6 reviews" for n in range(1, 7)]
     assert kept.keys() == fresh.keys() == {f"p{i}/0" for i in range(6)}
     assert_same(kept, fresh)
-    for name in ("problems.jsonl", "templates.jsonl", "pairs.jsonl", "warmup"):
-        (tmp_path / name).symlink_to(run.path(name))
-    part = Run(tmp_path)
-    train_dpo(toy_config(folder, dpo={**SHORT, "num_train_epochs": 0.5}), part)
-    assert len(part.read_json("dpo/reference.json")["log_probs"]) == 3  # of 6
 
 
 def assert_same(one, other) -> None:
@@ -183,7 +176,7 @@ def first_token_odds(model, tokenizer, request) -> list[float]:
 def test_decision_odds_in_training_equal_the_scores_in_use(config, run, report, bundles, attempts, questions):
     """Trained on the token positions that review asks for: the bundles and transformers' own logits agree to 1e-4."""
     model, tokenizer = load_student(config, "dpo", run.path("dpo/adapter"))
-    decisions, *_ = pair_log_probs(model, collate(bundles, tokenizer.pad_token_id), decision_ids(tokenizer))
+    decisions, *_ = pair_log_probs(model, bundles, tokenizer)
     signed = (decisions[:, 0] - decisions[:, 1]).tolist()
     for bundle in bundles:
         attempt = attempts[bundle.key]
@@ -198,8 +191,7 @@ def test_log_probabilities_are_sums_over_a_sides_own_tokens(config, run, bundles
     model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"))
     bundles = [bundle for bundle in bundles if bundle.rejected is not None]
     with torch.no_grad():
-        batch = collate(bundles, tokenizer.pad_token_id)
-        _, contents, tokens = pair_log_probs(model, batch, decision_ids(tokenizer))
+        _, contents, tokens = pair_log_probs(model, bundles, tokenizer)
         for number, bundle in enumerate(bundles):
             for side, found in zip((bundle.review, bundle.rejected), contents.T, strict=True):
                 logits = model(input_ids=torch.tensor([side.ids])).logits[0].log_softmax(-1)
@@ -226,8 +218,7 @@ def test_padding_free_rows_give_the_same_gradients(config, run, bundles):
         changed = config.model_copy(update={"dpo": dpo})
         model, tokenizer = load_student(changed, "dpo", run.path("warmup/adapter"), train=True)
         assert model.padding_free is padding_free
-        batch = collate(bundles, tokenizer.pad_token_id)
-        decisions, contents, _ = pair_log_probs(model, batch, decision_ids(tokenizer))
+        decisions, contents, _ = pair_log_probs(model, bundles, tokenizer)
         sides = [*decisions.T, *contents.T]
         sum(side.sum() for side in sides).backward()
         gradients = [p.grad for p in model.parameters() if p.requires_grad]

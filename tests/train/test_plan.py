@@ -8,9 +8,10 @@ import torch
 
 from sclite.config import Config
 from sclite.data import corrections
+from sclite.data.problems import Split
 from sclite.errors import DataError, DeviceError, NetworkError
 from sclite.inspect.plan import plan, print_plan
-from sclite.records import Attempt, Pair, Review, Template
+from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Report
 from sclite.student.loader import EMBEDDED_FOLDER, load_tokenizer, read_config
 from sclite.train.memory import Setting, architecture, estimate
@@ -32,7 +33,10 @@ def config(run, **sections) -> Config:
 
 
 def planned(run, gpu=GPU, unseen=frozenset(), tokenizer=None, **sections):
-    return plan(config(run, **sections), run, gpu=gpu, unseen=unseen, tokenizer=tokenizer)
+    tokenizer = tokenizer or load_tokenizer(str(EMBEDDED_FOLDER))
+    kept = [Problem(id=id, question=f"{id}?", answer="1") for id in unseen or ()]
+    split = None if unseen is None else Split([], kept, [])
+    return plan(config(run, **sections), run, gpu=gpu, split=split, tokenizer=tokenizer)
 
 
 def stage_of(name, run, *arguments, **sections):
@@ -59,7 +63,7 @@ def test_each_stage_fits_the_memory_that_other_processes_leave(run):
         assert stage["micro_batch"] * stage["accumulation"] == stage["batch"]
         setting = Setting(name, stage["micro_batch"], 2048, 32)
         wanted = estimate(recipe_architecture("qwen2.5-math-7b"), setting).total
-        assert stage["total_gb"] == round(wanted / 1e9, 3) <= 23.4
+        assert stage["total_gb"] == wanted / 1e9 <= 23.4
         assert stage["total_gb"] == pytest.approx(sum(stage["memory_gb"].values()), abs=0.01)
         assert 2048 <= stage["largest_length"] <= 4096
     some, less, least = (stage_of("sft", run, {**GPU, "free_gb": gb}) for gb in (8.9, 8.6, 2.0))
@@ -80,11 +84,10 @@ def test_without_a_gpu_the_plan_is_float32_and_fits_in_the_ram_or_not(run, monke
     on_card = planned(run)
     assert found["gpu"] is None
     assert (found["bits"], on_card["bits"]) == (32, 4)
-    sft, memory = found["stages"]["sft"], found["stages"]["sft"]["memory_gb"]
-    assert memory["weights"] == round(4 * recipe_architecture("qwen2.5-math-7b").parameters / 1e9, 3)
+    memory = found["stages"]["sft"]["memory_gb"]
+    assert memory["weights"] == 4 * recipe_architecture("qwen2.5-math-7b").parameters / 1e9
     assert memory["optimizer"] == pytest.approx(2 * memory["adapter"], abs=0.002)
     assert memory["activations"] > 20 * on_card["stages"]["sft"]["memory_gb"]["activations"]
-    assert sft["host_gb"] == 0
 
 
 def test_the_forecast_of_an_empty_run_is_unknown(run):
@@ -96,16 +99,12 @@ def test_the_forecast_of_an_empty_run_is_unknown(run):
     json.dumps(found)
 
 
-def test_planned_tokens_are_those_of_sft_or_unknown_without_a_tokenizer(toy, tokenizer):
+def test_planned_tokens_are_those_of_sft(toy, tokenizer):
     counts = ("rows", "steps", "tokens")
     stage = stage_of("sft", toy, tokenizer=tokenizer, unseen=frozenset({"p1"}))
     rows = solve_rows(tokenizer, [row for row in toy.read("templates.jsonl", Template) if row.id != "p1"], "")
     tokens = sum(len(row.ids) for row in rows)
     assert [stage[key] for key in counts] == [5, 4, 3 * tokens]  # three epochs, four rows a step
-    carried = sum(weight > 0 for row in rows for weight in row.weights) / tokens
-    assert stage["loss_share"] == round(carried, 4)
-    without = stage_of("sft", toy)
-    assert [without[key] for key in counts] == [None] * 3
     toy.append("templates.jsonl", [LONG])
     stage = stage_of("sft", toy, tokenizer=tokenizer)
     assert (stage["rows"], stage["too_long"]) == (6, 1)
@@ -133,18 +132,16 @@ def test_reviews_of_attempts_that_are_sampled_again_are_not_planned(toy, tokeniz
 def test_the_plan_of_dpo_counts_both_sides_and_replay(toy, tokenizer):
     wrong, right = (f"<Step1>{answer}\n</Step1>\n<Answer>{answer}</Answer>" for answer in "12")
     made = {"sample": 0, "step": 1, "prefix": ("<Step1>1\n",)}
+    noted = made | {"prefix": ("<Step1>1\n", "<Cause>")}
     rows = [
         Pair(id="p1", kind="decision", attempt=wrong, chosen="<Cause>", rejected="</Step1>", **made),
-        Pair(id="p1", kind="content", attempt=wrong, chosen="abcd" * 5, rejected="abcd" * 7, **made),
+        Pair(id="p1", kind="content", attempt=wrong, chosen="abcd" * 5, rejected="abcd" * 7, **noted),
         Pair(id="p0", kind="decision", attempt=right, chosen="</Step1>", rejected="<Cause>", **made),
     ]
     toy.replace("pairs.jsonl", rows)
     shares = ({"batch_size": 4, "num_train_epochs": 1, "replay_share": share} for share in (1.0, 0.0))
     replayed, without = (stage_of("dpo", toy, tokenizer=tokenizer, dpo=each) for each in shares)
     assert (without["rows"], without["steps"]) == (2, 1)
-    carried = without["loss_share"] * without["tokens"]
-    sides = tokenizer(["abcd" * 5, "abcd" * 7], add_special_tokens=False)["input_ids"]
-    assert carried == pytest.approx(sum(map(len, sides)), abs=0.1)
     assert replayed["tokens"] > without["tokens"]
     toy.append("templates.jsonl", [LONG])
     unseen, dpo = frozenset({"long"}), {"batch_size": 4, "num_train_epochs": 1}
@@ -227,7 +224,7 @@ def test_short_times_and_small_sizes_are_not_shown_as_zero(run, capsys):
     found["stages"]["sft"]["hours"] = 0.006
     print_plan(found)
     shown = capsys.readouterr().out
-    assert "22 s" in shown
+    assert "about 22 s" in shown
     assert "Training time: about 1 min 12 s" in shown
     assert "Disk: about 70 MB (adapters 4 MB)" in shown
 

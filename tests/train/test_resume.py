@@ -7,12 +7,11 @@ import time
 import pytest
 
 from sclite.config import Config
-from sclite.errors import DeviceError, UsageError
+from sclite.errors import UsageError
 from sclite.run import Run
 from sclite.train import trainer
-from sclite.train.checkpoints import Checkpoints
 from sclite.train.sft import train_sft
-from sclite.train.trainer import training_order
+from sclite.train.trainer import Checkpoints, training_order
 from tests.toy import (
     LONG,
     TRAIN,
@@ -105,14 +104,11 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.prepare(inputs)
     for step in (3, 6):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}").mkdir(parents=True)
     checkpoints.mark(3)
     assert checkpoints.step() == 3
     checkpoints.prepare(inputs)
     assert not (tmp_path / "checkpoint-6").exists()
-    assert checkpoints.step() == 3
-    with pytest.raises(DeviceError, match="are from training on cpu, not on cuda"):
-        checkpoints.prepare(inputs, "cuda")
     assert checkpoints.step() == 3
     checkpoints.prepare({"seed": 1})
     assert checkpoints.step() == 0
@@ -133,8 +129,7 @@ def test_the_previous_checkpoint_is_kept_until_the_next_is_complete(folder, run,
 
     monkeypatch.setattr(Checkpoints, "mark", marking)
     monkeypatch.setattr(trainer, "weighted_loss", rising)
-    report = train_sft(toy_config(folder, sft={"num_train_epochs": 2, "eval_share": 0.34}), run)
-    assert report.figures["best_step"] == 1
+    train_sft(toy_config(folder, sft={"num_train_epochs": 2, "eval_share": 0.34}), run)
     assert before == {1: 0, 2: 1, 3: 2, 4: 3}
 
 

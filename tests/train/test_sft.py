@@ -11,16 +11,15 @@ from sclite import prompts
 from sclite.errors import DataError
 from sclite.records import Template
 from sclite.run import Run
+from sclite.student.adapters import ORIGIN_FILE, Origin, fingerprint
 from sclite.student.loader import load_student, load_tokenizer
-from sclite.student.origin import fingerprint, read_origin
 from sclite.student.tokenization import TrainingSequence, encode_solution, end_id
 from sclite.trace import Step, Trace, render
 from sclite.train import stage
-from sclite.train.checkpoints import Checkpoints
 from sclite.train.metrics_logger import MetricsLogger, read_metrics
 from sclite.train.sft import solve_rows, supervised, supervised_task, train_sft
 from sclite.train.stage import TrainingJob
-from sclite.train.trainer import build_trainer, train_adapter, training_arguments
+from sclite.train.trainer import Checkpoints, build_trainer, train_adapter, training_arguments
 from sclite.train.warmup import train_warmup
 from tests.toy import adapter, metrics_of, raises, toy_config, toy_problems, toy_trace, write_toy
 
@@ -39,10 +38,9 @@ def test_in_the_trainers_batches_the_prompt_alone_is_masked(folder, tmp_path):
     model, tokenizer = load_student(config, "sft", train=True)
     problem, trace = toy_problems(1)[0], toy_trace(0)
     rows = [encode_solution(tokenizer, prompts.solve_messages(problem.question), trace)] * 3
-    task = supervised_task("sft", rows, tokenizer.pad_token_id)
-    settings = training_arguments(model, task, config.sft, tmp_path, rows=3, micro_batch=2, seed=0)
+    task = supervised_task("sft", config.sft, 0, rows, tokenizer.pad_token_id)
     logger = MetricsLogger(tmp_path / "metrics.jsonl", "sft")
-    trainer = build_trainer(model, task, settings, [0, 1, 2], logger, Checkpoints(tmp_path))
+    trainer = build_trainer(model, task, [0, 1, 2], [], 2, logger, Checkpoints(tmp_path))
     for batch in trainer.get_train_dataloader():
         for ids, weights in zip(batch["batch"].ids, batch["batch"].weights, strict=True):
             prompt = tokenizer.decode(ids[weights == 0])
@@ -55,21 +53,14 @@ def test_in_the_trainers_batches_the_prompt_alone_is_masked(folder, tmp_path):
 def test_no_more_checkpoints_are_saved_than_configured(folder, tmp_path):
     config = toy_config(folder, sft={"checkpoints": 10})
     model, tokenizer = load_student(config, "sft", train=True)
-    task = supervised_task("sft", [GOOD] * 4, tokenizer.pad_token_id, held_out=[0])
+    task = supervised_task("sft", config.sft, 0, [GOOD] * 4, tokenizer.pad_token_id)
     for steps, expected in ((9, 1), (10, 1), (11, 2), (19, 2), (101, 11)):
-        rows = steps * config.sft.batch_size
-        settings = training_arguments(model, task, config.sft, tmp_path, rows=rows, micro_batch=1, seed=0)
+        settings = training_arguments(model, task, tmp_path, steps, evaluates=True, micro_batch=1)
         assert (settings["save_steps"], settings["eval_steps"]) == (expected, expected)
 
 
-def test_the_share_of_trained_tokens_is_reported_and_nothing_trained_again(trained):
+def test_nothing_is_trained_again(trained):
     config, run, report, _ = trained
-    tokenizer = load_tokenizer(config.student.model)
-    rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
-    tokens, carried = sum(len(r.ids) for r in rows), sum(w > 0 for r in rows for w in r.weights)
-    share = round(carried / tokens, 4)
-    assert report.figures["labels"] == {"rows": 6, "tokens": tokens, "trained_share": share}
-    assert 0.1 < share < 0.9
     before = run.path("sft/adapter/adapter_model.safetensors").stat().st_mtime_ns
     again = train_sft(config, run)
     assert again.skipped
@@ -84,10 +75,9 @@ GOOD, ENDLESS = TrainingSequence([5, 6, 2], [0.0, 1.0, 1.0]), "the end-of-turn t
     ("rows", "message"),
     [
         ([], "no rows are left"),
-        ([GOOD, TrainingSequence([5, 6, 2], [0.0, 0.0, 0.0])], r"row 2 \(b\): every label is masked"),
-        ([TrainingSequence([5, 6, 2], [1.0, 1.0, 1.0])], r"row 1 \(a\): the prompt is not masked"),
-        ([GOOD, TrainingSequence([5, 6, 7], [0.0, 1.0, 1.0])], rf"row 2 \(b\): {ENDLESS}"),
-        ([GOOD, TrainingSequence([5, 6, 2], [0.0, 1.0, 0.0])], rf"row 2 \(b\): {ENDLESS}"),
+        ([TrainingSequence([5, 6, 2], [1.0, 1.0, 1.0])], "row a: the prompt is not masked"),
+        ([GOOD, TrainingSequence([5, 6, 7], [0.0, 1.0, 1.0])], f"row b: {ENDLESS}"),
+        ([GOOD, TrainingSequence([5, 6, 2], [0.0, 1.0, 0.0])], f"row b: {ENDLESS}"),
     ],
 )
 def test_rows_with_wrong_labels_are_refused_with_a_hint(folder, run, rows, message):
@@ -95,7 +85,7 @@ def test_rows_with_wrong_labels_are_refused_with_a_hint(folder, run, rows, messa
     with raises(DataError, message):
         supervised(job, "ab"[: len(rows)], rows, tokenizer)
     supervised(job, ["a"], [GOOD], tokenizer)
-    assert job.report.figures["labels"] == {"rows": 1, "tokens": 3, "trained_share": 0.6667}
+    assert job.report.counts["rows"] == 1
 
 
 def test_the_loss_falls_each_step_is_logged_and_the_adapter_is_not_zero(trained):
@@ -104,27 +94,26 @@ def test_the_loss_falls_each_step_is_logged_and_the_adapter_is_not_zero(trained)
     assert [row["step"] for row in rows] == list(range(1, report.counts["steps"] + 1))
     assert report.counts == {"rows": 6, "steps": 6}
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
-    warning = (0, 0)  # of few steps
-    assert seen == [warning, *((i, 6) for i in range(1, 7))]
+    assert seen == [(0, 0), *((i, 6) for i in range(1, 7))]  # first the warning of few steps
     weights = adapter(run, "sft")
     assert any("lora_B" in name and float(value.abs().max()) > 0 for name, value in weights.items())
     assert {str(value.dtype) for value in weights.values()} == {"torch.float32"}
 
 
 def test_the_micro_batch_changes_neither_losses_nor_gradients(folder, trained, tmp_path):
-    """Four rows of different lengths in one optimizer step: one, two or four forward passes give the same."""
+    """Rows of different lengths in one optimizer step: one, two or four forward passes give the same."""
     config, run, *_ = trained
     tokenizer = load_tokenizer(config.student.model)
     rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
-    rows = [TrainingSequence([*rows[0].ids[:60], 2], [0.0] * 55 + [1.0] * 6), *rows]
-    settings = {"num_train_epochs": 3, "learning_rate": 1e-3, "checkpoints": 1}
+    rows = [TrainingSequence([*rows[0].ids[:60], 2], [0.0] * 55 + [1.0] * 6), *rows, *rows[:2]]
+    settings = {"num_train_epochs": 3, "learning_rate": 1e-3, "checkpoints": 1, "eval_share": 0.5}
     made = toy_config(folder, sft=settings)
     found = {}
     for micro in (1, 2, 4):
         model, _ = load_student(made, "sft", train=True)
-        task = supervised_task("sft", rows, tokenizer.pad_token_id, range(4, 7))
+        task = supervised_task("sft", made.sft, 0, rows, tokenizer.pad_token_id)
         metrics, checkpoints = tmp_path / f"{micro}.jsonl", Checkpoints(tmp_path / f"{micro}")
-        train_adapter(model, task, made.sft, checkpoints, metrics, seed=0, micro_batch=micro)
+        train_adapter(model, task, checkpoints, metrics, micro)
         found[micro] = read_metrics(metrics)
     for name in ("loss", "grad_norm", "tokens", "eval_loss"):
         one, two, four = ([row[name] for row in found[micro] if name in row] for micro in (1, 2, 4))
@@ -145,7 +134,8 @@ def test_base_model_is_not_fetched_again_and_long_rows_are_dropped(folder, run, 
     lengthy = render(Trace((Step(("1 + 1 = 2 " * 300).strip()),), None, "2"))
     run.append("templates.jsonl", [Template(id="long", question="How?", answer="2", trace=lengthy)])
     report = train_sft(toy_config(folder, sft={"num_train_epochs": 1}), run)
-    assert read_origin(run.path("sft/adapter")).weights == fingerprint(folder)
+    origin = Origin.model_validate_json(run.path(f"sft/adapter/{ORIGIN_FILE}").read_bytes())
+    assert origin.weights == fingerprint(folder)
     assert (report.dropped, report.counts["rows"]) == ({"longer_than_max_length": 1}, 3)
 
 

@@ -5,6 +5,8 @@ import ctypes
 import functools
 import importlib.util
 import os
+import subprocess
+import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -15,48 +17,36 @@ from types import ModuleType
 
 import numpy as np
 
-from sclite.cores import usable_cores
-from sclite.errors import DataError, DeviceError, UsageError
+from sclite.cores import usable_cores, wait_briefly
+from sclite.errors import DataError, DeviceError
 from sclite.student.base import Messages, Reply, Request, ScoreRequest, Scores
-from sclite.student.chat_template import render_chat, renderer
+from sclite.student.chat_template import render_chat
 from sclite.student.llama_cpp.scheduler import MEMORY_HINT, Scheduler
-from sclite.student.llama_cpp.sequence import Option, TokenSequence, log_odds
-from sclite.student.llama_cpp.vocabulary import Vocabulary
-from sclite.threads import wait_briefly
+from sclite.student.llama_cpp.sequence import Option, TokenSequence, Vocabulary, log_odds
 
 _log: deque[str] = deque(maxlen=40)
 """The last lines that llama.cpp logged; shown only if it fails."""
 _kept: list[object] = []
 """Callbacks: ctypes needs them until the process ends."""
-OWN_CACHES = 8
-"""Sequences that must fit with their own caches; with fewer, a shared cache decodes more at once."""
 FEW = 4
-"""With fewer sequences, as in a chat, the speed of a single one matters."""
-SHORT = 8192
-"""The longest context without flash attention, which would need 0.5 GB for 32 heads."""
+"""With fewer sequences, as in a chat, what is in their caches is worth keeping."""
 SMALL = 20_000_000
 """With fewer parameters, the weights stay in the CPU's cache: more threads or sequences cost more than they gain."""
-
-
-def load_cuda_libraries() -> None:
-    """Load torch's CUDA libraries for a CUDA build of llama.cpp: its wheels contain none."""
-    package, nvidia = importlib.util.find_spec("llama_cpp"), importlib.util.find_spec("nvidia")
-    if package is None or nvidia is None or package.origin is None:
-        return
-    if not Path(package.origin).with_name("lib").joinpath("libggml-cuda.so").is_file():
-        return
-    for name in ("libcudart.so.*", "libcublasLt.so.*", "libcublas.so.*"):
-        for folder in nvidia.submodule_search_locations or ():
-            for path in Path(folder).glob(f"*/lib/{name}"):
-                with suppress(OSError):
-                    ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
 
 
 @functools.cache
 def llama() -> ModuleType:
     """llama.cpp's C functions, with logging silenced. Raises DeviceError if its library cannot be loaded."""
     wait_briefly()
-    load_cuda_libraries()
+    # a CUDA build needs torch's CUDA libraries: its wheels contain none
+    package, nvidia = importlib.util.find_spec("llama_cpp"), importlib.util.find_spec("nvidia")
+    origin = package.origin if package else None
+    folders = nvidia.submodule_search_locations if nvidia else None
+    if origin and folders and Path(origin).with_name("lib").joinpath("libggml-cuda.so").is_file():
+        names = ("libcudart.so.*", "libcublasLt.so.*", "libcublas.so.*")
+        for path in chain.from_iterable(Path(folders[0]).glob(f"*/lib/{name}") for name in names):
+            with suppress(OSError):
+                ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
     try:
         import llama_cpp.llama_cpp as api
     except (RuntimeError, OSError) as error:
@@ -80,6 +70,25 @@ def last_errors() -> str:
     return "; ".join(errors[-3:]) or "no reason given"
 
 
+def check_gguf(path: Path) -> None:
+    """Load a new file and run the model in a child process, because llama.cpp aborts the process that loads certain files.
+
+    Raises DataError if that fails.
+    """
+    command = [sys.executable, "-m", "sclite.student.llama_cpp.engine", str(path)]
+    environment = os.environ | {"GGML_NO_BACKTRACE": "1"}  # otherwise it starts a debugger
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False
+    )
+    if done.returncode:
+        said = (done.stderr.decode("utf-8", "replace").strip() or "no reason given").splitlines()[-1]
+        signal = f"it ends with signal {-done.returncode}: " if done.returncode < 0 else ""
+        raise DataError(
+            f"llama.cpp cannot read {path}: {signal}{said.partition('Error: ')[2] or said}",
+            "llama.cpp does not support its tokenizer or header: use another base model, or another copy of the file",
+        )
+
+
 class Engine(AbstractContextManager["Engine"]):
     """One GGUF file as a student (protocol of sclite/student/base.py).
 
@@ -96,27 +105,21 @@ class Engine(AbstractContextManager["Engine"]):
         context: int = 4096,
         gpu_layers: int = -1,
         cache_gb: float = 4.0,
-        unified: bool | None = None,
         exact: bool = False,
     ):
         """Load the file. `context`: maximum tokens of a sequence (capped at the length the model was trained for).
-        `parallel`: sequences decoded at once (default: as many as have their own cache in `cache_gb` GB, at most 32,
-        or 4 for a model under 20M parameters on a CPU).
+        `parallel`: sequences decoded at once (default: as many as fit with their caches in `cache_gb` GB, at most 32,
+        or 4 for a model under 20M parameters on a CPU); fewer if memory is short.
 
-        With their own caches, the same requests give the same texts in every run, and 32 sequences are twice as fast
-        on a CPU. If fewer than `OWN_CACHES` fit, all share one cache and wait while it is full; with `unified` False,
-        fewer are decoded at once, with True all share one cache.
+        Each sequence has its own cache, so the same requests give the same texts in every run.
         A model with factors for long contexts (Phi) gets the context of its short ones, which training uses.
         `exact`: float32 cache, no flash attention and no products of weights in RAM on a GPU, for comparisons (errors of
         1e-5 instead of 1e-2 nats; slower).
-        Raises DataError (no such file, not a GGUF), DeviceError (not enough memory), UsageError.
+        Raises DataError (no such file, not a GGUF) or DeviceError (not enough memory).
         """
-        renderer.start()
         self._api = api = llama()
         self._model = self._context = None
         self.path = Path(path)
-        if parallel is not None and not 1 <= parallel <= api.llama_max_parallel_sequences():
-            raise UsageError(f"parallel is {parallel}", f"use 1 to {api.llama_max_parallel_sequences()}")
         if not self.path.is_file():
             raise DataError(f"{path} does not exist", "run `sclite export` first")
         _log.clear()
@@ -124,27 +127,36 @@ class Engine(AbstractContextManager["Engine"]):
         parameters.n_gpu_layers = gpu_layers
         self._model = api.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._model:
-            why, hint = last_errors(), "re-create it with `sclite export`, or copy it again"
+            why = last_errors()
             if "allocate" in why or "out of memory" in why:
                 raise DeviceError(f"{path} does not fit in memory: {why}", MEMORY_HINT)
+            hint = "re-create it with `sclite export`, or copy it again"
             raise DataError(f"llama.cpp cannot load {path}: {why}", hint)
         self.offloaded: bool = bool(api.llama_supports_gpu_offload()) and gpu_layers != 0
-        self.vocabulary = Vocabulary(api, self._model)
+        self.vocabulary = Vocabulary(api, self._model, self._metadata)
         count, buffer = api.llama_model_n_params(self._model), ctypes.create_string_buffer(256)
         api.llama_model_desc(self._model, buffer, len(buffer))
         size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
         self.description: str = buffer.value.decode("utf-8", "replace").replace("?B", size)
         template: bytes | None = api.llama_model_chat_template(self._model, None)
         self.chat_template = (template or b"").decode("utf-8", "replace")
-        self.special_tokens = self.vocabulary.special_tokens(self._metadata)
+        self.special_tokens = self.vocabulary.special_tokens
         self.trained_context: int = api.llama_model_n_ctx_train(self._model) or context
         kind = self._metadata("general.architecture")
         original = int(self._metadata(f"{kind}.rope.scaling.original_context_length") or 0)
         if 256 <= original < self.trained_context and self._metadata(f"{kind}.rope.scaling.type") != "yarn":
             # Phi-3.5 and Phi-4-mini: in a longer context llama.cpp uses other position factors, for short rows too
-            self.trained_context, unified = original // 256 * 256, False
+            self.trained_context = original // 256 * 256
         self.context = -(-min(context, self.trained_context) // 256) * 256
-        self.scheduler = self._open_context(parallel, unified, cache_gb, exact)
+        # cache bytes per token: keys and values of every layer in float16; layer 0 may have no attention
+        head = api.llama_model_n_embd(self._model) // max(1, api.llama_model_n_head(self._model))
+        lengths = [int(self._metadata(f"{kind}.attention.{x}_length") or head) for x in ("key", "value")]
+        heads = api.llama_model_n_head_kv(self._model) or api.llama_model_n_head(self._model)
+        cell = 2 * api.llama_model_n_layer(self._model) * heads * sum(lengths)
+        fitting = int(cache_gb * 1e9) // max(1, cell * self.context)
+        most = 4 if count < SMALL and not self.offloaded else 32
+        self.parallel: int = parallel or max(1, min(most, fitting))
+        self.scheduler = self._open_context(count, exact)
 
     def _metadata(self, key: str) -> str | None:
         """A scalar of the GGUF as text, None if absent."""
@@ -152,33 +164,9 @@ class Engine(AbstractContextManager["Engine"]):
         found = self._api.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
         return buffer.value.decode("utf-8", "replace") if found >= 0 else None
 
-    def _open_context(
-        self, parallel: int | None, unified: bool | None, cache_gb: float, exact: bool
-    ) -> Scheduler:
-        """Choose the number of sequences and the size of the cache, and open the context with them."""
+    def _open_context(self, count: int, exact: bool) -> Scheduler:
+        """Open a context for the sequences of a model with `count` parameters."""
         api, model = self._api, self._model
-        if unified is None and 0 < api.llama_model_n_swa(model) < self.context:
-            unified = False  # a shared cache also drops cells outside one sequence's window from its copies
-        count = api.llama_model_n_params(model)
-        # cache bytes per token: keys and values of every layer in float16
-        kind = self._metadata("general.architecture")
-        head = api.llama_model_n_embd(model) // max(1, api.llama_model_n_head(model))
-        lengths = [int(self._metadata(f"{kind}.attention.{x}_length") or head) for x in ("key", "value")]
-        heads = api.llama_model_n_head_kv(model) or api.llama_model_n_head(
-            model
-        )  # of layer 0, which may have no attention
-        cell = 2 * api.llama_model_n_layer(model) * heads * sum(lengths)
-        affordable = int(cache_gb * 1e9) // max(1, cell * (2 if exact else 1)) // 256 * 256
-        fitting = affordable // self.context
-        if parallel is None:
-            parallel = 4 if count < SMALL and not self.offloaded else 32
-            if unified is False or (unified is None and fitting >= OWN_CACHES):
-                parallel = max(1, min(parallel, fitting))
-        self.parallel = parallel
-        self.unified = parallel > fitting if unified is None else unified
-        self.cells = parallel * self.context
-        if self.unified:
-            self.cells = max(self.context, min(self.cells, affordable))
         # Small models decode with one thread. Others get the cores that this process may use, or half of them if more
         # than 8 (hyperthreads); and one sequence of a model under 1B parameters half of the cores: on a busy machine a
         # 135M model wrote 78 tokens/s with 1 of 2 cores, 29 with both.
@@ -186,30 +174,25 @@ class Engine(AbstractContextManager["Engine"]):
         threads = 1 if count < SMALL else cores if cores <= 8 else cores // 2
         one = max(1, cores // 2) if SMALL <= count < 1_000_000_000 else threads
         parameters = api.llama_context_default_params()
-        parameters.n_ctx, parameters.n_seq_max, parameters.n_batch = self.cells, parallel, 2048
-        parameters.kv_unified = self.unified
+        parameters.n_ctx, parameters.n_seq_max = self.parallel * self.context, self.parallel
+        parameters.n_batch, parameters.kv_unified = 2048, False
         parameters.n_threads, parameters.n_threads_batch = one, threads
         parameters.swa_full = True  # a cache pruned to the window cannot be shared
-        # On a CPU flash attention slows one sequence down from about 150 tokens on (135M model: 1.10 times the CPU time per
-        # token at 250, 1.40 at 500), but a batch of 16 only from about 300 on.
-        if exact or (parallel < FEW and self.context <= SHORT and not self.offloaded):
-            parameters.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if exact:
+            parameters.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
             parameters.type_k = parameters.type_v = api.GGML_TYPE_F32
             parameters.op_offload = False
         _log.clear()
-        self._context = api.llama_init_from_model(model, parameters)
+        while not (context := api.llama_init_from_model(model, parameters)) and self.parallel > 1:
+            self.parallel //= 2
+            parameters.n_ctx, parameters.n_seq_max = self.parallel * self.context, self.parallel
+        self._context = context
         if not self._context:
             self.close()
-            raise DeviceError(
-                f"llama.cpp cannot open {self.path} with a cache of {self.cells} tokens: {last_errors()}",
-                MEMORY_HINT,
-            )
+            what = f"{self.parallel} sequences of {self.context} tokens"
+            raise DeviceError(f"llama.cpp cannot open {self.path} for {what}: {last_errors()}", MEMORY_HINT)
         shares = not (api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model))
-        return Scheduler(
-            api, self._context, self.vocabulary,
-            slots=parallel, cells=self.cells, unified=self.unified, shares=shares,
-        )  # fmt: skip
+        return Scheduler(api, self._context, self.vocabulary, slots=self.parallel, shares=shares)
 
     def close(self) -> None:
         """Free the model's memory; the engine cannot be used afterwards."""
@@ -251,15 +234,13 @@ class Engine(AbstractContextManager["Engine"]):
         """
         sequences = {self._sequence(request): index for index, request in enumerate(requests)}
         for done in self.scheduler.run(sequences):
-            yield _reply(sequences[done], done)
+            text, counts = done.text.decode("utf-8", "replace"), (done.generated, len(done.prompt))
+            yield Reply(sequences[done], text, *counts, done.finish, done.error, done.computed)
 
     def stream(
         self, ask: Request | ScoreRequest, cancel: Event | None = None, pieces: bool = True
     ) -> Iterator[str | Reply | Scores]:
-        """Yield the text of a reply as it is generated (without `pieces`, at the end), then the reply; or the scores.
-
-        Setting `cancel` from another thread frees the slot before the next token: finish "cancelled", or NaN scores.
-        """
+        """As in `Student`. Setting `cancel` frees the slot before the next token: finish "cancelled", or NaN scores."""
         if isinstance(ask, ScoreRequest):
             yield from self.score([ask], cancel)
             return
@@ -270,20 +251,19 @@ class Engine(AbstractContextManager["Engine"]):
             sent += len(new)
             if text := decode(new, final=bool(sequence.finish) and sent == len(sequence.text)):
                 yield text
-        yield _reply(0, sequence)
+        text, counts = sequence.text.decode("utf-8", "replace"), (sequence.generated, len(sequence.prompt))
+        yield Reply(0, text, *counts, sequence.finish, sequence.error, sequence.computed)
 
     def _sequence(self, request: Request) -> TokenSequence:
         """The sequence of a request; finished already if it does not fit."""
         ids, _ = self._ids(request.messages, request.pieces)
         room = self.context - len(ids)
         sequence = TokenSequence(ids, request=request, limit=min(request.max_tokens, room))
-        if not ids or room < 1:
+        if room < 1:
             # LiteLLM recognizes this wording, and then tries a model with a longer context
             limit = f"this model's maximum context length is {self.context} tokens"
-            why = f"{limit}, the prompt has {len(ids)}: use a longer context"
-            sequence.finish, sequence.error = "error", why
-        elif request.max_tokens < 1:
-            sequence.finish = "length"
+            sequence.error = f"{limit}, the prompt has {len(ids)}: use a longer context"
+            sequence.finish = "error"
         return sequence
 
     def score(self, requests: Sequence[ScoreRequest], cancel: Event | None = None) -> Iterator[Scores]:
@@ -291,31 +271,23 @@ class Engine(AbstractContextManager["Engine"]):
 
         A request that does not fit, or is cancelled, gives NaN at every mark.
         """
-        marks: dict[int, list[tuple[Option, Option | None]]] = {}
+        odds_of: dict[int, list[list[Option]]] = {}
         owner: dict[TokenSequence, int] = {}
-        lengths: dict[int, int] = {}
         for index, request in enumerate(requests):
             ids, ends = self._ids(request.messages, request.pieces)
-            others = [self.vocabulary.ids(option) for option in request.others]
-            whole, lengths[index], marks[index] = TokenSequence(ids), len(ids), []
+            others = [self.vocabulary.ids(option)[0] for option in request.others]
+            whole, odds_of[index] = TokenSequence(ids), []
             for mark, texts in zip(request.marks, request.options, strict=True):
-                at = ends[mark] - 1
                 options = [self.vocabulary.ids(text) for text in texts if text is not None]
-                if not all(options):
-                    raise UsageError(f"empty option in {texts}", "options need text")
-                heads = [option[0] for option in (*options, *others)]
+                heads = [*(option[0] for option in options), *others]
                 if len(options) == 2 and all(heads.count(option[0]) == 1 for option in options):
                     options = [option[:1] for option in options]  # first tokens suffice
-                first, *second = (whole.option(at, option) for option in options)
-                marks[index].append((first, second[0] if second else None))
-            whole.reads = dict(sorted(whole.reads.items()))
+                odds_of[index].append([whole.option(ends[mark] - 1, option) for option in options])
             # last marks first: each sequence finds its prefix in the cache of the one before
-            read = [option for pair in marks[index] for option in pair if option is not None]
-            latest = sorted(read, key=lambda option: -option[1][0][0])
-            needed = dict.fromkeys([whole, *(sequence for sequence, _ in latest)])
-            parts = [part for part in needed if part.reads]
-            if not parts or max(len(part.ids) for part in parts) > self.context:
-                yield Scores(index, (float("nan"),) * len(request.marks), len(ids))
+            latest = sorted(chain(*odds_of[index]), key=lambda option: -option[1][0][0])
+            parts = [part for part in dict.fromkeys([whole, *(part for part, _ in latest)]) if part.reads]
+            if max(len(part.ids) for part in parts) > self.context:
+                yield Scores(index, (float("nan"),) * len(request.marks))
             else:
                 owner.update(dict.fromkeys(parts, index))
         missing, prefill = Counter(owner.values()), Counter[int]()
@@ -326,17 +298,16 @@ class Engine(AbstractContextManager["Engine"]):
             missing[index] -= 1
             prefill[index] += done.computed
             if not missing[index]:
-                odds = tuple(log_odds(*pair) for pair in marks.pop(index))
-                yield Scores(index, odds, lengths[index], prefill[index])
+                odds = tuple(log_odds(*options) for options in odds_of.pop(index))
+                yield Scores(index, odds, prefill[index])
 
     def log_probabilities(self, ids: Sequence[int]) -> np.ndarray:
         """log p of every token after each of the ids: float64 (len(ids), size of the vocabulary)."""
         sequence = TokenSequence(list(ids), reads=dict.fromkeys(range(len(ids))))
         (done,) = self.scheduler.run([sequence])
-        return np.stack(done.read)
+        return np.stack([done.read[position] for position in range(len(ids))])
 
 
-def _reply(index: int, sequence: TokenSequence) -> Reply:
-    text = sequence.text.decode("utf-8", "replace")
-    counts = sequence.generated, len(sequence.prompt)
-    return Reply(index, text, *counts, sequence.finish, sequence.error, sequence.computed)
+if __name__ == "__main__":  # for check_gguf
+    with Engine(sys.argv[1], parallel=1, context=256, gpu_layers=0) as loaded:
+        loaded.log_probabilities(loaded.vocabulary.ids("<Step1>2 + 3 = 5 €\n</Step1>\n<Cause>"))

@@ -1,10 +1,10 @@
 """The batched llama.cpp student, on a real GGUF, against transformers."""
 
-import json
 import random
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,10 +13,10 @@ import sentencepiece
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sclite.errors import DataError, DeviceError, UsageError
+from sclite.errors import DataError, DeviceError
 from sclite.student.base import Request, ScoreRequest
-from sclite.student.llama_cpp.engine import Engine, llama
-from sclite.student.llama_cpp.probe import check_gguf
+from sclite.student.llama_cpp import engine as llama_engine
+from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.sequence import TokenSequence, sample
 from tests.toy import raises, sample_texts, tiny_gguf, wait_until
 
@@ -44,9 +44,9 @@ def trained(folder):
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["own-caches", "one-cache"])
-def engine(request, gguf):
-    with Engine(gguf, parallel=4, context=1024, unified=request.param, exact=True) as engine:
+@pytest.fixture(scope="module")
+def engine(gguf):
+    with Engine(gguf, parallel=4, context=1024, exact=True) as engine:
         yield engine
 
 
@@ -183,8 +183,9 @@ def test_decoding_sequences_are_in_slot_order(gguf, monkeypatch):
         decode = scheduler.api.llama_decode
 
         def watched(*arguments):
-            decoding = [slot.number for slot, seq in scheduler.active.items() if len(seq.ids) - seq.past == 1]
-            seen.append((sorted(decoding), scheduler.owners[: len(decoding)].tolist()))
+            decoding = [slot for slot, seq in scheduler.active.items() if len(seq.ids) - seq.past == 1]
+            owners = [scheduler.batch.seq_id[place][0] for place in range(len(decoding))]
+            seen.append((sorted(decoding), owners))
             return decode(*arguments)
 
         monkeypatch.setattr(scheduler.api, "llama_decode", watched)
@@ -194,37 +195,25 @@ def test_decoding_sequences_are_in_slot_order(gguf, monkeypatch):
         assert owners == decoding
 
 
-@pytest.mark.parametrize("unified", [False, True])
-def test_common_prefix_is_computed_once_and_changes_no_reply(gguf, unified):
+def test_common_prefix_is_computed_once_and_changes_no_reply(gguf):
     requests = [Request(chat(q, system="Solve in steps. " * 12), max_tokens=16) for q in questions(8)]
     requests += requests[:3]
-    with Engine(gguf, parallel=4, context=512, unified=unified, exact=True) as engine:
+    with Engine(gguf, parallel=4, context=512, exact=True) as engine:
         common = len(engine.vocabulary.ids("<|im_start|>system\n" + "Solve in steps. " * 12, special=True))
         shared = replies(engine, requests)
         assert common > 80
-        assert engine.scheduler.shared_tokens >= 10 * common
+        computed = sum(reply.prefill_tokens for reply in shared.values())
+        assert sum(reply.prompt_tokens for reply in shared.values()) - computed >= 10 * common
     for index, request in enumerate(requests):
         with Engine(gguf, parallel=1, context=512, exact=True) as alone:
             (reply,) = alone.generate([request])
-        assert alone.scheduler.shared_tokens == 0
+        assert reply.prefill_tokens == reply.prompt_tokens
         assert shared[index].text == reply.text
-
-
-def test_end_token_is_counted_but_not_in_the_text(gguf):
-    wild = [Request(chat("1 + 1?"), max_tokens=700, temperature=50.0, seed=seed) for seed in range(8)]
-    with Engine(gguf, parallel=8, context=1024) as engine:
-        ended = [reply for reply in engine.generate(wild) if reply.finish == "stop"]
-        assert ended
-        for reply in ended:
-            assert reply.tokens < 700
-            assert "<|im_end|>" not in reply.text
 
 
 def test_next_request_with_the_same_prefix_uses_the_cache(engine):
     (first,) = engine.generate([Request(chat("How many apples?"), max_tokens=30)])
-    before = engine.scheduler.shared_tokens
     (second,) = engine.generate([Request(chat("How many apples?"), pieces=PIECES, max_tokens=3)])
-    assert engine.scheduler.shared_tokens - before >= first.prompt_tokens - 1
     assert second.prompt_tokens > first.prompt_tokens
     assert second.prefill_tokens <= second.prompt_tokens - first.prompt_tokens + 1
     scored = ScoreRequest(chat("How many apples?"), PIECES, (0,), (OPTIONS,))
@@ -243,8 +232,9 @@ def test_next_request_with_the_same_prefix_uses_the_cache(engine):
 )
 def test_stop_strings_are_found_in_whole_characters(stops, pieces, text):
     sequence = TokenSequence([1], request=Request((), stop=stops), limit=99)
-    for token in range(len(pieces)):
-        sequence.append(token, SimpleNamespace(ends=(), piece=pieces.__getitem__))
+    vocabulary = SimpleNamespace(ends=(), piece=pieces.__getitem__)
+    for logits in np.eye(len(pieces)):
+        sequence.take([], logits[None], vocabulary)
     assert (sequence.text.decode(), sequence.finish) == (text, "stop")
 
 
@@ -272,13 +262,7 @@ def test_samples_follow_top_p_probabilities(top_p):
     assert np.abs(found - wanted).max() < 0.03
 
 
-def test_dominant_token_takes_one_draw_and_a_flat_nucleus_is_kept_whole():
-    request, draw, other = Request((), temperature=0.5, top_p=0.9), *map(np.random.default_rng, (7, 7))
-    sure, open_ = np.array([0.0, 5.0, 1.0], np.float32), np.array([1.0, 1.1, 0.9], np.float32)
-    assert [sample(sure, request, draw) for _ in range(5)] == [1] * 5
-    for _ in range(5):
-        other.random()
-    assert sample(open_, request, draw) == sample(open_, request, other)
+def test_flat_nucleus_is_kept_whole():
     logits = np.zeros(5000, dtype=np.float32)
     logits[0] = 12.0  # each of the others is below 1e-4 of it; together they have 3 % of the mass
     request, draw = Request((), temperature=1.0, top_p=0.999), np.random.default_rng(0)
@@ -295,30 +279,12 @@ def test_oversized_prompt_is_an_error_and_affects_no_other(engine):
     assert np.isnan(score.log_odds[0])
 
 
-def test_full_cache_makes_sequences_wait_and_changes_no_reply(gguf):
-    requests = [Request(chat(q), max_tokens=120) for q in questions(8)]
-    with Engine(gguf, parallel=8, context=256, unified=True, cache_gb=0.0011, exact=True) as small:
-        assert small.cells == 256
-        few = replies(small, requests)
-        assert small.scheduler.preempted > 0
-    with Engine(gguf, parallel=8, context=256, exact=True) as large:
-        assert replies(large, requests) == few
-
-
-def test_large_models_get_fewer_sequences_rather_than_a_shared_cache(gguf, monkeypatch):
+def test_as_many_sequences_are_decoded_at_once_as_fit_with_their_caches(gguf, monkeypatch):
     """2 layers of 256 float16 keys and values: 2,048 bytes per token, 524,288 per sequence of 256 tokens."""
     monkeypatch.setattr("sclite.student.llama_cpp.engine.SMALL", 0)
-    chosen = []
-    for sequences in (4, 8.5, 12.1, 40):
+    for sequences, parallel in ((0.5, 1), (4.9, 4), (12.1, 12), (40, 32)):
         with Engine(gguf, context=256, cache_gb=sequences * 524_288 / 1e9) as engine:
-            chosen.append((engine.parallel, engine.unified))
-    assert chosen == [(32, True), (8, False), (12, False), (32, False)]
-    monkeypatch.setattr(llama(), "llama_model_n_swa", lambda _: 64)
-    with Engine(gguf, context=256, cache_gb=4 * 524_288 / 1e9) as engine:
-        assert (engine.parallel, engine.unified) == (4, False)
-    for sequences, parallel in ((0.5, 1), (4.9, 4), (40, 32)):
-        with Engine(gguf, context=256, cache_gb=sequences * 524_288 / 1e9, unified=False) as engine:
-            assert (engine.parallel, engine.unified) == (parallel, False)
+            assert engine.parallel == parallel
 
 
 def test_same_requests_give_the_same_texts_in_every_run(gguf):
@@ -326,7 +292,7 @@ def test_same_requests_give_the_same_texts_in_every_run(gguf):
     requests = [Request(chat(q), max_tokens=n) for q, n in zip(questions(12), lengths, strict=True)]
     texts = []
     for _ in range(2):
-        with Engine(gguf, parallel=8, context=512, unified=False) as engine:
+        with Engine(gguf, parallel=8, context=512) as engine:
             texts.append(replies(engine, requests))
     assert texts[0] == texts[1]
 
@@ -367,23 +333,6 @@ def test_streamed_text_comes_in_pieces_and_adds_up_to_the_reply(engine):
     assert (reply.finish, whole.finish) == ("stop", "length")
 
 
-def test_first_text_comes_before_the_reply_is_finished(gguf, monkeypatch):
-    with Engine(gguf, parallel=1, context=1024) as engine:
-        seen, step = threading.Event(), engine.scheduler._step
-
-        def wait_for_the_reader():
-            if engine.scheduler.steps == 10:
-                assert seen.wait(60)
-            step()
-
-        monkeypatch.setattr(engine.scheduler, "_step", wait_for_the_reader)
-        pieces = []
-        for piece in engine.stream(Request(chat("1 + 1?"), max_tokens=30)):
-            pieces.append(piece)
-            seen.set()
-        assert len(pieces) > 2
-
-
 def test_streamed_scores_and_oversized_prompts(engine):
     ask = ScoreRequest(chat("2 + 2?"), PIECES, (0,), (OPTIONS,))
     (streamed,), (scored,) = engine.stream(ask), engine.score([ask])
@@ -421,7 +370,7 @@ def test_solution_stays_in_the_cache_while_it_is_reviewed(gguf):
             solve, review = (chat(text, "Solve in steps. " * 9) for text in (question, f"Check {question}"))
             (first,) = engine.generate([Request(solve, max_tokens=30)])
             scored = next(engine.score([ScoreRequest(review, PIECES, (0, 2), (OPTIONS,) * 2, ("<Key>",))]))
-            assert 0 < scored.prefill_tokens < 2 * scored.prompt_tokens
+            assert 0 < scored.prefill_tokens < 2 * len(engine.chat_ids(review))
             (rest,) = engine.generate([Request(solve, (first.text[:20],), max_tokens=3)])
             assert rest.prefill_tokens <= 1 + len(engine.vocabulary.ids(first.text[:20]))
 
@@ -451,19 +400,6 @@ def test_invalid_gguf_is_rejected_with_a_hint(tmp_path, gguf):
     for path, message in ((tmp_path / "absent.gguf", "does not exist"), (broken, "cannot load")):
         with raises(DataError, message):
             Engine(path)
-    with raises(UsageError, "parallel is 0"):
-        Engine(gguf, parallel=0)
-
-
-@pytest.mark.parametrize("kind", [DataError, DeviceError])
-def test_check_in_another_process_keeps_the_kind_of_its_error(tmp_path, monkeypatch, kind):
-    said, python = json.dumps({"message": "no memory", "hint": "free some"}), tmp_path / "python"
-    python.write_text(f"#!/bin/sh\necho '{said}'\nexit {kind.code}\n")
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
-    with pytest.raises(kind, match="no memory") as error:
-        check_gguf(tmp_path / "any.gguf")
-    assert error.value.hint == "free some"
 
 
 def test_llama_cpp_loads_silently_and_truncates_at_the_end_of_the_context(gguf, capfd):
@@ -476,3 +412,38 @@ def test_llama_cpp_loads_silently_and_truncates_at_the_end_of_the_context(gguf, 
         assert "?" not in engine.description
     captured = capfd.readouterr()
     assert captured.err == captured.out == ""
+
+
+def test_cuda_build_of_llama_cpp_gets_the_libraries_of_torch(tmp_path, monkeypatch):
+    """Its wheels contain none, and a machine with a driver alone has no others."""
+    for name in ("llama_cpp/__init__.py", "llama_cpp/lib/libggml-cuda.so", "nvidia/cu13/lib/libcudart.so.13"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "llama_cpp/__init__.py").write_text("raise OSError")
+    (tmp_path / "nvidia/cu13/lib/libcublas.so.13").touch()
+    loaded = []
+    monkeypatch.setattr(llama_engine.ctypes, "CDLL", lambda path, _: loaded.append(Path(path).name))
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for name in [each for each in sys.modules if each.partition(".")[0] in ("llama_cpp", "nvidia")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(DeviceError, match="cannot be loaded"):
+        llama_engine.llama.__wrapped__()
+    assert loaded == ["libcudart.so.13", "libcublas.so.13"]
+    (tmp_path / "llama_cpp/lib/libggml-cuda.so").unlink()
+    with pytest.raises(DeviceError, match="cannot be loaded"):
+        llama_engine.llama.__wrapped__()  # a CPU build
+    assert len(loaded) == 2
+
+
+def test_llama_cpp_that_cannot_be_loaded_is_an_error_with_a_remedy(monkeypatch):
+    class Broken:
+        def find_spec(self, name, *_):
+            if name == "llama_cpp.llama_cpp":
+                raise RuntimeError("libcudart.so.12: cannot open shared object file")
+
+    for name in [each for each in sys.modules if each.partition(".")[0] == "llama_cpp"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(DeviceError, match=r"cannot be loaded: libcudart\.so\.12") as error:
+        llama_engine.llama.__wrapped__()
+    assert "sclite doctor" in error.value.hint

@@ -1,7 +1,6 @@
 """OpenAI's SDK and LiteLLM read the same reply, or meet the same error, whatever a server does."""
 
 import asyncio
-import gzip
 import json
 import socket
 import threading
@@ -38,7 +37,7 @@ async def outcome(made, seconds=1.0):
     """What the sender gets from a call: the reply, or how it treats the error."""
     try:
         reply = await made.complete(MESSAGES, PARAMETERS, seconds)
-        return reply.text, reply.finish_reason, reply.tokens, reply.listed_usd
+        return reply.text, reply.finish_reason, made.charge(reply, (2000, 50))
     except OSError as error:
         failure = error
     except made.litellm.exceptions.openai.OpenAIError as error:
@@ -46,9 +45,8 @@ async def outcome(made, seconds=1.0):
     finally:
         await made.close()
     found = read_failure(failure)
-    wait = found.wait_seconds(1, 0.0)
     return (
-        found.action, found.overload, round(wait, -1 if wait > 99 else 3), bool(found.headers), found.free,
+        found.action, found.overload, found.retry_after, bool(found.headers), found.free,
         found.message if found.headers else "",
     )  # fmt: skip
 
@@ -86,8 +84,7 @@ REPLIES = {
     "JSON as text/plain": Answer(200, json.dumps(say("good").body).encode(), {"Content-Type": "text/plain"}),
 }  # fmt: skip
 ERRORS = {
-    "rate limit": fail(429, "slow down", retry_after="7"), "in milliseconds": fail(429, "slow", retry_after_ms="250"),
-    "until a date": fail(429, "slow", retry_after="Wed, 21 Oct 2045 07:28:00 GMT"),
+    "rate limit": fail(429, "slow down", retry_after="7"),
     "no credit": fail(429, "You exceeded your current quota"), "pay": fail(402, "pay"), "bad key": fail(401, f"bad {KEY}"),
     "forbidden": fail(403, "forbidden"), "no such model": fail(404, "The model `replay` does not exist"),
     "unknown question": fail(404, "no known question"), "no such page": Answer(404, b"404 page not found"),
@@ -100,8 +97,6 @@ ERRORS = {
     "overloaded": fail(529, "overloaded"), "half a reply": BROKEN, "half of JSON": Answer(200, b'{"choices": ['), "no body": Answer(200, b""),
     "no choice": body(choices=[]), "choices null": body(choices=None), "other JSON": Answer(200, {"hello": 1}),
     "a list": Answer(200, [1]), "a timeout": say("late", seconds=2.5),
-    "more than 4 MiB": Answer(200, json.dumps(say("good").body).encode() + b" " * 2**22),
-    "gzip": Answer(200, gzip.compress(json.dumps(say("good").body).encode()), {"Content-Encoding": "gzip"}),
 }  # fmt: skip
 
 
@@ -109,7 +104,7 @@ ERRORS = {
 @pytest.mark.parametrize("model", ["openai/replay", "openai/gpt-4.1", "hosted_vllm/replay"])
 def test_both_clients_read_the_same_reply(name, model):
     through, direct = both(REPLIES[name], model=model)
-    assert len(direct) == 4
+    assert len(direct) == 3
     assert direct == through
 
 
@@ -125,15 +120,13 @@ def test_both_clients_meet_the_same_error(name):
     ("answer", "message"),
     [
         (Answer(200, {"error": {"message": "busy", "code": 429}}), "busy"),
-        (Answer(200, {"error": {"message": "busy", "code": "rate_limit_exceeded"}}), "busy"),
         (Answer(200, {"error": "model overloaded"}), "model overloaded"),
-        (HTML, "the reply is not JSON: <html><body>Bad gateway</body></html>"),
+        (HTML, ""),
         (BROKEN, ""),
-        (Answer(200, b"{"), ""),
     ],
 )
 @pytest.mark.parametrize("model", ["openai/replay", "hosted_vllm/replay"])
-def test_error_or_html_with_status_200_is_retried_and_free_unlike_half_a_reply(answer, message, model):
+def test_error_with_status_200_is_retried_and_free_unlike_half_a_reply(answer, message, model):
     """LiteLLM treats HTML from vLLM as a refusal."""
 
     async def raised(made):
@@ -180,15 +173,13 @@ def test_idle_connection_closed_by_the_server_costs_no_attempt():
         asyncio.run(several(connect(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")))
 
 
-def test_models_that_litellm_rewrites_or_routes_go_through_it(monkeypatch):
+def test_models_that_litellm_rewrites_or_routes_go_through_it():
     url = "http://127.0.0.1:1/v1"
-    rewritten = ("openai/gpt-5", "openai/o3", "openai/responses/x", "anthropic/claude-3-5-haiku-latest")
-    cases = [*((name, url) for name in rewritten), ("openai/x", ""), ("openai/y", url + "?version=2")]
+    rewritten = ("openai/gpt-5", "openai/o3", "anthropic/claude-3-5-haiku-latest")
+    cases = [*((name, url) for name in rewritten), ("openai/x", "")]
     for model, address in cases:
         assert provider.connect(config.Teacher(model=model, api_base=address)).direct is None, model
     assert connect(url, model="openai/Qwen/Qwen3-8B").direct.model == "Qwen/Qwen3-8B"
-    monkeypatch.setenv("HTTP_PROXY", "socks5://127.0.0.1:2")
-    assert provider.connect(config.Teacher(model="openai/x", api_base="http://far.example/v1")).direct is None
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -226,10 +217,14 @@ def test_proxy_is_used_and_its_password_never_shown(monkeypatch):
 
 @pytest.mark.parametrize(
     "address",
-    ["127.0.0.1:8000/v1", "http://127.0.0.1:87611/v1", "http://:8000/v1", "http://host:x/v1", "ftp://me:secret@host/v1",
-     "me:secret@host/v1", "ftp://me:se/secret@host", "ftp://me:a@secret@host", "http://me:[secret@host/v1",
-     "http://me:1#secret@host/v1"],
-)  # fmt: skip
+    [
+        "127.0.0.1:8000/v1",
+        "http://127.0.0.1:87611/v1",
+        "http://:8000/v1",
+        "http://host:x/v1",
+        "ftp://me:secret@host/v1",
+    ],
+)
 def test_invalid_api_base_is_reported_before_any_request(address):
     with pytest.raises(UsageError, match="is not a valid URL") as failure:
         provider.connect(config.Teacher(model="openai/replay", api_base=address))
