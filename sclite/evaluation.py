@@ -1,8 +1,9 @@
 """`sclite eval`, which needs the data, export and evaluate packages at once."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from sclite.config import Eval
@@ -18,13 +19,15 @@ from sclite.evaluate.evaluate import (
     evaluate_model,
     measure_labelled,
     result_folder,
+    summaries,
     summary_notes,
 )
-from sclite.evaluate.metrics import Outcome
+from sclite.evaluate.metrics import Outcome, compare_outcomes
 from sclite.evaluate.report import write_report
 from sclite.evaluate.threshold import FITTED_ON, MIN_PROBLEMS, is_current, load_threshold
 from sclite.grading.grader import Grader
 from sclite.records import Drop, Problem, Template
+from sclite.run import Run
 from sclite.signature import digest
 from sclite.student.adapters import STUDENTS
 from sclite.student.base import Student
@@ -178,3 +181,27 @@ def evaluate(
     curves = {stage: read_metrics(run.path(f"{stage}/metrics.jsonl")) for stage in ("sft", "warmup", "dpo")}
     write_report(run.path(f"{folder}/{REPORT}"), summary, examples, curves)
     return summary
+
+
+def stored_results(run: Run, held_out: HeldOut, names: Sequence[str]) -> dict[str, list[Outcome]]:
+    """The newest results of another `run` for these students on some of these problems; DataError if it has none."""
+    questions = {problem.question for problem in held_out.problems}
+    for summary in summaries(run):
+        models = {name: figures for name, figures in summary["models"].items() if name in names}
+        found = {name: run.read(figures["rows"], Outcome, whole=False) for name, figures in models.items()}
+        if any(row.question in questions for rows in found.values() for row in rows):
+            return found
+    hint = f"evaluate it first: sclite eval {quote(held_out.source)} --run {quote(str(run.folder))}"
+    raise DataError(f"{run.folder} has no results of {', '.join(names)} on {held_out.source}", hint)
+
+
+def compare_results(
+    run: Run, summary: Mapping[str, Any], theirs: Mapping[str, list[Outcome]]
+) -> dict[str, Any]:
+    """{label: figures} of `compare_outcomes`, for the first answers and the answers after review of each student in both."""
+    compared: dict[str, Any] = {}
+    for name in [name for name in summary["models"] if name in theirs]:
+        ours = run.read(summary["models"][name]["rows"], Outcome, whole=False)
+        compared[f"{name}, first answer"] = compare_outcomes(ours, theirs[name], "correct1")
+        compared[f"{name}, after review"] = compare_outcomes(ours, theirs[name], "correct2")
+    return compared

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from sclite import evaluation, exports
@@ -18,20 +17,12 @@ from sclite.data.imported import read_labelled
 from sclite.data.problems import Split, gather_problems, split_problems
 from sclite.doctor import llama_offloads
 from sclite.errors import DataError, DeviceError, GpuMemoryError, UsageError
-from sclite.evaluate.answers import (
-    FIRST_PASS_PROBLEMS,
-    first_pass,
-    first_pass_text,
-    harm_warning,
-    measure_first_pass,
-)
-from sclite.evaluate.evaluate import summaries
-from sclite.evaluate.metrics import Outcome, compare_outcomes
+from sclite.evaluate import answers
 from sclite.grading.grader import Grader
-from sclite.inspect.plan import corrections_cost
+from sclite.inspect.plan import correction_cost_text
 from sclite.progress import Progress, ProgressDisplay
 from sclite.quickstart.tutor import first_wrong_step
-from sclite.records import FEEDBACK, Attempt, Problem, Review, from_feedback
+from sclite.records import FEEDBACK, Problem, Review
 from sclite.run import Report, Run
 from sclite.signature import digest
 from sclite.student.adapters import STUDENTS, adapter_weights
@@ -152,24 +143,17 @@ def build_corrections(context: Context, fresh: bool = False, alone: bool = False
             ready = imported or run.done("attempts", inputs, "attempts.jsonl")
             if not ready and own_student:
                 require_sft(context)
-            held_out = untrained_problems(context)[:FIRST_PASS_PROBLEMS] if own_student else []
+            held_out = untrained_problems(context)[: answers.FIRST_PASS_PROBLEMS] if own_student else []
             report = context.on_gpu(sample_student, "attempts", kept, held_out, not ready, progress=progress)
         text = counted(report, right="right", wrong="wrong", unknown="unknown")
-        context.add(report, f"attempts: {text}{first_pass_text(run, 'sft')}")
+        context.add(report, f"attempts: {text}{answers.first_pass_text(run, 'sft')}")
         if alone and judged:
             text = "feedback: the teacher solves questions without a gold answer"
             with paid_stage(context, "feedback", text) as given:
                 report = feedback.write_feedback(config, run, fit=divided_problems(context).fit, **given)
             context.add(report, f"feedback: {counted(report, good='good', bad='bad')}")
         else:
-            # remove judged attempts whose problem is gone, for example after the user replaced problems.jsonl
-            known = {row.id for row in run.rows("problems.jsonl", Problem)}
-            tried = run.read("attempts.jsonl", Attempt)
-            rows = [row for row in tried if row.id in known or not from_feedback(row)]
-            if len(rows) < len(tried):
-                again = "`sclite build-data --only corrections` adds them again"
-                run.warn(f"problems.jsonl lacks problems of the chat feedback, which is now unused; {again}")
-                feedback.replace_attempts(run, rows)
+            feedback.remove_orphans(run)
     text = "corrections: the teacher corrects the first wrong step"
     with paid_stage(context, "corrections", text) as given:
         report = corrections.write_corrections(config, run, fresh=fresh, **given)
@@ -201,7 +185,7 @@ def sample_student(
     with Grader() as grader, made as student:
         if student is not None and held_out:
             progress(0, 0, note=f"solving {len(held_out)} held-out problems")
-            measure_first_pass(config, run, adapter.partition("/")[0], student, held_out, grader)
+            answers.measure_first_pass(config, run, adapter.partition("/")[0], student, held_out, grader)
         tools: dict[str, Any] = {"grader": grader, "progress": progress}
         if stage == "attempts":
             return attempts.write_attempts(config, run, problems=problems, student=student, **tools)
@@ -221,14 +205,14 @@ def build_pairs(context: Context) -> Report:
     ready = imported or run.done("pairs", pairs.pairs_inputs(config, run), "pairs.jsonl")
     text = "pairs: the student's own corrections against right ones"
     with context.display.stage("pairs", text) as progress:
-        held_out = untrained_problems(context)[:FIRST_PASS_PROBLEMS] if own_student else []
+        held_out = untrained_problems(context)[: answers.FIRST_PASS_PROBLEMS] if own_student else []
         sampled = not (untrained or ready)
         report = context.on_gpu(sample_student, "pairs", (), held_out, sampled, progress=progress)
     text = counted(report, decision="decisions", content="contents")
-    context.add(report, f"pairs: {text}{first_pass_text(run, 'warmup')}")
+    context.add(report, f"pairs: {text}{answers.first_pass_text(run, 'warmup')}")
     if sampled:
-        before, after = first_pass(run, "sft"), first_pass(run, "warmup")
-        if before and after and (warning := harm_warning("the warm-up", before, after)):
+        before, after = (answers.first_pass(run, stage) for stage in ("sft", "warmup"))
+        if before and after and (warning := answers.harm_warning("the warm-up", before, after)):
             context.display.print(f"warning: {warning}")
     return report
 
@@ -267,14 +251,9 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
     exports.check_chat_template(context)
     if only is None:
         with context.display.wait("estimating the cost of corrections"):
-            found = corrections_cost(config, run, unseen(context))
-        if cost := found["cost_usd"]:
-            most = "at most " if found["at_most"] else ""
-            text = f"corrections: {most}{found['requests']:,} by {config.teacher.model}, about ${cost:.2f}"
-            limit, spent = config.teacher.max_cost, found["spent_usd"] or 0.0
-            if limit is not None and spent + cost > limit:
-                text += f"; teacher.max_cost is ${limit:g}, of which ${spent:.2f} is spent"
-            context.display.print(text)
+            cost = correction_cost_text(config, run, unseen(context))
+        if cost:
+            context.display.print(cost)
     if only != "dpo":
         train_stage(context, "sft", fresh)
     if only != "sft":
@@ -356,28 +335,12 @@ def evaluate_students(context: Context, names: Sequence[str], other: Run | None 
         hint = "add --set review.mode=guided, or skip it with --set eval.labelled="
         raise UsageError("eval.labelled needs the guided review", hint)
     works = read_labelled(Path(config.eval.labelled)) if config.eval.labelled else []
-    theirs: dict[str, list[Outcome]] = {}
-    if other:
-        questions = {problem.question for problem in held_out.problems}
-        for stored in summaries(other):
-            models = {name: figures for name, figures in stored["models"].items() if name in names}
-            theirs = {name: other.read(each["rows"], Outcome, whole=False) for name, each in models.items()}
-            if any(row.question in questions for rows in theirs.values() for row in rows):
-                break
-        else:
-            hint = f"evaluate it first: sclite eval {quote(held_out.source)} --run {quote(str(other.folder))}"
-            lacking = f"{other.folder} has no results of {', '.join(names)} on {held_out.source}"
-            raise DataError(lacking, hint)
+    theirs = evaluation.stored_results(other, held_out, names) if other else {}
     if trained := [name for name in names if name in STUDENTS]:
         exports.export(context, trained)
     # the bundled teacher can check the steps of its own kind of problem
     judge = first_wrong_step if config.teacher.embedded else None
     summary = evaluation.evaluate(context, names, held_out, judge, works)
     if other:
-        compared: dict[str, Any] = {}
-        for name in [name for name in summary["models"] if name in theirs]:
-            ours = context.run.read(summary["models"][name]["rows"], Outcome, whole=False)
-            compared[f"{name}, first answer"] = compare_outcomes(ours, theirs[name], "correct1")
-            compared[f"{name}, after review"] = compare_outcomes(ours, theirs[name], "correct2")
-        summary["compared"] = compared
+        summary["compared"] = evaluation.compare_results(context.run, summary, theirs)
     return summary

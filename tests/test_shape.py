@@ -133,7 +133,7 @@ def test_help_imports_neither_pydantic_nor_rich():
 
 # -- size and names ------------------------------------------------------------------------------------------------
 
-MOST_LINES, LEAST_MEAN_LENGTH, MOST_CALLED_ONCE = 18_200, 15.0, 125
+MOST_LINES, LEAST_MEAN_LENGTH, MOST_CALLED_ONCE = 18_220, 15.0, 129
 PRIVATE_ELSEWHERE = {"student/llama_cpp/test_engine.py _step"}
 """Private names that another module may use."""
 

@@ -77,7 +77,7 @@ def write_feedback(
             used += [gold] if texts else []
         # first, because a resumed run of the attempts appends to them
         run.replace("problems.jsonl", [*used, *(row for row in problems if not from_feedback(row))])
-        replace_attempts(run, [*added, *(row for row in attempts if not from_feedback(row))])
+        _replace_attempts(run, [*added, *(row for row in attempts if not from_feedback(row))])
         run.replace_drops("feedback", drops)
         if signed := run.manifest("problems"):
             now = signed["inputs"] | {"problems": run.file_digest("problems.jsonl")}
@@ -90,7 +90,18 @@ def write_feedback(
     return report
 
 
-def replace_attempts(run: Run, attempts: Sequence[Attempt]) -> None:
+def remove_orphans(run: Run) -> None:
+    """Remove judged attempts whose problem is gone, for example after the user replaced problems.jsonl in the run."""
+    known = {row.id for row in run.rows("problems.jsonl", Problem)}
+    attempts = run.read("attempts.jsonl", Attempt)
+    rows = [row for row in attempts if row.id in known or not from_feedback(row)]
+    if len(rows) < len(attempts):
+        again = "`sclite build-data --only corrections` adds them again"
+        run.warn(f"problems.jsonl lacks problems of the chat feedback, which is now unused; {again}")
+        _replace_attempts(run, rows)
+
+
+def _replace_attempts(run: Run, attempts: Sequence[Attempt]) -> None:
     """Replace attempts.jsonl, and keep its stage done."""
     run.replace("attempts.jsonl", attempts)
     if signed := run.manifest("attempts"):

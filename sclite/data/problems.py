@@ -121,7 +121,7 @@ def gather_problems(
                 why = f"the run's {len(existing)} problems cannot be limited"
                 raise UsageError(f"{source} does not exist, and {why}", "remove --limit (problems.limit)")
             report.counts, report.dropped = {"problems": len(existing)}, manifest["dropped"]
-            report.skipped, report.figures["gone"] = True, gone
+            report.skipped = True
             return existing
         if run.path("sft").exists() and not fresh:
             known = {(row.id, row.question): "" for row in existing}

@@ -192,6 +192,19 @@ def _forecast(
     }
 
 
+def correction_cost_text(config: Config, run: Run, unseen: frozenset[str]) -> str:
+    """What the pending corrections will cost, and whether that exceeds the spending limit; "" if it is unknown or zero."""
+    found = corrections_cost(config, run, unseen)
+    if not (cost := found["cost_usd"]):
+        return ""
+    most = "at most " if found["at_most"] else ""
+    text = f"corrections: {most}{found['requests']:,} by {config.teacher.model}, about ${cost:.2f}"
+    limit, spent = config.teacher.max_cost, found["spent_usd"] or 0.0
+    if limit is not None and spent + cost > limit:
+        text += f"; teacher.max_cost is ${limit:g}, of which ${spent:.2f} is spent"
+    return text
+
+
 def corrections_cost(config: Config, run: Run, unseen: frozenset[str] | None) -> dict[str, Any]:
     """What the teacher's corrections will cost, at the mean cost of a row of this run so far, repairs included.
 
